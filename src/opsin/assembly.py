@@ -1,0 +1,305 @@
+"""From a recipe to a run: every object of a training is built here, in reading order."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from opsin.console import Console
+from opsin.data.base import DataFacts, Source
+from opsin.data.holdout import hold_out
+from opsin.data.loading import EvaluationData, TrainingData
+from opsin.data.order import Order, steps_per_epoch
+from opsin.data.quarantine import Quarantine
+from opsin.data.sources import open_sources
+from opsin.distributed import World, join
+from opsin.errors import ConfigError
+from opsin.export import CARD_FILE, describe_encoder, write_card
+from opsin.methods.base import Method
+from opsin.nn.attention import choose_attention, set_attention
+from opsin.nn.heads import Classifier
+from opsin.nn.weights import initialise
+from opsin.recipe import DataConfig, Recipe
+from opsin.reporting import Fact, Journal
+from opsin.rundir import RunDirectory
+from opsin.seeding import fold_in
+from opsin.timeline import Stage, Timeline
+from opsin.training import precision
+from opsin.training.checkpoint import Checkpoints
+from opsin.training.loop import Run
+from opsin.training.observe import Evaluations, Observations, Scene
+from opsin.training.optim import build_optimizer, lr_setter
+from opsin.training.state import LossScale, StepPlan, TrainState
+from opsin.training.stop import Stop
+
+Say = Callable[[str], None]
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "digits": ((0.3053, 0.3053, 0.3053), (0.3760, 0.3760, 0.3760)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Both sides of the data, and what a method may know of them."""
+
+    train: Source
+    val: Source | None
+    facts: DataFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How this machine computes a recipe."""
+
+    device: torch.device
+    precision: str
+    attention: str
+    channels_last: bool
+
+
+def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console: Console, *, fingerprint: str) -> Run:
+    """A run that `fit` can train. Everything that can be checked before the first step is checked here.
+
+    Raises:
+        ConfigError: settings do not fit together, the data, or this machine.
+        DataError: the images cannot be used.
+        CheckpointError: the starting weights do not fit.
+    """
+    world = join()
+    device, number_format = choose_numbers(recipe, console.notice)
+    images = open_images(recipe, console.notice)
+    timeline = plan_time(recipe, len(images.train))
+    method = build_method(recipe, images.facts)
+    numerics = settle_numerics(recipe, method, device, number_format, console.notice)
+    method = place(method, numerics)
+    _write_card(recipe, images.facts, method, directory, fingerprint)
+    data = _training_data(recipe, images, timeline, method, numerics, directory, world)
+    plan = _step_plan(recipe, timeline, method, numerics, world)
+    steps = min(timeline.total_steps, recipe.limits.steps or timeline.total_steps)
+    checkpoints = Checkpoints(
+        directory.checkpoints,
+        recipe.checkpoints,
+        timeline,
+        fingerprint=fingerprint,
+        say=partial(_tell, journal, console),
+        last_step=steps,
+        on_restore=journal.rewind,
+    )
+    observations = Observations(
+        journal,
+        timeline,
+        console,
+        every=recipe.log.every,
+        last_step=steps,
+        limit=recipe.limits.cancelled_in_a_row,
+        monitors=[(monitor.every, monitor.build()) for monitor in recipe.monitors.values()],
+        also_when=checkpoints.is_due,
+    )
+    scene = Scene(still_data(recipe, images, numerics, console), plan.autocast, device, directory.path)
+    evaluations = Evaluations(
+        journal,
+        timeline,
+        {prefix: (wanted.every, wanted.build(scene, prefix)) for prefix, wanted in recipe.evaluators.items()},
+        console=console,
+        observations=observations,
+        last_step=steps,
+        on_scores=checkpoints.note_scores,
+    )
+    fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice)
+    stop = Stop(hours=recipe.limits.hours)
+    return Run(fresh, data, plan, steps, checkpoints, observations, evaluations, stop, directory)
+
+
+def choose_numbers(recipe: Recipe, say: Say) -> tuple[torch.device, str]:
+    """The device and the number format, with torch's switches set for them.
+
+    Raises:
+        ConfigError: the machine lacks what the recipe asks for.
+    """
+    device = precision.choose_device(recipe.device)
+    choice = precision.choose_precision(recipe.precision, device)
+    say(f"device: {device} ({precision.describe_device(device)})")
+    say(f"precision: {choice.value} ({choice.reason})")
+    for line in precision.configure(device, choice.value, deterministic=recipe.deterministic):
+        say(line)
+    return device, choice.value
+
+
+def open_images(recipe: Recipe, say: Say) -> Images:
+    """The training and validation images; without a split of their own, some are held out.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    wanted = recipe.data
+    opened = open_sources(
+        wanted.path,
+        kind=wanted.kind,
+        labels=wanted.labels,
+        image_column=wanted.image_column,
+        label_column=wanted.label_column,
+        cache=Path(wanted.cache).expanduser(),
+    )
+    say(f"data: {opened.said}")
+    train, val = opened.train, opened.val
+    if val is None and wanted.holdout > 0 and recipe.evaluators:
+        train, val = hold_out(train, wanted.holdout, recipe.seed)
+        say(f"data: held out {len(val):,} of them for validation (data.holdout={wanted.holdout:g})")
+    mean, std = _STATISTICS.get(opened.kind, _IMAGENET)
+    facts = DataFacts(
+        classes=train.classes,
+        samples=len(train),
+        image_size=wanted.image_size,
+        channels=3,
+        mean=wanted.mean or mean,
+        std=wanted.std or std,
+    )
+    return Images(train, val, facts)
+
+
+def plan_time(recipe: Recipe, samples: int) -> Timeline:
+    """The steps of the run.
+
+    Raises:
+        ConfigError: fewer images than a batch.
+    """
+    if recipe.accumulate > recipe.batch_size:
+        raise ConfigError(
+            f"accumulate={recipe.accumulate}: a batch of {recipe.batch_size} images has no so many parts; "
+            f"use accumulate={recipe.batch_size} or less"
+        )
+    steps = steps_per_epoch(samples, recipe.batch_size, drop_last=recipe.data.drop_last)
+    return Timeline([Stage(recipe.epochs, recipe.batch_size, steps)])
+
+
+def build_method(recipe: Recipe, facts: DataFacts) -> Method:
+    """The method with fresh weights that follow from the seed."""
+    torch.manual_seed(fold_in(recipe.seed, "weights"))
+    return recipe.method.build(recipe.model, facts)
+
+
+def settle_numerics(recipe: Recipe, method: Method, device: torch.device, number_format: str, say: Say) -> Numerics:
+    """What `auto` means for this network on this device."""
+    kind, reason = choose_attention(device, number_format)
+    if recipe.attention != "auto":
+        kind, reason = recipe.attention, "asked for"
+    if set_attention(method, kind):
+        say(f"attention: {kind} ({reason})")
+    channels_last = recipe.channels_last
+    if channels_last == "auto":
+        # A vision transformer has one convolution, its patch embedding.
+        channels_last = sum(isinstance(module, nn.Conv2d) for module in method.modules()) > 1
+    return Numerics(device, number_format, kind, channels_last)
+
+
+def place(method: Method, numerics: Numerics) -> Method:
+    """The method on its device, in its memory format."""
+    if numerics.channels_last:
+        method = method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return method.to(numerics.device)
+
+
+def still_data(recipe: Recipe, images: Images, numerics: Numerics, console: Console) -> EvaluationData | None:
+    """The validation images, if there are any."""
+    if images.val is None:
+        return None
+    return EvaluationData(
+        images.val,
+        facts=images.facts,
+        resize=recipe.data.eval_resize or recipe.data.image_size,
+        device=numerics.device,
+        workers=_count_workers(recipe.data),
+        resident=recipe.data.resident,
+        channels_last=numerics.channels_last,
+        warn=console.warning,
+    )
+
+
+def _training_data(
+    recipe: Recipe,
+    images: Images,
+    timeline: Timeline,
+    method: Method,
+    numerics: Numerics,
+    directory: RunDirectory,
+    world: World,
+) -> TrainingData:
+    return TrainingData(
+        images.train,
+        method.views(),
+        Order(seed=recipe.seed, samples=len(images.train), timeline=timeline, drop_last=recipe.data.drop_last),
+        facts=images.facts,
+        seed=recipe.seed,
+        device=numerics.device,
+        quarantine=Quarantine(directory.quarantine, total=len(images.train), limit=recipe.data.max_unreadable),
+        workers=_count_workers(recipe.data),
+        prefetch=recipe.data.prefetch,
+        resident=recipe.data.resident,
+        channels_last=numerics.channels_last,
+        rank=world.rank,
+        world=world.size,
+    )
+
+
+def _step_plan(recipe: Recipe, timeline: Timeline, method: Method, numerics: Numerics, world: World) -> StepPlan:
+    return StepPlan(
+        forward=torch.compile(method) if recipe.compile else method,
+        clock=timeline.clock,
+        schedules=lr_setter(recipe.optim, method),
+        autocast=precision.autocast(numerics.device, numerics.precision),
+        seed=recipe.seed,
+        accumulate=recipe.accumulate,
+        clip_norm=recipe.optim.clip_norm,
+        rank=world.rank,
+    )
+
+
+def _fresh_state(recipe: Recipe, method: Method, numerics: Numerics, data: TrainingData, say: Say) -> TrainState:
+    """The state before step 0."""
+    report = initialise(method.backbone, recipe.model)
+    for line in report.lines() if report is not None else ():
+        say(line)
+    method.prepare(lambda: next(iter(data.batches(0, 1))))
+    method.train()
+    scale = LossScale.start(numerics.device) if numerics.precision == "fp16" else None
+    return TrainState(method, build_optimizer(recipe.optim, method), scale)
+
+
+def _write_card(recipe: Recipe, facts: DataFacts, method: Method, directory: RunDirectory, fingerprint: str) -> None:
+    """What `opsin.load` needs beside the weights, so that a run can be used without its images."""
+    head = getattr(method, "head", None)
+    card = describe_encoder(
+        method.backbone,
+        head=head if isinstance(head, Classifier) else None,
+        model=recipe.model,
+        facts=facts,
+        resize=recipe.data.eval_resize or recipe.data.image_size,
+        method=recipe.method.name,
+        recipe=fingerprint,
+    )
+    write_card(directory.path / CARD_FILE, card)
+
+
+def _tell(journal: Journal, console: Console, kind: str, facts: Mapping[str, Fact]) -> None:
+    """An event of the checkpoints, for the journal and where it matters for the reader."""
+    others = {name: value for name, value in facts.items() if name != "step"}
+    step = facts["step"]
+    assert isinstance(step, int)
+    journal.event(kind, step, **others)
+    if "warning" in facts:
+        console.warning(str(facts["warning"]))
+    elif kind == "resumed":
+        console.notice(f"resumed from the checkpoint of step {step}")
+
+
+def _count_workers(wanted: DataConfig) -> int:
+    if wanted.workers == "auto":
+        return min(os.cpu_count() or 1, 8)
+    return wanted.workers

@@ -1,0 +1,69 @@
+"""How often something happens during a run: `500 steps`, `1 epoch`, `10 minutes`, `never`."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from opsin.timeline import Timeline
+
+Unit = Literal["steps", "epochs", "minutes", "never"]
+_FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?")
+
+
+def parse(text: str) -> tuple[float, Unit]:
+    """The number and its unit.
+
+    Raises:
+        ValueError: another form, zero, or a fraction of a step.
+    """
+    if text == "never":
+        return 0.0, "never"
+    match = _FORM.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("must be like '500 steps', '1 epoch', '10 minutes' or 'never'")
+    number, unit = float(match[1]), match[2]
+    if number == 0:
+        raise ValueError("must be more than zero; write 'never' to switch it off")
+    if unit == "step":
+        if not number.is_integer():
+            raise ValueError("must be a whole number of steps")
+        return number, "steps"
+    return (number, "epochs") if unit == "epoch" else (number, "minutes")
+
+
+def _check(text: str) -> str:
+    parse(text)
+    return text
+
+
+Every = Annotated[str, AfterValidator(_check)]
+"""A recipe key of this type holds a cadence; `is_due` reads it."""
+
+
+def _check_without_clock(text: str) -> str:
+    if parse(text)[1] == "minutes":
+        raise ValueError("must be in steps or epochs, so that every run of the recipe does it at the same steps")
+    return text
+
+
+StepEvery = Annotated[str, AfterValidator(_check_without_clock)]
+"""A cadence that depends on the step alone."""
+
+
+def is_due(every: str, timeline: Timeline, step: int, minutes: float = 0.0) -> bool:
+    """Whether something with this cadence happens after `step` updates.
+
+    A pure function of the step, but for minutes: `minutes` is the training time since the last
+    time it happened.
+    """
+    number, unit = parse(every)
+    if unit == "never" or step <= 0:
+        return False
+    if unit == "steps":
+        return step % int(number) == 0
+    if unit == "minutes":
+        return minutes >= number
+    # Epoch k * number ends between two steps: it is the first step at or after it. The tolerance takes
+    # the rounding of step / steps_per_epoch.
+    return int(timeline.epoch(step) / number + 1e-9) > int(timeline.epoch(step - 1) / number + 1e-9)

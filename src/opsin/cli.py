@@ -1,0 +1,169 @@
+"""The command line. torch is imported by the commands that need it, after the arguments are read."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opsin import __version__
+from opsin.errors import ConfigError, OpsinError
+
+_OVERRIDES = "recipe keys to change, as key=value (optim.lr=0.001)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit status (0 done, 2 wrong input, 3 stopped, 4 training failed)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no second run of positionals: `train RECIPE --out DIR key=value` leaves them over.
+    if any(text.startswith("-") for text in rest) or not hasattr(arguments, "overrides"):
+        parser.parse_args(argv)  # ends with argparse's own message
+    else:
+        arguments.overrides += rest
+    try:
+        status: int = arguments.run(arguments)
+    except OpsinError as error:
+        for fault in error.faults:
+            print(f"opsin: {fault}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:
+        # The reader of our output has gone (`opsin runs | head`): nothing is left to say to it.
+        sys.stderr.close()
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="opsin", description="Train vision models from one YAML recipe.")
+    parser.add_argument("--version", action="version", version=f"opsin {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe; goes on where the run directory holds a checkpoint")
+    train.add_argument("recipe", help="a shipped recipe (see `opsin recipes`) or a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    train.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/RECIPE)")
+    train.add_argument("--fresh", action="store_true", help="start over; an earlier run in DIR is moved aside")
+    train.add_argument("--quiet", action="store_true", help="print warnings only")
+    train.set_defaults(run=_train)
+
+    resume = commands.add_parser("resume", help="go on with a run, with changed keys if wanted")
+    resume.add_argument("directory", type=Path, metavar="DIR", help="run directory")
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    resume.add_argument("--quiet", action="store_true", help="print warnings only")
+    resume.set_defaults(run=_resume)
+
+    evaluate = commands.add_parser("eval", help="score a run on its validation images")
+    evaluate.add_argument("directory", type=Path, metavar="DIR", help="run directory, or a checkpoint inside it")
+    evaluate.add_argument("scores", nargs="*", metavar="SCORE", help="accuracy (the default)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(run=_eval)
+
+    verify = commands.add_parser("verify", help="train straight, and killed and resumed; compare the weights' hashes")
+    verify.add_argument("recipe", help="a shipped recipe or a YAML file")
+    verify.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    verify.add_argument("--steps", type=int, default=200, help="steps to train (default: 200)")
+    verify.add_argument("--kills", type=int, default=3, help="times to kill the second run (default: 3)")
+    verify.set_defaults(run=_verify)
+
+    recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with all its keys")
+    actions = recipes.add_subparsers(dest="action", metavar="show")
+    show = actions.add_parser("show", help="print the whole effective recipe, with a comment for each key")
+    show.add_argument("recipe", help="a shipped recipe or a YAML file")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    show.set_defaults(run=_show)
+    recipes.set_defaults(run=_recipes)
+
+    schema = commands.add_parser("schema", help="print the JSON schema of recipes, for editors")
+    schema.set_defaults(run=_schema)
+
+    runs = commands.add_parser("runs", help="list run directories with their state and scores")
+    runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (default: runs)")
+    runs.add_argument("--json", action="store_true", help="print one JSON object per run")
+    runs.set_defaults(run=_runs)
+
+    export = commands.add_parser("export", help="write the encoder as safetensors and JSON")
+    export.add_argument("directory", type=Path, metavar="DIR", help="run directory, or a checkpoint inside it")
+    export.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: DIR/export)")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from opsin.recipe import read
+    from opsin.session import train_recipe
+
+    name = Path(arguments.recipe).stem
+    recipe = read(arguments.recipe, arguments.overrides)
+    train_recipe(recipe, arguments.out or Path("runs", name), name=name, fresh=arguments.fresh, quiet=arguments.quiet)
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from opsin.session import resume_run
+
+    resume_run(arguments.directory, arguments.overrides, quiet=arguments.quiet)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    known = ("accuracy",)
+    for score in arguments.scores:
+        if score not in known:
+            raise ConfigError(f"command line: unknown score {score!r}; known: {', '.join(known)}")
+    from opsin.results import evaluate_run
+
+    report = evaluate_run(arguments.directory)
+    print(json.dumps(report.as_dict()) if arguments.json else "\n".join(report.lines()))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from opsin.verify import verify
+
+    return verify(arguments.recipe, arguments.overrides, steps=arguments.steps, kills=arguments.kills)
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from opsin.config import shipped_recipes
+
+    found = shipped_recipes(Path(__file__).parent / "recipes")
+    width = max(map(len, found))
+    for name, text in found.items():
+        print(f"{name:{width}}  {text}")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from opsin.config import to_yaml
+    from opsin.recipe import read
+
+    print(to_yaml(read(arguments.recipe, arguments.overrides), comments=True), end="")
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from opsin.config import json_schema
+    from opsin.recipe import Recipe
+
+    print(json.dumps(json_schema(Recipe), indent=2))
+    return 0
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from opsin.rundir import list_runs, runs_table
+
+    found = list_runs(arguments.folder)
+    if arguments.json:
+        for run in found:
+            print(json.dumps(run.as_dict()))
+    else:
+        print("\n".join(runs_table(found)) if found else f"no runs in {arguments.folder}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from opsin.results import export_run
+
+    print(f"wrote {export_run(arguments.directory, arguments.out)}")
+    return 0

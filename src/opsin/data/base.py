@@ -1,0 +1,128 @@
+"""What a batch is, what a method asks of it, and what a data source offers.
+
+Shapes: B images of a batch, C channels, S side of a crop in pixels, N images of a source.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opsin.data.crops import Crop
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What a method may know of the data before the first batch."""
+
+    classes: tuple[str, ...]
+    samples: int
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class UnreadableImage(Exception):
+    """One image cannot be decoded. `str()` is the reason, without the place."""
+
+
+class Source(Protocol):
+    """Stored images, addressed by index. Must survive pickling into a worker process."""
+
+    name: str
+    classes: tuple[str, ...]
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Tensor:
+        """The image as uint8 [C, H, W], C = 3, upright.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        ...
+
+    def place(self, index: int) -> str:
+        """Where the image is stored, for messages: a path, or `file.parquet row 17`."""
+        ...
+
+
+class Augment(Protocol):
+    """A batched operation on the device, with its own random numbers for every sample."""
+
+    @property
+    def num_draws(self) -> int:
+        """How many random numbers an image needs."""
+        ...
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Float images [B, C, S, S] in 0..1 with draws [B, num_draws] in [0, 1) to the same shape."""
+        ...
+
+
+class MaskSampler(Protocol):
+    """Draws the masks of a batch; a pure function of its arguments."""
+
+    def __call__(self, batch_size: int, seed: int) -> Mapping[str, Tensor]:
+        """Index tensors by name, each with leading dimension B."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Declared by a method, executed by any loader (worker processes or resident images)."""
+
+    crops: Mapping[str, Crop]
+    augment: Mapping[str, Sequence[Augment]] = field(default_factory=dict)
+    masks: MaskSampler | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images ready for a forward pass. `labels` and `ids` are int64 [B]; label -1 is unlabelled."""
+
+    views: Mapping[str, Tensor]
+    """name -> float [count, B, C, S, S], normalised."""
+    labels: Tensor
+    ids: Tensor
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Up to `parts` consecutive pieces, whose sizes differ by one image at most."""
+        bounds = [len(self) * index // parts for index in range(parts + 1)]
+        return [self._cut(a, b) for a, b in pairwise(bounds) if b > a]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`, copied without waiting where the memory is pinned."""
+        return Batch(
+            {name: view.to(device, non_blocking=True) for name, view in self.views.items()},
+            self.labels.to(device, non_blocking=True),
+            self.ids.to(device, non_blocking=True),
+            {name: mask.to(device, non_blocking=True) for name, mask in self.masks.items()},
+        )
+
+    def _cut(self, start: int, stop: int) -> "Batch":
+        return Batch(
+            {name: view[:, start:stop] for name, view in self.views.items()},
+            self.labels[start:stop],
+            self.ids[start:stop],
+            {name: mask[start:stop] for name, mask in self.masks.items()},
+        )
+
+
+class Data(Protocol):
+    """Batches addressed by step."""
+
+    facts: DataFacts
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of updates `start` to `stop - 1`; resume is a later `start`."""
+        ...

@@ -1,0 +1,226 @@
+"""From stored images to batches on the device.
+
+Training: `Order` says which images, `Reader` (in this process or in workers) or `Resident` cuts them,
+and here they are coloured and normalised on the device. Batch k is the same whichever way it went.
+
+Shapes: B images of a batch, C channels, S side of a crop in pixels.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from opsin import seeding
+from opsin.data.augment import Normalize
+from opsin.data.base import Augment, Batch, DataFacts, Source, Views
+from opsin.data.crops import CenterCrop
+from opsin.data.order import Order, share
+from opsin.data.quarantine import Failure, Quarantine
+from opsin.data.resident import Residence, Resident, byte_limit, read_everything
+from opsin.data.workers import RawBatch, Reader, read_batches
+from opsin.errors import DataError
+
+
+class TrainingData:
+    """The batches of a run, addressed by step; implements `Data`.
+
+    With `world` processes each gives its share of every batch, `rank` after `rank`; the images and
+    masks of the whole batch do not depend on `world`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        views: Views,
+        order: Order,
+        *,
+        facts: DataFacts,
+        seed: int,
+        device: torch.device,
+        quarantine: Quarantine,
+        workers: int = 0,
+        prefetch: int = 4,
+        resident: Residence = "auto",
+        channels_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.facts = facts
+        self._source = source
+        self._views = views
+        self._order = order
+        self._seed = seed
+        self._device = device
+        self._quarantine = quarantine
+        self._workers = workers
+        self._prefetch = prefetch
+        self._residence = resident
+        self._rank = rank
+        self._world = world
+        self._finish = _Finish(views.augment, facts, seed=seed, device=device, channels_last=channels_last)
+        self._resident: Resident | None = None
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of updates `start` to `stop - 1`; a resumed run begins with a later `start`.
+
+        Raises:
+            DataError: too many images are unreadable.
+            ConfigError: `resident` is true and the images have several sizes.
+            TrainingError: a worker process ended by itself.
+        """
+        keys = (self._key(step) for step in range(start, stop))
+        for step, raw in enumerate(self._read(keys), start):
+            for failure in raw.failures:
+                self._quarantine.add(*failure)
+            epoch, ids = self._order.ids(step)
+            part = share(len(ids), rank=self._rank, world=self._world)
+            yield self._finish(raw, epoch, self._masks(step, len(ids), part))
+
+    def _key(self, step: int) -> tuple[int, Tensor]:
+        epoch, ids = self._order.ids(step)
+        return epoch, ids[share(len(ids), rank=self._rank, world=self._world)]
+
+    def _read(self, keys: Iterator[tuple[int, Tensor]]) -> Iterator[RawBatch]:
+        if self._resident is None:
+            self._resident = Resident.load(
+                self._source,
+                self._views.crops,
+                seed=self._seed,
+                device=self._device,
+                quarantine=self._quarantine,
+                residence=self._residence,
+            )
+            if self._resident is None:
+                self._residence = False  # found too large or of several sizes: not tried again
+        if self._resident is not None:
+            return (self._resident.read(epoch, ids) for epoch, ids in keys)
+        return read_batches(
+            Reader(self._source, self._views.crops, self._seed),
+            keys,
+            workers=self._workers,
+            prefetch=self._prefetch,
+            pin_memory=self._device.type == "cuda",
+        )
+
+    def _masks(self, step: int, batch_size: int, part: slice) -> dict[str, Tensor]:
+        if self._views.masks is None:
+            return {}
+        masks = self._views.masks(batch_size, seeding.fold_in(self._seed, "masks", step))
+        return {name: mask[part].to(self._device, non_blocking=True) for name, mask in masks.items()}
+
+
+class EvaluationData:
+    """Images in the order of their source, each once: the centre, not augmented, as the view `image`.
+
+    The shorter side is scaled to `resize` and the central square of the training image size is cut out.
+    Unreadable images are left out, and `warn` is told once. Small sets stay decoded between evaluations.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        facts: DataFacts,
+        resize: int,
+        device: torch.device,
+        workers: int = 0,
+        prefetch: int = 4,
+        resident: Residence = "auto",
+        channels_last: bool = False,
+        warn: Callable[[str], None],
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.facts = facts
+        self._crop = CenterCrop(size=facts.image_size, resize=resize, flip="none")
+        self._reader = Reader(source, {"image": self._crop}, seed=0, unreadable="leave out")
+        self._device = device
+        self._workers = workers
+        self._prefetch = prefetch
+        self._resident = resident
+        self._warn: Callable[[str], None] | None = warn
+        self._part = share(len(source), rank=rank, world=world)
+        self._finish = _Finish({}, facts, seed=0, device=device, channels_last=channels_last)
+        self._kept: RawBatch | None = None
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches of up to `batch_size` images.
+
+        Raises:
+            DataError: no image can be read.
+            TrainingError: a worker process ended by itself.
+        """
+        failures: list[Failure] = []
+        images = 0
+        for raw in self._raw(batch_size):
+            failures += raw.failures
+            images += len(raw.ids)
+            if len(raw.ids):
+                yield self._finish(raw, 0, {})
+        if images == 0 and failures:
+            raise DataError(f"{self._describe(failures)}; none is left to evaluate on: check data.path")
+        if failures and self._warn is not None:
+            self._warn(f"{self._describe(failures)}; they are left out of the scores")
+            self._warn = None
+
+    def _raw(self, batch_size: int) -> Iterator[RawBatch]:
+        ids = torch.arange(len(self._reader.source))[self._part]
+        cut_bytes = len(ids) * self.facts.channels * self.facts.image_size**2
+        if self._resident is True or (self._resident == "auto" and cut_bytes <= byte_limit(self._device)):
+            if self._kept is None:
+                self._kept = read_everything(self._reader, ids, self._device)
+            return self._kept.split(batch_size)
+        return read_batches(
+            self._reader,
+            ((0, part) for part in torch.split(ids, batch_size)),
+            workers=self._workers,
+            prefetch=self._prefetch,
+            pin_memory=self._device.type == "cuda",
+        )
+
+    def _describe(self, failures: Sequence[Failure]) -> str:
+        listed = ", ".join(f"{failure.place} ({failure.reason})" for failure in failures[:3])
+        more = ", ..." if len(failures) > 3 else ""
+        return f"{len(failures)} of {len(self._reader.source)} evaluation images are unreadable: {listed}{more}"
+
+
+class _Finish:
+    """Moves a raw batch to the device, colours it there and normalises it."""
+
+    def __init__(
+        self,
+        augment: Mapping[str, Sequence[Augment]],
+        facts: DataFacts,
+        *,
+        seed: int,
+        device: torch.device,
+        channels_last: bool,
+    ) -> None:
+        self._augment = augment
+        self._seed = seed
+        self._device = device
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._normalize = Normalize(facts.mean, facts.std, device=device)
+
+    def __call__(self, raw: RawBatch, epoch: int, masks: Mapping[str, Tensor]) -> Batch:
+        ids = raw.ids.to(self._device, non_blocking=True)
+        views = {name: self._view(name, view, epoch, ids) for name, view in raw.views.items()}
+        return Batch(views, raw.labels.to(self._device, non_blocking=True), ids, masks)
+
+    def _view(self, name: str, view: Tensor, epoch: int, ids: Tensor) -> Tensor:
+        """Stored pixels, uint8 [count, B, C, S, S], to float of the same shape."""
+        view = view.to(self._device, non_blocking=True)
+        ops = self._augment.get(name, ())
+        if ops:
+            copies = [self._coloured(images, f"{name}.{copy}", ops, epoch, ids) for copy, images in enumerate(view)]
+            images = self._normalize(copies[0][None] if len(copies) == 1 else torch.stack(copies))
+        else:
+            images = self._normalize.bytes(view)
+        return images.flatten(0, 1).contiguous(memory_format=self._memory_format).view(view.shape)
+
+    def _coloured(self, images: Tensor, stream: str, ops: Sequence[Augment], epoch: int, ids: Tensor) -> Tensor:
+        images = images.float().div_(255)
+        for index, op in enumerate(ops):
+            images = op(images, seeding.uniform(self._seed, epoch, ids, f"{stream}.{index}", op.num_draws))
+        return images

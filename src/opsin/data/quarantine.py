@@ -1,0 +1,107 @@
+"""Images that cannot be read: replaced, counted, listed, refused when there are too many."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from opsin.data.base import Source, UnreadableImage
+from opsin.errors import DataError
+from opsin.seeding import fold_in
+
+_REPLACEMENTS = 100
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+class Failure(NamedTuple):
+    """An image that could not be read: its index in the source, where it is stored, why."""
+
+    sample: int
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An image that could be read. `index` and `label` belong to `image` uint8 [3, H, W]."""
+
+    index: int
+    image: Tensor
+    label: int
+    failures: tuple[Failure, ...] = ()
+    """What could not be read before, the wanted image first."""
+
+
+def read_or_replace(source: Source, index: int, seed: int) -> Read:
+    """The image at `index`, or the first readable one of the replacements that `(seed, index)` draws.
+
+    Raises:
+        DataError: the image and all 100 replacements are unreadable.
+    """
+    failures: dict[int, Failure] = {}
+    candidate = index
+    for attempt in range(1, _REPLACEMENTS + 2):
+        if candidate not in failures:
+            try:
+                return Read(candidate, source.read(candidate), int(source.labels[candidate]), tuple(failures.values()))
+            except UnreadableImage as error:
+                failures[candidate] = Failure(candidate, source.place(candidate), str(error))
+        candidate = fold_in(seed, index, attempt) % len(source)
+    first = failures[index]
+    raise DataError(
+        f"{first.place}: unreadable ({first.reason}), as are all {_REPLACEMENTS} images drawn to replace it "
+        f"({len(failures)} of the {len(source)} images of {source.name} were tried); check data.path"
+    )
+
+
+class Quarantine:
+    """The unreadable images of a run, as a set and as a sorted list in a file.
+
+    `path` has one line `place<TAB>reason` for each image, and is continued by a resumed run; None keeps
+    no file. Of `total` images at most the share `limit` may be listed.
+    """
+
+    def __init__(self, path: Path | None, total: int, limit: float) -> None:
+        self.path = path
+        self.total = total
+        self.limit = limit
+        self._reasons: dict[str, str] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]:
+                place, _, reason = line.partition("\t")
+                self._reasons[place] = reason
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def add(self, index: int, place: str, reason: str) -> None:
+        """List an image, once only. Takes the three values of a `Failure`; the place is what counts.
+
+        Raises:
+            DataError: more images are listed than `limit` allows.
+        """
+        place = place.translate(_ESCAPES)
+        if place not in self._reasons:
+            self._reasons[place] = reason.translate(_ESCAPES)
+            self._write()
+        if len(self) > self.limit * self.total:
+            raise DataError(self._too_many())
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        lines = (f"{place}\t{reason}\n" for place, reason in sorted(self._reasons.items()))
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+        os.replace(new, self.path)
+
+    def _too_many(self) -> str:
+        first = ", ".join(f"{place} ({reason})" for place, reason in sorted(self._reasons.items())[:3])
+        listed = "" if self.path is None else f", all are listed in {self.path}, delete that list after a repair"
+        return (
+            f"{len(self)} of {self.total} images are unreadable: {first}{', ...' if len(self) > 3 else ''}; "
+            f"data.max_unreadable={self.limit} allows {int(self.limit * self.total)}: "
+            f"repair or remove them, or raise data.max_unreadable{listed}"
+        )

@@ -1,0 +1,135 @@
+"""Small data sets, decoded once and kept in memory, on the GPU where there is one.
+
+Shapes: N images of a source, B of a batch, C channels, H and W sides in pixels.
+"""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opsin.data.base import Source
+from opsin.data.crops import Crop, boxes_for, cut_batch
+from opsin.data.quarantine import Failure, Quarantine, read_or_replace
+from opsin.data.workers import RawBatch, Reader
+from opsin.errors import ConfigError
+
+_CHUNK = 64
+
+Residence = bool | Literal["auto"]
+"""Whether all images are kept in memory; `auto` keeps them where they are small."""
+
+
+class Resident:
+    """All images of a source, of equal size, as uint8 [N, C, H, W]; cuts batches like `Reader`."""
+
+    def __init__(self, images: Tensor, labels: Tensor, *, crops: Mapping[str, Crop], seed: int) -> None:
+        self.images = images
+        self.labels = labels
+        self._crops = crops
+        self._seed = seed
+
+    @classmethod
+    def load(
+        cls,
+        source: Source,
+        crops: Mapping[str, Crop],
+        *,
+        seed: int,
+        device: torch.device,
+        quarantine: Quarantine,
+        residence: Residence = "auto",
+    ) -> "Resident | None":
+        """Decode everything, if `residence` is true, or if it is `auto` and the images fit and have one size.
+
+        Unreadable images are replaced as by `Reader`. `auto` allows 1 GiB, or a quarter of the free
+        memory of a GPU.
+
+        Raises:
+            ConfigError: `residence` is true and the images have several sizes.
+            DataError: too many images are unreadable.
+        """
+        if residence is False:
+            return None
+        first = read_or_replace(source, 0, seed).image
+        if residence == "auto" and len(source) * first.nbytes > byte_limit(device):
+            return None
+        images = torch.empty(len(source), *first.shape, dtype=torch.uint8)
+        labels = torch.empty(len(source), dtype=torch.int64)
+
+        def fill(chunk: Tensor) -> list[Failure]:
+            failures: list[Failure] = []
+            for index in chunk.tolist():
+                read = read_or_replace(source, index, seed)
+                failures += read.failures
+                if read.image.shape != first.shape:
+                    raise _UnequalSizesError(source.place(read.index), read.image, first)
+                images[index], labels[index] = read.image, read.label
+            return failures
+
+        with _threads() as pool:
+            try:
+                for failures in pool.map(fill, torch.split(torch.arange(len(source)), _CHUNK)):
+                    for failure in failures:
+                        quarantine.add(*failure)
+            except _UnequalSizesError as error:
+                pool.shutdown(cancel_futures=True)
+                if residence is True:
+                    raise ConfigError(f"data.resident=true: {error}; use data.resident=auto") from error
+                return None
+        return cls(images.to(device), labels, crops=crops, seed=seed)
+
+    def read(self, epoch: int, ids: Tensor) -> RawBatch:
+        """The batch of `ids`, int64 [B] on the CPU, as it looks in `epoch`; its views are on the device."""
+        images = self.images.index_select(0, ids.to(self.images.device, non_blocking=True))
+        heights = torch.full_like(ids, images.shape[2])
+        widths = torch.full_like(ids, images.shape[3])
+        views: dict[str, Tensor] = {}
+        for name, crop in self._crops.items():
+            copies = [
+                cut_batch(
+                    images,
+                    boxes_for(crop, heights, widths, seed=self._seed, epoch=epoch, ids=ids, view=name, copy=copy),
+                    crop,
+                )
+                for copy in range(crop.count)
+            ]
+            views[name] = copies[0][None] if crop.count == 1 else torch.stack(copies)
+        return RawBatch(views, self.labels[ids], ids)
+
+
+def read_everything(reader: Reader, ids: Tensor, device: torch.device) -> RawBatch:
+    """The images of `ids` as one batch of epoch 0, cut; views are on `device`."""
+    with _threads() as pool:
+        parts = list(pool.map(lambda chunk: reader.read(0, chunk), torch.split(ids, _CHUNK)))
+    return RawBatch(
+        {name: torch.cat([part.views[name] for part in parts], dim=1).to(device) for name in reader.crops},
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.ids for part in parts]),
+        tuple(failure for part in parts for failure in part.failures),
+    )
+
+
+def byte_limit(device: torch.device) -> int:
+    """What `auto` lets images take: a quarter of a GPU's free memory, or 1 GiB."""
+    if device.type != "cuda":
+        return 1 << 30
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 4
+
+
+class _UnequalSizesError(Exception):
+    def __init__(self, place: str, image: Tensor, first: Tensor) -> None:
+        (tall, wide), (usual_tall, usual_wide) = image.shape[1:], first.shape[1:]
+        super().__init__(
+            f"{place} is {wide} x {tall} pixels, the first image {usual_wide} x {usual_tall}, "
+            "but resident images must have one size"
+        )
+
+
+def _threads() -> ThreadPoolExecutor:
+    # Decoders release the interpreter lock.
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))

@@ -1,0 +1,227 @@
+"""Reading, decoding and cutting, in this process or in worker processes.
+
+One task is one batch, addressed by (epoch, ids): whoever computes it, the pixels are the same.
+
+Shapes: B images of a batch, C channels, S side of a crop in pixels.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from opsin.data.base import Source, UnreadableImage
+from opsin.data.crops import Crop, boxes_for, cut
+from opsin.data.quarantine import Failure, Read, read_or_replace
+from opsin.errors import DataError, OpsinError, TrainingError
+
+_GROUP_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RawBatch:
+    """Cut images as they are stored, before colour and normalisation."""
+
+    views: Mapping[str, Tensor]
+    """name -> uint8 [count, B, C, S, S]."""
+    labels: Tensor
+    ids: Tensor
+    """int64 [B], the images asked for. An unreadable one shows, and is labelled as, its replacement."""
+    failures: tuple[Failure, ...] = ()
+
+    def split(self, batch_size: int) -> Iterator["RawBatch"]:
+        """Consecutive pieces of `batch_size` images, the last one smaller; the first has all failures."""
+        for first in range(0, max(len(self.ids), 1), batch_size):
+            part = slice(first, first + batch_size)
+            views = {name: view[:, part] for name, view in self.views.items()}
+            yield RawBatch(views, self.labels[part], self.ids[part], () if first else self.failures)
+
+    def pin_memory(self) -> "RawBatch":
+        """The same batch in memory that a GPU can copy from without waiting."""
+        views = {name: view.pin_memory() for name, view in self.views.items()}
+        return RawBatch(views, self.labels.pin_memory(), self.ids.pin_memory(), self.failures)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads and cuts the images of a batch. Unreadable ones are replaced or left out."""
+
+    source: Source
+    crops: Mapping[str, Crop]
+    seed: int
+    unreadable: Literal["replace", "leave out"] = "replace"
+
+    def read(self, epoch: int, ids: Tensor) -> RawBatch:
+        """The batch of `ids`, int64 [B], as it looks in `epoch`.
+
+        Raises:
+            DataError: an image and all that could replace it are unreadable.
+        """
+        views = {
+            name: torch.empty(crop.count, len(ids), 3, crop.size, crop.size, dtype=torch.uint8)
+            for name, crop in self.crops.items()
+        }
+        failures: list[Failure] = []
+        kept: list[int] = []
+        labels: list[int] = []
+        for group in _groups(self._reads(ids, failures)):
+            first = len(kept)
+            kept += [wanted for wanted, _ in group]
+            labels += [read.label for _, read in group]
+            self._cut(epoch, group, {name: view[:, first : len(kept)] for name, view in views.items()})
+        views = {name: view[:, : len(kept)] for name, view in views.items()}
+        return RawBatch(views, _int64(labels), _int64(kept), tuple(failures))
+
+    def _reads(self, ids: Tensor, failures: list[Failure]) -> Iterator[tuple[int, Read]]:
+        """Each id that is kept with its image; what could not be read is added to `failures`."""
+        for wanted in ids.tolist():
+            if self.unreadable == "replace":
+                read = read_or_replace(self.source, wanted, self.seed)
+                failures += read.failures
+                yield wanted, read
+                continue
+            try:
+                yield wanted, Read(wanted, self.source.read(wanted), int(self.source.labels[wanted]))
+            except UnreadableImage as error:
+                failures.append(Failure(wanted, self.source.place(wanted), str(error)))
+
+    def _cut(self, epoch: int, group: list[tuple[int, Read]], views: Mapping[str, Tensor]) -> None:
+        """Fill `views`, uint8 [count, b, C, S, S], from the b images of the group."""
+        ids = _int64([wanted for wanted, _ in group])
+        heights = _int64([read.image.shape[1] for _, read in group])
+        widths = _int64([read.image.shape[2] for _, read in group])
+        for name, crop in self.crops.items():
+            for copy, view in enumerate(views[name]):
+                boxes = boxes_for(crop, heights, widths, seed=self.seed, epoch=epoch, ids=ids, view=name, copy=copy)
+                for index, (_, read) in enumerate(group):
+                    view[index] = cut(read.image, boxes, index, crop)
+
+
+def read_batches(
+    reader: Reader, keys: Iterable[tuple[int, Tensor]], *, workers: int, prefetch: int, pin_memory: bool = False
+) -> Iterator[RawBatch]:
+    """The batches of `keys` (epoch, ids), in their order, the same for any number of workers.
+
+    0 workers reads in this process. Each worker prepares `prefetch` batches ahead. Workers leave
+    SIGINT, SIGTERM and SIGUSR1 to this process and end when it ends, however it does.
+
+    Raises:
+        OpsinError: what a worker raised.
+        TrainingError: a worker ended by itself.
+    """
+    if workers == 0:
+        return (reader.read(epoch, ids) for epoch, ids in keys)
+    batches = _from_workers(reader, keys, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+    # When Python exits, multiprocessing ends processes with the SIGTERM that workers ignore, and waits.
+    atexit.register(batches.close)
+    return batches
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """What went wrong in a worker, as a value: the loader would bury an exception in a traceback."""
+
+    kind: type[OpsinError]
+    faults: tuple[str, ...]
+
+
+class _Tasks(Dataset[RawBatch | _Fault]):
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> RawBatch | _Fault:
+        epoch, ids = key
+        try:
+            return self.reader.read(epoch, _int64(ids))
+        except OpsinError as error:
+            return _Fault(type(error), error.faults)
+        except Exception as error:
+            text = f"data.workers: reading failed in a worker with {type(error).__name__}: {error}"
+            return _Fault(DataError, (f"{text}; data.workers=0 shows where",))
+
+
+def _from_workers(
+    reader: Reader, keys: Iterable[tuple[int, Tensor]], *, workers: int, prefetch: int, pin_memory: bool
+) -> Generator[RawBatch, None, None]:
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, in the process that workers are forked from.
+    context.set_forkserver_preload([__name__])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        loader = DataLoader(
+            _Tasks(reader),
+            batch_size=None,
+            sampler=((epoch, ids.tolist()) for epoch, ids in keys),
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            pin_memory=pin_memory,
+            collate_fn=_unchanged,
+            worker_init_fn=_begin_work,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # the loader draws a seed for workers: not from the global generator
+        )
+        batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            raise TrainingError(_describe_end(error, workers)) from error
+        if batch is None:
+            return
+        if isinstance(batch, _Fault):
+            raise batch.kind(*batch.faults)
+        yield batch
+
+
+def _describe_end(error: RuntimeError, workers: int) -> str:
+    reason = " ".join(str(error).split())
+    return (
+        f"data.workers={workers}: a worker process ended by itself ({reason}); memory or /dev/shm may be full: try "
+        "fewer workers; a script of your own must start training below `if __name__ == '__main__':`"
+    )
+
+
+def _begin_work(_: int) -> None:
+    """Runs first in a worker: the training process decides when to stop, and its end is the worker's end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # The loader's own watch looks at the parent process, which here is the fork server: it outlives training.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _groups(reads: Iterable[tuple[int, Read]]) -> Iterator[list[tuple[int, Read]]]:
+    """Consecutive reads whose images together fill some 64 MiB: photographs of a whole batch may not fit."""
+    group: list[tuple[int, Read]] = []
+    held = 0
+    for wanted, read in reads:
+        group.append((wanted, read))
+        held += read.image.nbytes
+        if held >= _GROUP_BYTES:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _int64(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

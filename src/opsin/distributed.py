@@ -1,0 +1,31 @@
+"""The processes of a run. One process is a world of size one."""
+
+import os
+from dataclasses import dataclass
+
+from opsin.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Which process this is, of how many."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run directory."""
+        return self.rank == 0
+
+
+def join() -> World:
+    """The world that the launcher has started.
+
+    Raises:
+        ConfigError: several processes were launched, which this version cannot train with.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise ConfigError(f"WORLD_SIZE={size}: this version trains in one process; start it without torchrun")
+    return World()

@@ -1,0 +1,214 @@
+"""How often a classifier is right, and what it takes for what.
+
+Shapes: B images of a batch, C channels, S side in pixels, K classes.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from opsin.errors import ConfigError, DataError
+from opsin.methods.base import Method
+from opsin.rundir import write_atomic
+from opsin.training.observe import EvaluatorConfig, Scene, StillData
+
+
+class AccuracyConfig(EvaluatorConfig):
+    """Top-1 and top-5 accuracy, loss and confusion on the validation images."""
+
+    name: Literal["accuracy"] = "accuracy"
+    batch_size: int = Field(256, gt=0)
+    """Images per forward pass; changes speed and memory, not scores."""
+
+    def build(self, scene: Scene, prefix: str) -> "Accuracy":
+        if scene.validation is None:
+            raise ConfigError(
+                f"evaluators.{prefix}: there are no validation images to score; set data.holdout above 0, "
+                "or remove this score"
+            )
+        if not scene.validation.facts.classes:
+            raise ConfigError(
+                f"evaluators.{prefix}: the validation images have no labels, which the score accuracy needs; "
+                "add labels, or remove this score"
+            )
+        return Accuracy(
+            scene.validation,
+            autocast=scene.autocast,
+            device=scene.device,
+            batch_size=self.batch_size,
+            save_to=scene.folder / "confusion.json",
+        )
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """A network with class scores."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores [B, K] of normalised images [B, C, S, S]."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> object: ...
+
+
+@dataclass(frozen=True)
+class AccuracyReport:
+    """Scores of a classifier. Accuracies are fractions in 0..1."""
+
+    values: Mapping[str, float]
+    """`top1`, `loss` (mean cross-entropy), and `top5` where there are more than five classes."""
+    confusion: Tensor
+    """int64 [K, K]: row = true class, column = predicted class."""
+    classes: tuple[str, ...]
+    images: int
+
+    @property
+    def per_class(self) -> dict[str, float]:
+        """Share of each class that is recognised; NaN where it has no image."""
+        shares = self.confusion.diagonal() / self.confusion.sum(1)
+        return dict(zip(self.classes, shares.tolist(), strict=True))
+
+    def lines(self, worst: int = 5) -> list[str]:
+        """Scores, the `worst` classes and the most frequent confusions, for a reader."""
+        percent = {"top1": "top-1", "top5": "top-5"}
+        scores = [f"{percent[name]} {value:.2%}" for name, value in self.values.items() if name in percent]
+        lines = [f"{'  '.join(scores)}  loss {self.values['loss']:.4f}  ({self.images:,} images)"]
+        seen = self.confusion.sum(1).tolist()
+        found = [(share, name, seen[k]) for k, (name, share) in enumerate(self.per_class.items()) if seen[k]]
+        if imperfect := [entry for entry in sorted(found) if entry[0] < 1.0][:worst]:
+            width = max(len(name) for _, name, _ in imperfect)
+            lines += ["", "least accurate classes"]
+            lines += [f"  {name:{width}}  {share:7.2%} of {count:,}" for share, name, count in imperfect]
+        if mistakes := self._mistakes()[:worst]:
+            width = max(len(true) for _, true, _ in mistakes)
+            lines += ["", "most frequent confusions"]
+            lines += [f"  {true:{width}}  taken for {taken}  {count:,} times" for count, true, taken in mistakes]
+        return lines
+
+    def _mistakes(self) -> list[tuple[int, str, str]]:
+        wrong = self.confusion.clone().fill_diagonal_(0)
+        places = [(int(wrong[i, j]), self.classes[i], self.classes[j]) for i, j in wrong.nonzero().tolist()]
+        return sorted(places, key=lambda place: -place[0])
+
+
+class Accuracy:
+    """Scores a method on validation images each time it is asked."""
+
+    def __init__(
+        self,
+        data: StillData,
+        *,
+        autocast: Callable[[], AbstractContextManager[None]],
+        device: torch.device,
+        batch_size: int = 256,
+        save_to: Path | None = None,
+    ) -> None:
+        """`save_to` is a JSON file that holds the confusions of the last evaluation."""
+        self._data = data
+        self._autocast = autocast
+        self._device = device
+        self._batch_size = batch_size
+        self._save_to = save_to
+
+    def evaluate(self, method: Method) -> Mapping[str, float]:
+        """`top1`, `loss`, and `top5` where there are more than five classes.
+
+        Raises:
+            ConfigError: the method is not a `Classifier`.
+            DataError: the data does not fit, see `evaluate` of this module.
+        """
+        if not isinstance(method, Classifier):
+            raise ConfigError(
+                f"evaluators: the score accuracy needs class scores, which {type(method).__name__} does not give; "
+                "remove it from the recipe"
+            )
+        report = evaluate(method, self._data, autocast=self._autocast, device=self._device, batch_size=self._batch_size)
+        if self._save_to is not None:
+            save_confusion(self._save_to, report)
+        return report.values
+
+
+def evaluate(
+    method: Classifier,
+    data: StillData,
+    *,
+    autocast: Callable[[], AbstractContextManager[None]],
+    device: torch.device,
+    top: tuple[int, ...] = (1, 5),
+    batch_size: int = 256,
+) -> AccuracyReport:
+    """The scores of `method` on all labelled images of `data`.
+
+    Leaves weights, train mode and random numbers as they are. Nothing is read from the device before
+    the end. A `top` of K or more is left out, since every guess would be right.
+
+    Raises:
+        DataError: there is no labelled image, or the classes are not those of the network.
+    """
+    classes = data.facts.classes
+    tops = [k for k in top if k < len(classes)]
+    confusion = torch.zeros(len(classes) ** 2, dtype=torch.int64, device=device)
+    hits = torch.zeros(len(tops), dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    with untouched(method, device):
+        for batch in data.batches(batch_size):
+            batch = batch.to(device)
+            with autocast():
+                logits = method.logits(batch.views["image"][0])
+            logits = logits.float()  # [B, K]
+            if logits.shape[1] != len(classes):
+                raise DataError(
+                    f"the network tells {logits.shape[1]} classes apart, the data has {len(classes)}; "
+                    "evaluate on data with the classes it was trained on"
+                )
+            known = batch.labels >= 0
+            guesses = logits.topk(max(tops, default=1), dim=1).indices  # [B, max(tops)]
+            right = guesses == batch.labels[:, None]
+            hits += torch.stack([right[:, :k].sum() for k in tops]) if tops else 0
+            cells = batch.labels.clamp(min=0) * len(classes) + guesses[:, 0]
+            confusion.index_add_(0, cells, known.to(torch.int64))
+            loss += F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+    images = int(confusion.sum())
+    if images == 0:
+        raise DataError(
+            "the validation images have no labels, which the score accuracy needs; add labels or drop the score"
+        )
+    values = {f"top{k}": count / images for k, count in zip(tops, hits.tolist(), strict=True)}
+    table = confusion.view(len(classes), len(classes)).cpu()
+    return AccuracyReport({**values, "loss": loss.item() / images}, table, classes, images)
+
+
+@contextmanager
+def untouched(method: Classifier, device: torch.device) -> Iterator[None]:
+    """Inside, `method` is in eval mode and without gradients; after, modes and random numbers are as before."""
+    modes = [(module, module.training) for module in method.modules()]
+    # Not inference_mode: a tensor that a module keeps from inside it could not be used in training.
+    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type), torch.no_grad():
+        method.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def save_confusion(path: Path, report: AccuracyReport) -> None:
+    """Write classes, confusion matrix (row = true class) and accuracy per class as JSON; NaN becomes null."""
+    facts = {
+        "classes": report.classes,
+        "images": report.images,
+        "per_class": {name: None if math.isnan(share) else share for name, share in report.per_class.items()},
+        "matrix": report.confusion.tolist(),
+    }
+    write_atomic(path, (json.dumps(facts) + "\n").encode())

@@ -1,0 +1,103 @@
+"""What a training method is: one `nn.Module` from a batch to losses.
+
+A method file holds its networks, views, loss, teacher update and parameter groups together. The
+loop calls it through this interface only. Subclassing `Method` and `MethodConfig` is all that a
+new method needs: the recipe finds the config by its `name`, the contract tests find the method.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from opsin.config import Family
+from opsin.data.base import Batch, DataFacts, Views
+from opsin.nn.backbone import Backbone, ModelConfig, Tokens
+from opsin.timeline import Clock
+
+__all__ = ["Batch", "Clock", "DataFacts", "Losses", "Method", "MethodConfig", "ParamGroup", "Tokens", "Views"]
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What one forward pass says. `total` is a scalar, the mean over the images of the batch."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Unweighted terms, logged as `loss/<name>`."""
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached facts without gradient, logged as `train/<name>`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamGroup:
+    """Parameters that share an update rule. `lr_factor` multiplies the learning rate."""
+
+    name: str
+    params: Sequence[nn.Parameter]
+    decay: bool = True
+    lr_factor: float | Callable[[Clock], float] = 1.0
+
+
+class Method(nn.Module, ABC):
+    """A learning algorithm. Its parameters and buffers are its whole state."""
+
+    backbone: Backbone
+    """The network that `encode` uses: starting weights are loaded into it, and it is what is exported."""
+
+    @abstractmethod
+    def views(self) -> Views:
+        """The crops, augmentation and masks that a batch contains."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, clock: Clock) -> Losses:
+        """The losses of a batch. Called through DDP, FSDP or compile; changes no parameter."""
+
+    @abstractmethod
+    def param_groups(self) -> Sequence[ParamGroup]:
+        """Every trainable parameter, once."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tokens:
+        """Features of normalised images [B, C, S, S], as evaluation scores them."""
+
+    def prepare(self, first_batch: Callable[[], Batch]) -> None:
+        """Once, before step 0: initialisation from data. Must be deterministic.
+
+        `first_batch` loads the batch of step 0; a method that needs no images does not call it.
+        """
+
+    def before_update(self, clock: Clock) -> None:
+        """Gradients are final (clipped); a method may cancel or scale some."""
+
+    def after_update(self, clock: Clock, applied: Tensor) -> None:
+        """Weights have moved: update teachers and centres.
+
+        `applied` is a scalar on the device, 1 when the update was made and 0 when a non-finite
+        loss or gradient cancelled it; every change must be scaled by it.
+        """
+
+
+class MethodConfig(Family, ABC):
+    """The settings of a method; defaults are the published values."""
+
+    @abstractmethod
+    def build(self, model: ModelConfig, facts: DataFacts) -> Method:
+        """The method with fresh weights, on the CPU.
+
+        Raises:
+            ConfigError: the data lacks what the method needs (labels, say).
+        """
+
+
+def split_by_decay(
+    named: Iterable[tuple[str, nn.Parameter]], *, lr_factor: float | Callable[[Clock], float] = 1.0, prefix: str = ""
+) -> list[ParamGroup]:
+    """Two groups: matrices and filters with weight decay; biases, norms and all 1-D without."""
+    params = [param for _, param in named if param.requires_grad]
+    groups = [
+        ParamGroup(f"{prefix}decay", [p for p in params if p.ndim > 1], True, lr_factor),
+        ParamGroup(f"{prefix}no_decay", [p for p in params if p.ndim <= 1], False, lr_factor),
+    ]
+    return [group for group in groups if group.params]

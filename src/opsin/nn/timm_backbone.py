@@ -1,0 +1,175 @@
+"""Any network of timm as a backbone.
+
+timm is imported where it is used: it takes seconds, and most commands do not need it.
+
+Shapes: B images, C channels, S side in pixels, h x w the final grid, N = h x w patches, D width.
+"""
+
+import difflib
+import re
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from opsin.errors import ConfigError
+from opsin.nn.backbone import Backbone, ModelConfig, Tokens
+
+_OWN_KEYS = {"num_classes": "the method's head", "in_chans": "the images", "pretrained": "model.weights=pretrained"}
+_KEY_OF_ARGUMENT = {"drop_path_rate": "model.drop_path", "drop_rate": "model.dropout"}
+
+
+class TimmConfig(ModelConfig):
+    """A network of timm, by its name there: resnet50, convnext_tiny, vit_small_patch16_224, ..."""
+
+    name: str = "resnet50"
+    """Any name that `timm.list_models()` gives, also with a tag of pretrained weights."""
+    drop_path: float | None = Field(None, ge=0.0, lt=1.0)
+    """Chance that an image skips a residual branch of the last block; none: timm's default."""
+    dropout: float | None = Field(None, ge=0.0, lt=1.0)
+    """Share of the pooled features dropped; none: timm's default."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """`small` begins a ResNet with a 3 x 3 filter of stride 1 and no pooling, for images up to 64 pixels."""
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Further arguments of `timm.create_model`, such as `patch_size`."""
+
+    @field_validator("options")
+    @classmethod
+    def _leaves_own_keys(cls, options: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+        for key in options:
+            if key in _OWN_KEYS:
+                raise ValueError(f"option {key} is decided by {_OWN_KEYS[key]}; leave it out")
+        return options
+
+    def build(self, *, image_size: int, channels: int = 3) -> "TimmBackbone":
+        """The network with fresh weights, on the CPU.
+
+        Raises:
+            ConfigError: timm has no such name or option, or the network cannot take such images.
+        """
+        return TimmBackbone(self, image_size=image_size, channels=channels)
+
+
+class TimmBackbone(Backbone):
+    """A network of timm without its classifier, as `network`.
+
+    `pooled` is what the classifier would see. `patches` is the final grid without class or register
+    tokens; its width, `patch_width`, differs from `width` where a layer lies between the two.
+    """
+
+    def __init__(self, config: TimmConfig, *, image_size: int, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = image_size
+        self.channels = channels
+        self.network: Any = _create(config, image_size, channels)
+        sample = self._probe()
+        self.width = sample.pooled.shape[-1]
+        self.patch_width = sample.patches.shape[-1]
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Normalised images [B, C, S, S] to features."""
+        features = self.network.forward_features(images)
+        pooled = self.network.forward_head(features, pre_logits=True)  # [B, D]
+        if features.ndim == 3:
+            return Tokens(pooled, features[:, getattr(self.network, "num_prefix_tokens", 0) :])
+        if getattr(self.network, "output_fmt", "NCHW") == "NHWC":
+            return Tokens(pooled, features.flatten(1, 2))
+        return Tokens(pooled, features.flatten(2).transpose(1, 2))
+
+    def pretrained_state(self) -> dict[str, Tensor]:
+        """The published weights for `network`, laid out for this image size and these channels.
+
+        Raises:
+            ConfigError: there are none, or they cannot be fetched.
+        """
+        return dict(_create(self.config, self.image_size, self.channels, pretrained=True).state_dict())
+
+    def _probe(self) -> Tokens:
+        """Features of one black image: sizes, and proof that the network takes such images."""
+        # timm leaves out the pixels that fill no patch, without a word.
+        cut = getattr(getattr(self.network, "patch_embed", None), "proj", None)
+        if isinstance(cut, nn.Conv2d) and cut.kernel_size == cut.stride and self.image_size % cut.stride[0]:
+            patch = cut.stride[0]
+            raise ConfigError(
+                f"model.name = {self.config.name!r}: data.image_size {self.image_size} is not a multiple of its "
+                f"patch, {patch}; use data.image_size={max(self.image_size // patch, 1) * patch}"
+            )
+        image = torch.zeros(1, self.channels, self.image_size, self.image_size)
+        self.eval()
+        try:
+            with torch.no_grad():
+                tokens = self(image)
+        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
+            raise ConfigError(
+                f"model.name = {self.config.name!r}: cannot take images of {self.image_size} x {self.image_size} "
+                f"pixels ({_first_line(error)}); change data.image_size or model.options"
+            ) from error
+        finally:
+            self.train()
+        assert isinstance(tokens, Tokens)
+        return tokens
+
+
+def _create(config: TimmConfig, image_size: int, channels: int, *, pretrained: bool = False) -> nn.Module:
+    import timm
+
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, [*ModelConfig.members(), *timm.list_models()], n=1)
+        way_out = f"did you mean {near[0]!r}?" if near else "timm.list_models() gives all names"
+        raise ConfigError(f"model.name = {config.name!r}: neither opsin nor timm has such a model; {way_out}")
+    arguments: dict[str, Any] = {"in_chans": channels}
+    if config.drop_path is not None:
+        arguments["drop_path_rate"] = config.drop_path
+    if config.dropout is not None:
+        arguments["drop_rate"] = config.dropout
+    try:
+        published = timm.models.get_pretrained_cfg(config.name, allow_unregistered=True)
+        if published is not None and published.fixed_input_size:
+            arguments["img_size"] = image_size
+        arguments |= config.options
+        network: nn.Module = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **arguments)
+    except OSError as error:
+        raise ConfigError(
+            f"model.weights = 'pretrained': the weights of {config.name} could not be fetched "
+            f"({_first_line(error)}); connect this machine to the network, or give a file"
+        ) from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise _refusal(config, error, pretrained=pretrained) from error
+    if config.stem == "small":
+        _use_small_stem(network, config.name)
+    return network
+
+
+def _refusal(config: TimmConfig, error: Exception, *, pretrained: bool) -> ConfigError:
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown:
+        key = _KEY_OF_ARGUMENT.get(unknown[1], f"model.options.{unknown[1]}")
+        return ConfigError(f"{key}: {config.name} has no such option; leave it out")
+    if pretrained:
+        return ConfigError(
+            f"model.weights = 'pretrained': {config.name} cannot load them ({_first_line(error)}); "
+            "give a file or another model.name"
+        )
+    return ConfigError(
+        f"model.name = {config.name!r}: timm cannot build it ({_first_line(error)}); change its tag or model.options"
+    )
+
+
+def _use_small_stem(network: nn.Module, name: str) -> None:
+    from timm.models import ResNet
+
+    if not (isinstance(network, ResNet) and isinstance(network.conv1, nn.Conv2d)):
+        raise ConfigError(
+            f"model.stem = 'small': {name} does not begin with a ResNet's single filter; "
+            "use stem 'imagenet', or a model such as resnet18"
+        )
+    stem = nn.Conv2d(network.conv1.in_channels, network.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    network.set_submodule("conv1", stem)
+    network.set_submodule("maxpool", nn.Identity())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

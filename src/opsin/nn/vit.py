@@ -1,0 +1,218 @@
+"""A vision transformer that can also leave patches out and show what it looks at.
+
+Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, with the parameter names, the arithmetic
+and the initialisation of timm's: tests/unit/nn/test_vit.py compares them.
+
+Shapes: B images, C channels, N patches, K kept patches, T tokens (class token and patches), D width.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opsin.errors import ConfigError
+from opsin.nn.attention import Attention
+from opsin.nn.backbone import Backbone, ModelConfig, Tokens
+from opsin.nn.position import resize_grid
+
+
+class ViTConfig(ModelConfig):
+    """A vision transformer of any size; the defaults are ViT-Tiny/16."""
+
+    name: Literal["vit"] = "vit"
+    width: int = Field(192, ge=1)
+    """Size of a token; a multiple of `heads`."""
+    depth: int = Field(12, ge=1)
+    """Number of blocks."""
+    heads: int = Field(3, ge=1)
+    """Attention heads of a block."""
+    mlp_ratio: float = Field(4.0, gt=0.0)
+    """Hidden size of a block's MLP, as a multiple of `width`."""
+    patch: int = Field(16, ge=1)
+    """Side of a patch in pixels; divides `data.image_size`."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of values dropped after the position embedding, after each attention and in each MLP."""
+    attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of attention probabilities dropped."""
+    drop_path: float = Field(0.0, ge=0.0, lt=1.0)
+    """Chance that an image skips a residual branch of the last block; grows linearly from 0 at the first."""
+    class_token: bool = True
+    """Whether a learned token goes along with the patches."""
+    pool: Literal["token", "mean"] = "token"
+    """What stands for the image: the class token, or the mean of the patches."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ViTConfig":
+        if self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} is not a multiple of heads {self.heads}; "
+                f"use width {-(-self.width // self.heads) * self.heads} or change heads"
+            )
+        if self.pool == "token" and not self.class_token:
+            raise ValueError("pool 'token' needs class_token true; use pool 'mean'")
+        return self
+
+    def build(self, *, image_size: int, channels: int = 3) -> "VisionTransformer":
+        """The network with fresh weights, on the CPU."""
+        if image_size % self.patch:
+            lower = image_size // self.patch * self.patch
+            raise ConfigError(
+                f"model.patch = {self.patch}: data.image_size {image_size} is not a multiple of it; "
+                f"use data.image_size={lower or self.patch} or another patch"
+            )
+        return VisionTransformer(self, image_size=image_size, channels=channels)
+
+
+class VisionTransformer(Backbone):
+    """Patches and a class token through blocks of attention and MLP.
+
+    Takes images of any size that is a multiple of the patch: the position embedding is interpolated.
+    """
+
+    def __init__(self, config: ViTConfig, *, image_size: int, channels: int) -> None:
+        super().__init__()
+        self.width = config.width
+        self.image_size = image_size
+        self.patch = config.patch
+        self.grid = image_size // config.patch
+        self.pool = config.pool
+        self.prefix = int(config.class_token)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid**2, config.width))
+        self.patch_embed = PatchEmbed(channels, config.patch, config.width)
+        self.pos_drop = nn.Dropout(config.dropout)
+        rates = torch.linspace(0.0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in rates)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self._initialise()
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Normalised images [B, C, S, S] to features."""
+        return self.forward_tokens(images)
+
+    def forward_tokens(self, images: Tensor, keep: Tensor | None = None, *, class_token_only: bool = False) -> Tokens:
+        """Features of a part of each image, or for less work.
+
+        Only the patches whose indices stand in `keep`, int64 [B, K], go through; `patches` is then
+        [B, K, D] in their order. With `class_token_only`, the last block computes the class token
+        alone and `patches` is [B, 0, D]: `pooled` is the same, for a cheaper last block.
+
+        Raises:
+            ValueError: `class_token_only` without `pool: token`.
+        """
+        if class_token_only and self.pool != "token":
+            raise ValueError(f"class_token_only needs pool 'token', not '{self.pool}'")
+        x = self._embed(images, keep)  # [B, T, D]
+        *first, last = self.blocks
+        for block in first:
+            x = block(x)
+        x = self.norm(last(x, 1 if class_token_only else None))
+        patches = x[:, self.prefix :]
+        return Tokens(x[:, 0] if self.pool == "token" else patches.mean(dim=1), patches)
+
+    def attention(self, images: Tensor) -> Tensor:
+        """What the last block looks at: [B, heads, T, T], row = the token that asks, rows sum to 1.
+
+        Token 0 is the class token where there is one; patches follow row by row.
+        """
+        x = self._embed(images, None)
+        *first, last = self.blocks
+        for block in first:
+            x = block(x)
+        assert isinstance(last, Block)
+        return last.attn.probabilities(last.norm1(x))
+
+    def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        height, width = (side // self.patch for side in images.shape[-2:])
+        positions = self.pos_embed[0, self.prefix :]  # [N, D]
+        if (height, width) != (self.grid, self.grid):
+            square = positions.reshape(self.grid, self.grid, -1)
+            positions = resize_grid(square, height, width).flatten(0, 1)
+        x = self.patch_embed(images, keep) + (positions if keep is None else positions[keep])
+        if self.cls_token is not None:
+            token = self.cls_token + self.pos_embed[:, :1]
+            x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
+        out: Tensor = self.pos_drop(x)
+        return out
+
+    def _initialise(self) -> None:
+        # timm cuts this distribution at 100 deviations: no cut at all.
+        nn.init.normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches and projects each to a token.
+
+    `proj` is a convolution by its parameters only. As a matrix product the patches that are left out
+    cost nothing.
+    """
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Images [B, C, S, S] to tokens [B, N, D], row by row, or to [B, K, D] of the kept ones."""
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise ConfigError(
+                f"model.patch = {self.patch}: images of {height} x {width} pixels cannot be cut into such patches; "
+                "use a size that is a multiple of it"
+            )
+        rows, columns = height // self.patch, width // self.patch
+        cut = images.reshape(*images.shape[:2], rows, self.patch, columns, self.patch)  # [B, C, h, P, w, P]
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C P P]
+        if keep is not None:
+            patches = torch.take_along_dim(patches, keep[:, :, None], dim=1)  # [B, K, C P P]
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each normalised before and added to its input."""
+
+    def __init__(self, config: ViTConfig, *, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(
+            config.width, config.heads, attention_dropout=config.attention_dropout, dropout=config.dropout
+        )
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), dropout=config.dropout)
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first of them come out."""
+        x = x[:, :queries] + self._skip(self.attn(self.norm1(x), queries))
+        return x + self._skip(self.mlp(self.norm2(x)))
+
+    def _skip(self, branch: Tensor) -> Tensor:
+        """Drop the whole branch for some images, and scale it for the others to keep its mean."""
+        if self.drop_path == 0.0 or not self.training:
+            return branch
+        kept = 1.0 - self.drop_path
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(kept).div_(kept)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int, *, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        out: Tensor = self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return out

@@ -1,0 +1,136 @@
+"""The recipe: everything a run is asked to do, as frozen values."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from opsin import config
+from opsin.config import Settings
+from opsin.evaluation.accuracy import AccuracyConfig
+from opsin.methods.base import MethodConfig
+from opsin.methods.supervised import SupervisedConfig
+from opsin.nn.backbone import ModelConfig
+from opsin.nn.convnet import ConvNetConfig
+from opsin.nn.timm_backbone import TimmConfig
+from opsin.nn.vit import ViTConfig
+from opsin.training.checkpoint import CheckpointConfig
+from opsin.training.observe import EvaluatorConfig, MonitorConfig
+from opsin.training.optim import SGD, AdamW, OptimConfig
+
+__all__ = ["SGD", "ConvNetConfig", "DataConfig", "Recipe", "TimmConfig", "ViTConfig", "read", "shipped"]
+
+shipped = Path(__file__).parent / "recipes"
+"""The folder of the recipes that come with the package."""
+
+
+class DataConfig(Settings):
+    """Which images, and how they reach the device."""
+
+    path: str
+    """A folder, a CSV or parquet file, or the words `digits` or `cifar10`. Relative to the working directory."""
+    kind: Literal["auto", "digits", "cifar10", "folder", "csv", "parquet"] = "auto"
+    """What `path` is; `auto` finds out and says so."""
+    labels: Literal["auto", "folders", "none"] = "auto"
+    """Whether the folders under `path` are classes."""
+    image_column: str | None = None
+    """The parquet column that holds the images, where it is not the only candidate."""
+    label_column: str | None = None
+    """The parquet column that holds the labels, where it is not the only candidate."""
+    cache: str = "~/.cache/opsin"
+    """Where downloads are kept."""
+    image_size: int = Field(gt=0)
+    """Side of the training images in pixels."""
+    eval_resize: int | None = Field(None, gt=0)
+    """Shorter side before the centre crop when evaluating; null takes image_size."""
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share of the training images kept for validation, where the data has no split of its own."""
+    drop_last: bool = True
+    """Leave out the images after the last full batch of an epoch; false makes that batch short."""
+    workers: int | Literal["auto"] = Field("auto")
+    """Processes that decode images; `auto` is one per core, up to 8. 0 decodes in the training process."""
+    prefetch: int = Field(4, ge=1)
+    """Batches that each worker prepares ahead."""
+    resident: bool | Literal["auto"] = "auto"
+    """Keep all images decoded in memory (on the GPU if there is one); `auto` does so where they are small."""
+    max_unreadable: float = Field(0.01, ge=0, le=1)
+    """Share of images that may fail to decode before the run stops."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of each channel, 0 to 1; null takes the data set's own where it is known, else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of each channel, 0 to 1; null as for `mean`."""
+
+
+class LimitsConfig(Settings):
+    """When a run ends early."""
+
+    hours: float | None = Field(None, gt=0)
+    """Stop with a checkpoint after this much wall-clock time of one session; `opsin resume` goes on."""
+    steps: int | None = Field(None, gt=0)
+    """End the run after this many steps, without changing its schedules."""
+    cancelled_in_a_row: int = Field(20, gt=0)
+    """Updates with a non-finite loss or gradient, one after another, before the run fails."""
+
+
+class LogConfig(Settings):
+    """What is written while training."""
+
+    every: int = Field(50, gt=0)
+    """Steps between rows of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard files into the run directory."""
+    csv: bool = True
+    """Keep log.csv beside metrics.jsonl."""
+
+
+class Recipe(Settings):
+    """What a run is asked to do."""
+
+    seed: int = Field(0, ge=0)
+    """Every random number of the run follows from it."""
+    epochs: float = Field(gt=0)
+    """Passes over the training images."""
+    batch_size: int = Field(gt=0)
+    """Images per update, over all processes and parts."""
+    accumulate: int = Field(1, gt=0)
+    """Parts that a batch is computed in, one after another, to save memory; the update stays the same."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Number format of the forward pass; `auto` takes the fastest that this chip computes well."""
+    attention: Literal["auto", "fused", "explicit"] = "auto"
+    """Attention kernel; `auto` takes the faster one for the device."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Memory format of images and filters; `auto` is true for convolutional networks."""
+    compile: bool = False
+    """Compile the forward pass (needs a C++ compiler on the CPU)."""
+    deterministic: bool = True
+    """Use deterministic kernels, so that two runs on one machine give the same bits."""
+    data: DataConfig
+    """Which images, and how they reach the device."""
+    model: ModelConfig
+    """The backbone."""
+    method: MethodConfig = SupervisedConfig()
+    """What is learned from the images."""
+    optim: OptimConfig = AdamW()
+    """The optimizer."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """When state is saved, and what is kept."""
+    limits: LimitsConfig = LimitsConfig()
+    """When a run ends early."""
+    log: LogConfig = LogConfig()
+    """What is written while training."""
+    monitors: dict[str, MonitorConfig] = {}
+    """Numbers of the training itself, by name."""
+    evaluators: dict[str, EvaluatorConfig] = {"val": AccuracyConfig()}
+    """Scores on the validation images; the name is the prefix of the scores."""
+
+
+def read(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a shipped name or a YAML path, with `key=value` overrides.
+
+    Raises:
+        ConfigError: one line per fault, all faults at once.
+    """
+    return config.read(reference, overrides, Recipe, shipped=shipped)

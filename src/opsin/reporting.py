@@ -1,0 +1,331 @@
+"""The journal of a run: what was measured, what happened, and the best of it.
+
+`metrics.jsonl` is the truth: one JSON object per line with `step`, `epoch`, `time_s`, then the
+values sorted by name. No step stands twice. `events.jsonl` holds what happened, `summary.json` the
+last and best of every score. CSV, TensorBoard and plain text are sinks: copies that may fail.
+
+JSON has no NaN and no infinity: a value that is not finite is written as null and read back as NaN.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from opsin.errors import RunError
+from opsin.rundir import write_atomic
+
+Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
+"""What JSON can hold."""
+
+_PLACE = ("step", "epoch", "time_s")
+_HIGHER = ("top1", "top5", "accuracy")
+_LOWER = ("loss",)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Values measured after `step` updates. `epoch` has a fraction, `time_s` is training time in seconds."""
+
+    step: int
+    epoch: float
+    time_s: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened after `step` updates, at an ISO 8601 time (UTC)."""
+
+    time: str
+    step: int
+    kind: str
+    facts: Mapping[str, Fact]
+
+
+class Sink(Protocol):
+    """A copy of the journal in another form. It may raise: the journal keeps the call and makes it again."""
+
+    name: str
+
+    def write(self, row: Row) -> None:
+        """New values. A second row for the same step adds to the first."""
+        ...
+
+    def event(self, event: Event) -> None:
+        """Something happened."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Forget what stands after `step`; `metrics.jsonl` has forgotten it already."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class Journal:
+    """Writes the history of a run. Once it is open, nothing that happens to a file stops training.
+
+    What cannot be written (a full disk, say) waits in memory and is written when that is possible
+    again; the first fault of each file or sink is a warning, each recovery an event.
+    """
+
+    def __init__(self, folder: Path, sinks: Sequence[Sink] = (), *, warn: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._metrics_file = _LineFile(folder / "metrics.jsonl")
+        self._events_file = _LineFile(folder / "events.jsonl")
+        self._metrics = _Outlet("metrics.jsonl", warn)
+        self._events = _Outlet("events.jsonl", warn)
+        self._summary = _Outlet("summary.json", warn)
+        self._sinks = [(_Outlet(sink.name, warn), sink) for sink in sinks]
+        self._last: Row | None = None
+        self._scores: dict[str, _Score] = {}
+        self._load()
+
+    def log(self, step: int, epoch: float, values: Mapping[str, float], *, time_s: float) -> None:
+        """Write values; those of the last step are added to its row."""
+        last_step = -1 if self._last is None else self._last.step
+        assert step >= last_step, f"step {step} is logged after step {last_step}"
+        merge = step == last_step
+        self._last = row = Row(step, epoch, time_s, {**self.row(step), **values})
+        self._note(step, values)
+        self._metrics.put(partial(self._metrics_file.write, _row_line(row), replace=merge))
+        for outlet, sink in self._sinks:
+            outlet.put(partial(sink.write, Row(step, epoch, time_s, dict(values))))
+        self._tell_recoveries(step)
+
+    def event(self, kind: str, step: int, **facts: Fact) -> None:
+        """Write that something happened after `step` updates."""
+        event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), step, kind, facts)
+        line = _line({"time": event.time, "step": step, "kind": kind, **facts})
+        self._events.put(partial(self._events_file.write, line, replace=False))
+        for outlet, sink in self._sinks:
+            outlet.put(partial(sink.event, event))
+        self._tell_recoveries(step)
+
+    def row(self, step: int) -> Mapping[str, float]:
+        """The values of `step` if it is the last one logged, else none."""
+        return self._last.values if self._last is not None and self._last.step == step else {}
+
+    @property
+    def last(self) -> Row | None:
+        """The newest row; None before the first."""
+        return self._last
+
+    def rows(self) -> list[Row]:
+        """All rows on disk, oldest first."""
+        return list(read_rows(self._folder / "metrics.jsonl"))
+
+    def best(self, name: str) -> float | None:
+        """The best value of a score so far: the lowest loss, the highest accuracy; None before the first."""
+        score = self._scores.get(name)
+        return None if score is None else score.best
+
+    def rewind(self, step: int) -> None:
+        """Forget every row and event after `step`, and any torn line, in one replacement per file.
+
+        Raises:
+            RunError: a file cannot be rewritten.
+        """
+        try:
+            self._metrics_file.rewind(step)
+            self._events_file.rewind(step)
+        except OSError as error:
+            raise RunError(f"{self._folder}: cannot rewind the log to step {step}: {error}") from error
+        self._load()
+        for outlet, sink in self._sinks:
+            outlet.put(partial(sink.rewind, step))
+
+    def summarize(self, *, steps: int, seconds: float, peak_memory_bytes: int | None = None) -> None:
+        """Replace `summary.json`: last and best of every score, steps, seconds, peak memory."""
+        scores: dict[str, Fact] = {name: self._scores[name].facts() for name in sorted(self._scores)}
+        facts: dict[str, Fact] = {
+            "steps": steps,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes,
+            "scores": scores,
+        }
+        text = json.dumps(_finite(facts), indent=2, allow_nan=False) + "\n"
+        self._summary.drop()
+        self._summary.put(partial(write_atomic, self._folder / "summary.json", text.encode()))
+        self._tell_recoveries(steps)
+
+    def close(self) -> None:
+        """Write what waits and close the sinks; what cannot be written now is lost, with a warning."""
+        for outlet, sink in self._sinks:
+            outlet.put(sink.close)
+        for outlet in self._outlets():
+            outlet.give_up()
+
+    def _outlets(self) -> list["_Outlet"]:
+        return [self._metrics, self._events, self._summary, *(outlet for outlet, _ in self._sinks)]
+
+    def _load(self) -> None:
+        self._last = None
+        self._scores.clear()
+        for row in self.rows():
+            self._last = row
+            self._note(row.step, row.values)
+
+    def _note(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            assert name not in _PLACE, f"{name} is the place of a row, not a value"
+            self._scores[name] = _Score.after(self._scores.get(name), name, step, value)
+
+    def _tell_recoveries(self, step: int) -> None:
+        for outlet in self._outlets():
+            if outlet.state == "recovered":
+                outlet.state = "well"
+                self.event("log_recovered", step, log=outlet.name)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a `metrics.jsonl`, oldest first; none where there is no file. Torn lines are skipped."""
+    for _, item in _read_lines(path):
+        values = {name: math.nan if value is None else value for name, value in item.items() if name not in _PLACE}
+        yield Row(item["step"], item["epoch"], item["time_s"], values)
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """The events of an `events.jsonl`, oldest first; none where there is no file. Torn lines are skipped."""
+    for _, item in _read_lines(path):
+        facts = {name: value for name, value in item.items() if name not in ("time", "step", "kind")}
+        yield Event(item["time"], item["step"], item["kind"], facts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Score:
+    """The history of one value. `best` is None where neither high nor low is good, or nothing was finite."""
+
+    last: float
+    best: float | None
+    best_step: int | None
+
+    @classmethod
+    def after(cls, before: "_Score | None", name: str, step: int, value: float) -> "_Score":
+        kind = name.rpartition("/")[2]
+        sign = 1.0 if kind in _HIGHER else -1.0 if kind in _LOWER else math.nan
+        best, best_step = (before.best, before.best_step) if before else (None, None)
+        # Every comparison with NaN is false: a value without direction never becomes the best.
+        if math.isfinite(value) and sign * value > (-math.inf if best is None else sign * best):
+            best, best_step = value, step
+        return cls(value, best, best_step)
+
+    def facts(self) -> dict[str, Fact]:
+        if self.best is None:
+            return {"last": self.last}
+        return {"last": self.last, "best": self.best, "best_step": self.best_step}
+
+
+class _Outlet:
+    """Calls made in order. One that fails waits, with all that follow, for the next."""
+
+    def __init__(self, name: str, warn: Callable[[str], None]) -> None:
+        self.name = name
+        self.state: Literal["well", "failing", "recovered"] = "well"
+        self._warn = warn
+        self._warned = False
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._fault: Exception | None = None
+
+    def put(self, call: Callable[[], None]) -> None:
+        self._waiting.append(call)
+        self._make_calls()
+
+    def drop(self) -> None:
+        self._waiting.clear()
+
+    def give_up(self) -> None:
+        self._make_calls()
+        if self._waiting:
+            self._warn(f"{self.name}: {len(self._waiting)} entries could not be written and are lost: {self._fault}")
+            self.drop()
+
+    def _make_calls(self) -> None:
+        while self._waiting:
+            try:
+                self._waiting[0]()
+            except Exception as error:  # a sink is anybody's code, and no log is worth a run
+                self._fail(error)
+                return
+            self._waiting.popleft()
+        if self.state == "failing":
+            self.state = "recovered"
+
+    def _fail(self, error: Exception) -> None:
+        self.state = "failing"
+        self._fault = error
+        if not self._warned:
+            self._warned = True
+            self._warn(f"{self.name} cannot be written: {error}; training goes on, its entries wait in memory")
+
+
+class _LineFile:
+    """Lines of JSON of which the last can be replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._start, self._end = self._last_line()
+
+    def write(self, line: bytes, *, replace: bool) -> None:
+        """Add a line, or put it in the place of the last. A failed write may be repeated."""
+        # One write over the old line, never shorter than it: killed before or after, the file is whole.
+        data = line.ljust(self._end - self._start - 1) + b"\n" if replace else line + b"\n"
+        start = self._start if replace else self._end
+        with self._path.open("r+b" if self._path.exists() else "xb", buffering=0) as file:
+            file.seek(start)
+            if file.write(data) < len(data):
+                raise OSError("no space left on the device")
+            file.truncate()  # a torn line of an earlier process may reach further
+        self._start, self._end = start, start + len(data)
+
+    def rewind(self, step: int) -> None:
+        """Keep the whole lines up to `step`."""
+        if self._path.exists():
+            kept = [line + b"\n" for line, item in _read_lines(self._path) if item["step"] <= step]
+            write_atomic(self._path, b"".join(kept))
+        self._start, self._end = self._last_line()
+
+    def _last_line(self) -> tuple[int, int]:
+        content = self._path.read_bytes() if self._path.exists() else b""
+        end = content.rfind(b"\n") + 1
+        return content.rfind(b"\n", 0, max(0, end - 1)) + 1, end
+
+
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                item = json.loads(line)
+            except ValueError:  # cut off by a crash
+                continue
+            if line.endswith(b"\n") and isinstance(item, dict) and "step" in item:
+                yield line[:-1], item
+
+
+def _row_line(row: Row) -> bytes:
+    place = {"step": row.step, "epoch": round(row.epoch, 6), "time_s": round(row.time_s, 3)}
+    return _line(place | {name: row.values[name] for name in sorted(row.values)})
+
+
+def _line(item: Mapping[str, Fact]) -> bytes:
+    return json.dumps(_finite(item), allow_nan=False).encode()
+
+
+def _finite(value: Fact) -> Fact:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,341 @@
+"""The run directory: what each file is, who may write it, and how a file is replaced whole.
+
+DIR/
+├── recipe.yaml          the effective recipe; training it does the run again
+├── run.json             status, seed, versions, git commit, hardware, sessions
+├── metrics.jsonl        what was measured, one JSON object per line
+├── events.jsonl         what happened, one JSON object per line
+├── summary.json         last and best of each score, steps, seconds, peak memory
+├── quarantine.txt       images that could not be read
+├── checkpoints/         step-00000123/, ...
+├── plots/               pictures
+├── model.safetensors    the final weights
+└── .lock                held by the process that writes the run
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from opsin import __version__
+from opsin.errors import RunError
+
+Status = Literal["running", "done", "stopped", "failed"]
+
+_PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "pydantic", "safetensors")
+_UNWRITTEN = "choose another folder with --out, or make room for this one"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Put `data` in the place of the file `path`: a reader, or a crash, sees the old content or the new.
+
+    Raises:
+        OSError: it cannot be written; the old content stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunDirectory:
+    """The files of a run by name. Made by `prepare` it also holds the lock, until `close` or `with` ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.run_json = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.summary = path / "summary.json"
+        self.quarantine = path / "quarantine.txt"
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
+        self.model = path / "model.safetensors"
+        self._lock_file = path / ".lock"
+        self._unlock: Callable[[], object] = lambda: None
+        self._facts: dict[str, Any] = {}
+
+    @classmethod
+    def prepare(
+        cls,
+        path: Path,
+        recipe_yaml: str,
+        *,
+        fresh: bool,
+        differences: Callable[[str], Sequence[str]],
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> Self:
+        """The directory at `path`, locked, with this recipe: a new one, or that of a run to be continued.
+
+        `differences` gets the text of the recipe that is there and gives one line for each difference
+        that forbids to continue. `fresh` moves a run that is there to `DIR.before-1` (or the next free number).
+
+        Raises:
+            RunError: unwritable; no run directory; in use; or a run of another recipe.
+        """
+        run = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run._check_foreign()
+            run._lock(notice)
+            if fresh and run.exists():
+                notice(f"{path}: the earlier run was moved to {run._move_aside()}")
+                path.mkdir()
+                run._lock(notice)
+            run._take_recipe(recipe_yaml, differences)
+            for leftover in path.glob(".*.writing"):
+                leftover.unlink()
+        except BaseException as error:
+            run.close()
+            if isinstance(error, OSError):
+                raise RunError(f"{path}: cannot be written: {_reason(error)}; {_UNWRITTEN}") from error
+            raise
+        return run
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.recipe.exists() or self.run_json.exists()
+
+    def close(self) -> None:
+        """Let other processes write this run."""
+        self._unlock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def begin_session(self, *, recipe: str, seed: int, hardware: Mapping[str, object]) -> None:
+        """Note in `run.json` that this process trains the run; a resume adds a session to those before.
+
+        `hardware` holds plain facts without the name of the machine.
+
+        Raises:
+            RunError: `run.json` is damaged or cannot be written.
+        """
+        sessions = self._earlier_sessions()
+        now = {"status": "running", "started": _now(), "ended": None, "reason": None}
+        about = {"versions": installed_versions(), "git": git_state(), "hardware": dict(hardware)}
+        self._facts = {"recipe": recipe, "seed": seed, "sessions": [*sessions, {**now, **about}]}
+        self._write_facts()
+
+    def end_session(self, status: Literal["done", "stopped", "failed"], reason: str | None = None) -> None:
+        """Note how the session that `begin_session` began has ended.
+
+        Raises:
+            RunError: `run.json` cannot be written.
+        """
+        assert self._facts, "no session was begun"
+        self._facts["sessions"][-1].update(status=status, ended=_now(), reason=reason)
+        self._write_facts()
+
+    def _check_foreign(self) -> None:
+        # Hidden names are ours (the lock, a file half written when the power went) or the system's.
+        others = sorted(item.name for item in self.path.iterdir() if not item.name.startswith("."))
+        if others and not self.exists():
+            raise RunError(
+                f"{self.path}: holds {len(others)} other files ({others[0]}, ...) and no run; "
+                "choose an empty or a new folder with --out"
+            )
+
+    def _lock(self, notice: Callable[[str], None]) -> None:
+        self._unlock()
+        descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        self._unlock = weakref.finalize(self, os.close, descriptor)
+        for _ in range(10):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)  # `list_runs` of another process holds it for a moment
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                notice(f"{self.path}: this file system has no locks; keep other processes from writing this run")
+                break
+        else:
+            holder = self._lock_file.read_text().strip() or "unknown"
+            raise RunError(f"{self.path}: process {holder} is writing this run; stop it first, or choose another --out")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _move_aside(self) -> Path:
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
+            number += 1
+        return self.path.rename(target)
+
+    def _take_recipe(self, recipe_yaml: str, differences: Callable[[str], Sequence[str]]) -> None:
+        before = self.recipe.read_text() if self.recipe.exists() else recipe_yaml
+        different = [] if before == recipe_yaml else differences(before)
+        if different:
+            raise RunError(
+                f"{self.path}: holds a run of another recipe",
+                *(f"{self.recipe}: {line}" for line in different),
+                f"choose another --out, start over with --fresh (the earlier run is kept), "
+                f"or go on with changed keys: opsin resume {self.path} key=value",
+            )
+        write_atomic(self.recipe, recipe_yaml.encode())
+
+    def _earlier_sessions(self) -> list[dict[str, Any]]:
+        if not self.run_json.exists():
+            return []
+        try:
+            sessions: list[dict[str, Any]] = json.loads(self.run_json.read_text())["sessions"]
+            for session in sessions:
+                if session["status"] == "running":
+                    session["status"] = "killed"
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self.run_json}: is damaged ({error!r}); delete it to go on without its history"
+            ) from error
+        return sessions
+
+    def _write_facts(self) -> None:
+        sessions = self._facts["sessions"]
+        facts = {**self._facts, **sessions[-1], "started": sessions[0]["started"], "sessions": sessions}
+        try:
+            write_atomic(self.run_json, (json.dumps(facts, indent=2) + "\n").encode())
+        except OSError as error:
+            raise RunError(f"{self.run_json}: cannot be written: {_reason(error)}; {_UNWRITTEN}") from error
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Versions of Python, opsin and the packages that numbers depend on; None for one that is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "opsin": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_state() -> dict[str, str | bool] | None:
+    """Commit of the working directory, and whether tracked files differ from it; None outside git."""
+    commit, changes = _git("rev-parse", "--verify", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A run in a list. `status` is that of `run.json`, or `killed`, `new`, `damaged` where that says nothing."""
+
+    name: str
+    status: str
+    recipe: str | None = None
+    step: int | None = None
+    best: Mapping[str, float] = field(default_factory=dict)
+    started: str | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain values."""
+        return asdict(self)
+
+
+def list_runs(folder: Path) -> list[RunSummary]:
+    """The runs in `folder`, by name; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    paths = [folder] if RunDirectory(folder).exists() else sorted(path for path in folder.iterdir() if path.is_dir())
+    return [_summary_of(RunDirectory(path)) for path in paths if RunDirectory(path).exists()]
+
+
+def runs_table(runs: Sequence[RunSummary]) -> list[str]:
+    """The runs as lines of aligned columns, with a head; at most three scores each."""
+    rows = [("run", "status", "recipe", "step", "best")]
+    for run in runs:
+        # Scores of an evaluation say more than those of the training batches.
+        names = sorted(run.best, key=lambda name: (name.startswith(("train/", "loss/")), name))[:3]
+        best = "  ".join(f"{name} {run.best[name]:.4g}" for name in names)
+        rows.append((run.name, run.status, run.recipe or "-", "-" if run.step is None else str(run.step), best or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _summary_of(run: RunDirectory) -> RunSummary:
+    name = run.path.resolve().name
+    try:
+        facts = json.loads(run.run_json.read_text()) if run.run_json.exists() else {"status": "new"}
+        scores = json.loads(run.summary.read_text())["scores"] if run.summary.exists() else {}
+        status = facts["status"]
+        if status == "running" and not _is_locked(run.path / ".lock"):
+            status = "killed"
+        best = {score: float(history["best"]) for score, history in scores.items() if "best" in history}
+        return RunSummary(name, status, facts.get("recipe"), _last_step(run.metrics), best, facts.get("started"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return RunSummary(name, "damaged")
+
+
+def _last_step(metrics: Path) -> int | None:
+    if not metrics.exists():
+        return None
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 65536))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # cut off by a crash
+            continue
+    return None
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _reason(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"

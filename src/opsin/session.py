@@ -1,0 +1,158 @@
+"""One go at a run: from a recipe to the files of a run directory.
+
+A run may take several sessions. Each opens the directory, trains, and leaves it whole whatever happens.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from opsin.assembly import assemble
+from opsin.config import diff, flatten, to_yaml
+from opsin.console import Console, duration, open_console
+from opsin.errors import ConfigError, RunError, Stopped
+from opsin.export import write_model
+from opsin.methods.base import Method
+from opsin.recipe import Recipe, read
+from opsin.reporting import Journal
+from opsin.rundir import RunDirectory
+from opsin.sinks import SinkName, TextLog, open_sinks
+from opsin.training.checkpoint import find_checkpoints
+from opsin.training.loop import Run, fit
+from opsin.training.precision import choose_device, describe_device, peak_memory_bytes
+
+FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
+"""Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""
+
+
+def train(
+    recipe: str | Path | Recipe, *, out: str | Path | None = None, fresh: bool = False, **overrides: object
+) -> Run:
+    """Train a recipe: a shipped name, a YAML path, or a `Recipe`. Goes on where `out` holds a checkpoint.
+
+    Overrides are keyword arguments: `train("quickstart", epochs=3, **{"optim.lr": 0.001})`.
+
+    Raises:
+        OpsinError: see `opsin.errors`; the command line turns each kind into an exit status.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise ConfigError("train: overrides go with a recipe's name or path; change a Recipe with model_copy")
+        name, wanted = "recipe", recipe
+    else:
+        texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        name, wanted = Path(recipe).stem, read(str(recipe), texts)
+    return train_recipe(wanted, Path("runs", name) if out is None else Path(out), name=name, fresh=fresh)
+
+
+def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, quiet: bool = False) -> Run:
+    """Train `recipe` in the directory `out`, going on from its newest checkpoint if it has one.
+
+    Raises:
+        RunError: `out` holds another run, or cannot be written.
+        OpsinError: whatever ends the training early.
+    """
+
+    def differences(before: str) -> Sequence[str]:
+        # Without a checkpoint nothing is lost by starting over with the corrected recipe.
+        return diff(read(str(out / "recipe.yaml")), recipe) if find_checkpoints(out / "checkpoints") else ()
+
+    notes: list[str] = []
+    with RunDirectory.prepare(
+        out, to_yaml(recipe, comments=False), fresh=fresh, differences=differences, notice=notes.append
+    ) as directory:
+        return _train_in(directory, recipe, name, notes, quiet=quiet)
+
+
+def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> Run:
+    """Go on with the run in `path`, with changed keys if wanted.
+
+    Raises:
+        RunError: there is no run, or a key was changed that a run keeps for life.
+        OpsinError: whatever ends the training early.
+    """
+    directory = RunDirectory(path)
+    if not directory.recipe.exists():
+        raise RunError(
+            f"{path}: holds no run to resume (no recipe.yaml); start one with opsin train RECIPE --out {path}"
+        )
+    before, after = read(str(directory.recipe)), read(str(directory.recipe), overrides)
+    changed = diff(before, after)
+    refused = [line for line in changed if line.startswith(FIXED)]
+    if refused:
+        raise RunError(*(f"{path}: {line}: a run keeps this key; start a new run with --out" for line in refused))
+    name = json.loads(directory.run_json.read_text())["recipe"] if directory.run_json.exists() else path.name
+    notes = [f"changed: {line}" for line in changed]
+    with RunDirectory.prepare(
+        path, to_yaml(after, comments=False), fresh=False, differences=lambda text: (), notice=notes.append
+    ) as locked:
+        return _train_in(locked, after, name, notes, quiet=quiet)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A short hash of all keys; two recipes with the same one train the same weights."""
+    values = json.dumps(flatten(recipe), sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()[:16]
+
+
+def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequence[str], *, quiet: bool) -> Run:
+    console = open_console(quiet=quiet, also=TextLog(directory.path).line)
+    for note in notes:
+        console.notice(note)
+    sinks: list[SinkName] = []
+    if recipe.log.csv:
+        sinks.append("csv")
+    if recipe.log.tensorboard:
+        sinks.append("tensorboard")
+    journal = Journal(directory.path, open_sinks(directory.path, sinks, notice=console.notice), warn=console.warning)
+    device = choose_device(recipe.device)
+    hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
+    directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
+    with _session(directory, journal, console, device):
+        run = assemble(recipe, directory, journal, console, fingerprint=fingerprint(recipe))
+        state = fit(run)
+        if run.checkpoints.newest_step != state.step:
+            raise RunError(
+                f"{directory.path}: training is done, but its last checkpoint could not be written (see above)"
+            )
+        _write_final(directory, state.method)
+    console.finish(f"{directory.path}: done after step {state.step}, {duration(state.elapsed_s)} of training")
+    return run
+
+
+@contextmanager
+def _session(directory: RunDirectory, journal: Journal, console: Console, device: torch.device) -> Iterator[None]:
+    """Write down how the session ended, however it did."""
+    status: Literal["done", "stopped", "failed"] = "failed"
+    reason: str | None = None
+    try:
+        yield
+        status = "done"
+    except BaseException as error:
+        status = "stopped" if isinstance(error, Stopped) else "failed"
+        reason = str(error) or type(error).__name__
+        raise
+    finally:
+        console.finish()
+        last = journal.last
+        step, seconds = (0, 0.0) if last is None else (last.step, last.time_s)
+        journal.event(status, step, reason=reason)
+        journal.summarize(steps=step, seconds=seconds, peak_memory_bytes=peak_memory_bytes(device))
+        journal.close()
+        directory.end_session(status, reason)
+
+
+def _write_final(directory: RunDirectory, method: Method) -> None:
+    try:
+        write_model(directory.model, method)
+    except OSError as error:
+        raise RunError(
+            f"{directory.model}: cannot be written: {error.strerror or error}; the last checkpoint holds the weights: "
+            f"free some space, then opsin resume {directory.path}"
+        ) from error

@@ -1,0 +1,166 @@
+"""Copies of the journal in other forms: a table, TensorBoard, plain text.
+
+None is needed to resume or to judge a run, and each may be missing or fail.
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from opsin.reporting import Event, Row, Sink, read_rows
+from opsin.rundir import write_atomic
+
+SinkName = Literal["csv", "tensorboard", "text"]
+
+
+def open_sinks(folder: Path, names: Sequence[SinkName], *, notice: Callable[[str], None]) -> list[Sink]:
+    """The sinks of a run directory. One whose package is missing is left out, with a notice."""
+    sinks: list[Sink] = []
+    for name in names:
+        if name == "csv":
+            sinks.append(CsvTable(folder))
+        elif name == "text":
+            sinks.append(TextLog(folder))
+        elif importlib.util.find_spec("tensorboard") is None:
+            notice("tensorboard is not installed: no TensorBoard log is written (pip install tensorboard)")
+        else:
+            sinks.append(TensorBoard(folder))
+    return sinks
+
+
+class CsvTable:
+    """`log.csv`: `metrics.jsonl` as a table, one column per name, empty where a row has no value.
+
+    Made anew from `metrics.jsonl` at the first row of an epoch, after a resume and at the end; so it
+    needs no state, and its header always fits.
+    """
+
+    name = "log.csv"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._epoch = 0
+        self._next_s = 0.0
+
+    def write(self, row: Row) -> None:
+        """Make the table when a new epoch has begun."""
+        if int(row.epoch) > self._epoch and time.monotonic() >= self._next_s:
+            self._make()
+            self._epoch = int(row.epoch)
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        self._make()
+
+    def close(self) -> None:
+        self._make()
+
+    def _make(self) -> None:
+        started = time.monotonic()
+        rows = list(read_rows(self._folder / "metrics.jsonl"))
+        names = sorted({name for row in rows for name in row.values})
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["step", "epoch", "time_s", *names])
+        for row in rows:
+            table.writerow([row.step, row.epoch, row.time_s, *(row.values.get(name, "") for name in names)])
+        write_atomic(self._folder / self.name, text.getvalue().encode())
+        # Long logs with short epochs: at most a twentieth of the time goes into tables.
+        now = time.monotonic()
+        self._next_s = now + 20 * (now - started)
+
+
+class TensorBoard:
+    """`tensorboard/`: every value by step.
+
+    Records are written in this thread: the thread of TensorBoard's own writer dies on a full disk.
+    The package is imported at the first row (about 0.2 s), not before the first step.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "tensorboard"
+        self._begin(purge_from=None)
+
+    def write(self, row: Row) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event as Record  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        now = time.time()
+        records = []
+        if self._end == 0:
+            records.append(Record(wall_time=now, file_version="brain.Event:2"))
+            if self._purge_from is not None:
+                start = SessionLog(status=SessionLog.START)
+                records.append(Record(wall_time=now, step=self._purge_from, session_log=start))
+        places = {"epoch": row.epoch, **row.values}
+        values = [Summary.Value(tag=name, simple_value=places[name]) for name in sorted(places)]
+        records.append(Record(wall_time=now, step=row.step, summary=Summary(value=values)))
+        self._append([record.SerializeToString() for record in records])
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        self._begin(purge_from=step + 1)
+
+    def close(self) -> None:
+        pass
+
+    def _begin(self, *, purge_from: int | None) -> None:
+        # Readers take the files in the order of their names, and drop what they have read from
+        # `purge_from` on when a later file begins with it.
+        self._path = self._folder / f"events.out.tfevents.{time.time():.6f}"
+        self._end = 0
+        self._purge_from = purge_from
+
+    def _append(self, records: Sequence[bytes]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+        data = io.BytesIO()
+        for record in records:
+            RecordWriter(data).write(record)
+        self._folder.mkdir(exist_ok=True)
+        with self._path.open("r+b" if self._path.exists() else "xb", buffering=0) as file:
+            file.seek(self._end)  # over what a failed attempt left
+            if file.write(data.getvalue()) < data.tell():
+                raise OSError("no space left on the device")
+        self._end += data.tell()
+
+
+class TextLog:
+    """`log.txt`: one line per row, event and console message, for `tail -f`. Never rewritten."""
+
+    name = "log.txt"
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / self.name
+
+    def line(self, text: str) -> None:
+        """Add a line of any text."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+
+    def write(self, row: Row) -> None:
+        values = "  ".join(f"{name} {value:.6g}" for name, value in sorted(row.values.items()))
+        self.line(f"step {row.step}  epoch {row.epoch:.3f}  {values}")
+
+    def event(self, event: Event) -> None:
+        facts = "  ".join(f"{name}={json.dumps(value, default=str)}" for name, value in event.facts.items())
+        self.line(f"step {event.step}  {event.kind}  {facts}".rstrip())
+
+    def rewind(self, step: int) -> None:
+        self.line(f"continues after step {step}; what stands above of later steps is done anew")
+
+    def close(self) -> None:
+        pass

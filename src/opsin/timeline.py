@@ -1,0 +1,92 @@
+"""Steps and epochs: the only clock of a run.
+
+A step is one optimizer update, an epoch one pass over the training images. A `Timeline` is a
+sequence of `Stage`s; each has its own batch size, hence its own number of steps per epoch.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where a run stands before an update. `epoch` counts passes over the data, with fraction."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    total_epochs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stretch of a run with one batch size. `epochs` may have a fraction."""
+
+    epochs: float
+    batch_size: int
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """Updates in this stage, at least one."""
+        return max(1, round(self.epochs * self.steps_per_epoch))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A step, found in its stage: the pass over the data and the batch within the pass."""
+
+    stage: int
+    epoch: int
+    batch: int
+    batch_size: int
+
+
+class Timeline:
+    """The steps of a run. A stage starts a new pass over the data."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        assert stages, "a run has at least one stage"
+        self.stages = tuple(stages)
+        self._first_step = [0]
+        self._first_epoch = [0.0]
+        for stage in self.stages:
+            self._first_step.append(self._first_step[-1] + stage.steps)
+            self._first_epoch.append(self._first_epoch[-1] + stage.steps / stage.steps_per_epoch)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in the whole run."""
+        return self._first_step[-1]
+
+    def clock(self, step: int) -> Clock:
+        """The time before update `step`; `total_steps` gives the time at the end."""
+        return Clock(step, self.total_steps, self.epoch(step), self._first_epoch[-1])
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data finished before update `step`, with fraction."""
+        index = self._stage_of(step)
+        inside = (step - self._first_step[index]) / self.stages[index].steps_per_epoch
+        return self._first_epoch[index] + inside
+
+    def place(self, step: int) -> Place:
+        """The batch that update `step` trains on."""
+        index = self._stage_of(step)
+        stage = self.stages[index]
+        passes, batch = divmod(step - self._first_step[index], stage.steps_per_epoch)
+        # A pass cut short by the end of its stage is still a pass of its own: no two stages share an order.
+        earlier = sum(-(-before.steps // before.steps_per_epoch) for before in self.stages[:index])
+        return Place(index, earlier + passes, batch, stage.batch_size)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether `step` updates complete a pass over the data or a stage."""
+        if step <= 0:
+            return False
+        index = self._stage_of(step - 1)
+        inside = step - self._first_step[index]
+        stage = self.stages[index]
+        return inside % stage.steps_per_epoch == 0 or inside == stage.steps
+
+    def _stage_of(self, step: int) -> int:
+        return min(bisect.bisect_right(self._first_step, step), len(self.stages)) - 1

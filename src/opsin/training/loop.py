@@ -1,0 +1,52 @@
+"""The loop. Everything it needs stands in `Run`; everything that changes stands in `TrainState`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from opsin.data.base import Data
+from opsin.errors import Stopped
+from opsin.rundir import RunDirectory
+from opsin.training.checkpoint import Checkpoints
+from opsin.training.observe import Evaluations, Observations
+from opsin.training.state import StepPlan, TrainState
+from opsin.training.step import train_step
+from opsin.training.stop import Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The assembled objects of a run. Nothing in it changes what is learned except `plan` and `data`."""
+
+    fresh: Callable[[], TrainState]
+    data: Data
+    plan: StepPlan
+    steps: int
+    checkpoints: Checkpoints
+    observations: Observations
+    evaluations: Evaluations
+    stop: Stop
+    directory: RunDirectory
+
+
+def fit(run: Run) -> TrainState:
+    """Train to `run.steps`; where checkpoints exist, go on from the newest valid one.
+
+    Only `train_step` changes weights. Saving comes before evaluation, so a long or failing
+    evaluation never costs training.
+
+    Raises:
+        Stopped: a signal or the time limit; a checkpoint of this step is on disk.
+        TrainingError: too many updates in a row were cancelled; says why.
+    """
+    state = run.checkpoints.restore(run.fresh())
+    with run.stop, run.checkpoints.rescue(state), run.observations.watch(state):
+        run.evaluations.run_if_due(state)
+        for batch in run.data.batches(state.step, run.steps):
+            report = train_step(state, batch, run.plan)
+            run.observations.take(state, report)
+            stop = run.stop.requested if state.step < run.steps else None
+            run.checkpoints.save_if_due(state, stopping=stop is not None)
+            if stop is not None:
+                raise Stopped(f"{stop}: stopped after step {state.step} of {run.steps}, which is saved")
+            run.evaluations.run_if_due(state)
+    return state

@@ -1,0 +1,249 @@
+"""Looking without touching: what is read from a run while it trains, and when.
+
+`Observations` turns step reports into rows of the journal, `Evaluations` scores the method. With
+all or none of it the weights are the same bits.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from opsin.cadence import StepEvery, is_due
+from opsin.config import Family
+from opsin.console import Console
+from opsin.data.base import Batch, DataFacts
+from opsin.errors import TrainingError
+from opsin.methods.base import Method
+from opsin.reporting import Journal
+from opsin.timeline import Timeline
+from opsin.training.state import StepReport, TrainState
+
+_SUMMARY = ("train/loss", "train/top1", "train/images_per_s")
+
+
+class Monitor(Protocol):
+    """Numbers of a running training."""
+
+    def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
+        """Values by full name (`collapse/rank`). Must not change the state."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Scores of a method."""
+
+    def evaluate(self, method: Method) -> Mapping[str, float]:
+        """Scores by short name (`top1`). Must leave weights, modes and random numbers as they are."""
+        ...
+
+
+class MonitorConfig(Family, ABC):
+    """A monitor in a recipe."""
+
+    every: StepEvery = "50 steps"
+    """How often it measures."""
+
+    @abstractmethod
+    def build(self) -> Monitor:
+        """The monitor."""
+
+
+class EvaluatorConfig(Family, ABC):
+    """An evaluator in a recipe; the key it stands under is the prefix of its scores."""
+
+    every: StepEvery = "1 epoch"
+    """How often it runs. The end of the run is always evaluated."""
+
+    @abstractmethod
+    def build(self, scene: "Scene", prefix: str) -> Evaluator:
+        """The evaluator; `prefix` is the key it stands under.
+
+        Raises:
+            ConfigError: the scene lacks what it needs (validation images, say).
+        """
+
+
+class StillData(Protocol):
+    """Images in a fixed order, each once, not augmented."""
+
+    facts: DataFacts
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches with the view `image` [1, B, C, S, S]; the last may be smaller."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What evaluators may look at."""
+
+    validation: StillData | None
+    autocast: Callable[[], AbstractContextManager[None]]
+    device: torch.device
+    folder: Path
+    """The run directory."""
+
+
+class Observations:
+    """Reads step reports in windows: one transfer from the device per window, none per step."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        timeline: Timeline,
+        console: Console,
+        *,
+        every: int,
+        last_step: int,
+        limit: int,
+        monitors: Sequence[tuple[str, Monitor]] = (),
+        also_when: Callable[[TrainState], bool] = lambda state: False,
+    ) -> None:
+        """`every` steps make a window; `limit` cancelled updates in a row end the run, as `last_step` does."""
+        self._journal = journal
+        self._timeline = timeline
+        self._console = console
+        self._every = every
+        self._last_step = last_step
+        self._limit = limit
+        self._monitors = monitors
+        self._also_when = also_when
+        self._window: list[StepReport] = []
+        self._started = time.perf_counter()
+        self._window_s = 0.0
+        self._cancelled_in_a_row = 0
+
+    @contextmanager
+    def watch(self, state: TrainState) -> Iterator[None]:
+        """Start the clock of training time; whatever is still unread at the end is read."""
+        epochs = self._timeline.epoch(self._last_step)
+        self._console.start(total_steps=self._last_step, first_step=state.step, total_epochs=epochs)
+        self._started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._window and state.whole:
+                self._read(state)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not training time."""
+        before = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - before
+
+    def take(self, state: TrainState, report: StepReport) -> None:
+        """Note an update; at the end of a window, write a row.
+
+        Raises:
+            TrainingError: too many updates in a row were cancelled.
+        """
+        now = time.perf_counter()
+        state.elapsed_s += now - self._started
+        self._window_s += now - self._started
+        self._started = now
+        self._window.append(report)
+        if report.step % self._every == 0 or self._timeline.ends_epoch(report.step) or self._also_when(state):
+            self._read(state)
+
+    def _read(self, state: TrainState) -> None:
+        reports, self._window = self._window, []
+        last = reports[-1]
+        names = list(last.values)
+        table = torch.stack([torch.stack([r.applied, *(r.values[name] for name in names)]) for r in reports]).tolist()
+        values = _means(names, [row[1:] for row in table if row[0] > 0])
+        values["train/lr"] = last.lr
+        values["train/images_per_s"] = sum(r.images for r in reports) / self._window_s
+        self._window_s = 0.0
+        for every, monitor in self._monitors:
+            if is_due(every, self._timeline, last.step):
+                values.update(monitor.measure(state, last))
+        epoch = self._timeline.epoch(last.step)
+        self._journal.log(last.step, epoch, values, time_s=state.elapsed_s)
+        self._console.progress(last.step, epoch, values)
+        for report, row in zip(reports, table, strict=True):
+            self._judge(report, row[0] > 0, dict(zip(names, row[1:], strict=True)))
+
+    def _judge(self, report: StepReport, applied: bool, values: Mapping[str, float]) -> None:
+        if applied:
+            self._cancelled_in_a_row = 0
+            return
+        loss, norm = values["train/loss"], values["train/grad_norm"]
+        what = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
+        # Under fp16 a gradient that overflows only tells the loss scale to fall; a bad loss is never normal.
+        self._cancelled_in_a_row += 1
+        self._journal.event(
+            "step_cancelled", report.step, loss=_readable(loss), grad_norm=_readable(norm), ids=report.ids.tolist()
+        )
+        if self._cancelled_in_a_row >= self._limit:
+            raise TrainingError(
+                f"step {report.step}: {what}, and so were the {self._cancelled_in_a_row - 1} updates before it; "
+                f"limits.cancelled_in_a_row allows {self._limit}. The weights are those of step "
+                f"{report.step - self._cancelled_in_a_row}. Lower optim.lr, set optim.clip_norm, or try precision=fp32"
+            )
+
+
+class Evaluations:
+    """Runs evaluators when they are due, writes their scores, and tells which state is the best."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        timeline: Timeline,
+        evaluators: Mapping[str, tuple[str, Evaluator]],
+        *,
+        console: Console,
+        last_step: int,
+        observations: Observations,
+        on_scores: Callable[[TrainState, Mapping[str, float]], None],
+    ) -> None:
+        self._journal = journal
+        self._timeline = timeline
+        self._evaluators = evaluators
+        self._console = console
+        self._last_step = last_step
+        self._observations = observations
+        self._on_scores = on_scores
+
+    def run_if_due(self, state: TrainState) -> None:
+        """Evaluate what is due at this step and has no score yet."""
+        known = self._journal.row(state.step)
+        scores: dict[str, float] = {}
+        with self._observations.paused():
+            for prefix, (every, evaluator) in self._evaluators.items():
+                at_end = state.step == self._last_step
+                due = at_end or is_due(every, self._timeline, state.step)
+                if not due or any(name.startswith(f"{prefix}/") for name in known):
+                    continue
+                values = evaluator.evaluate(state.method)
+                scores.update({f"{prefix}/{name}": value for name, value in values.items()})
+            if scores:
+                epoch = self._timeline.epoch(state.step)
+                self._journal.log(state.step, epoch, scores, time_s=state.elapsed_s)
+                self._on_scores(state, scores)
+            if self._timeline.ends_epoch(state.step) or scores:
+                self._summarise_epoch(state)
+
+    def _summarise_epoch(self, state: TrainState) -> None:
+        row = self._journal.row(state.step)
+        shown = {name: row[name] for name in row if name in _SUMMARY or not name.startswith(("train/", "loss/"))}
+        scores = [name for name in shown if name.endswith("/top1") and name not in _SUMMARY]
+        best = {name: value for name in scores if (value := self._journal.best(name)) is not None}
+        epoch = round(self._timeline.epoch(state.step), 2)
+        self._console.epoch(epoch, shown, seconds=state.elapsed_s, best=best)
+
+
+def _means(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The mean of every column, over the updates that were made."""
+    return {name: sum(row[index] for row in rows) / len(rows) for index, name in enumerate(names)} if rows else {}
+
+
+def _readable(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,128 @@
+"""How numbers are computed: device, number format, memory format, attention kernel, compilation.
+
+Every `choose_*` gives a value and the reason for it, which the run states in its first lines.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from opsin.errors import ConfigError
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A setting that was decided, and why."""
+
+    value: str
+    reason: str
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(asked)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {asked!r} was asked for, but torch {torch.__version__} sees no GPU; use device=cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device: {asked!r} does not exist; this machine has cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of the chip."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process held so far: on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cpu_capabilities() -> dict[str, object]:
+    """What the processor can do, by torch's names; empty where torch cannot tell."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return dict(ask()) if ask is not None else {}
+
+
+def choose_precision(asked: str, device: torch.device) -> Choice:
+    """The number format for `auto`, or the one asked for after checking that the device has it.
+
+    Raises:
+        ConfigError: the device cannot compute in it.
+    """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        has_bf16 = capability >= (8, 0)
+        if asked == "auto":
+            return Choice("bf16", "this GPU computes bf16") if has_bf16 else Choice("fp16", "this GPU has no bf16")
+        if asked in ("bf16", "tf32") and not has_bf16:
+            raise ConfigError(
+                f"precision: {asked!r} needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}; "
+                "use precision=fp16"
+            )
+        return Choice(asked, "asked for")
+    if asked == "auto":
+        fast = cpu_capabilities().get("avx512_bf16") or cpu_capabilities().get("amx_bf16")
+        return Choice("bf16", "this CPU computes bf16") if fast else Choice("fp32", "this CPU has no bf16 units")
+    if asked == "tf32":
+        raise ConfigError("precision: 'tf32' exists on CUDA only; use precision=fp32 or precision=auto")
+    return Choice(asked, "asked for")
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[None]]:
+    """A function that gives a fresh context for one forward pass."""
+    if precision in ("fp32", "tf32"):
+        return nullcontext
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def configure(device: torch.device, precision: str, *, deterministic: bool) -> list[str]:
+    """Set torch's switches for this process; gives one line for each that is worth telling."""
+    said = []
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    elif precision == "fp32" and _onednn_keeps_fp32():
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        said.append("fp32 matrix products through oneDNN, checked to be full fp32 on this chip")
+    return said
+
+
+def _onednn_keeps_fp32() -> bool:
+    """Whether oneDNN, allowed to use bf16 for fp32 products, still computes them in fp32 here.
+
+    On chips without AMX it does, and is about twice as fast as torch's default; with AMX it would
+    round to bf16. So the product decides: bf16 would be off by 1e-3, a reordered fp32 sum by 1e-6.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    # An addmm, as Linear computes it: plain products do not take the switched path.
+    product = torch.nn.functional.linear(a, b.T.contiguous())
+    switch.fp32_precision = before
+    return bool((product.double() - exact).abs().max() / exact.abs().max() < 1e-5)

@@ -1,0 +1,87 @@
+"""What training changes, what an update reports, and how an update is executed."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from opsin.data.base import Batch
+from opsin.methods.base import Losses, Method
+from opsin.timeline import Clock
+
+
+@dataclass
+class LossScale:
+    """The factor that keeps fp16 gradients in range; lives on the device, never read by the host.
+
+    Halved after an update with non-finite gradients, doubled after `interval` good ones in a row.
+    """
+
+    scale: Tensor
+    good_steps: Tensor
+    interval: int = 2000
+
+    @classmethod
+    def start(cls, device: torch.device, scale: float = 2.0**16) -> "LossScale":
+        """A fresh scale on `device`."""
+        return cls(torch.tensor(scale, device=device), torch.tensor(0, device=device))
+
+    def update(self, applied: Tensor) -> None:
+        """Move on after an update; `applied` is 1 where it was made, 0 where it was cancelled."""
+        good = (self.good_steps + 1) * applied.to(torch.int64)
+        grown = good >= self.interval
+        factor = torch.where(applied > 0, torch.where(grown, 2.0, 1.0), 0.5)
+        self.scale.mul_(factor).clamp_(1.0, 2.0**32)
+        self.good_steps.copy_(torch.where(grown, torch.zeros_like(good), good))
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes; a checkpoint is exactly this.
+
+    `elapsed_s` is the training time so far in seconds; it informs logs and limits, never weights.
+    """
+
+    method: Method
+    optimizer: Optimizer
+    loss_scale: LossScale | None = None
+    step: int = 0
+    elapsed_s: float = 0.0
+    whole: bool = True
+    """False in the middle of an update, when weights and moments belong to different steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one update did. Tensors stay on the device: reading them is the journal's decision."""
+
+    step: int
+    """Updates made, this one included."""
+    clock: Clock
+    """The time before the update."""
+    lr: float
+    values: Mapping[str, Tensor]
+    """Scalars: `train/loss`, `train/grad_norm`, `loss/<name>`, `train/<name>`."""
+    applied: Tensor
+    """1 when weights changed, 0 when a non-finite loss or gradient cancelled the update."""
+    ids: Tensor
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """How an update is executed; never saved, may differ after a resume."""
+
+    forward: Callable[[Batch, Clock], Losses]
+    """The method, compiled or wrapped for several processes."""
+    clock: Callable[[int], Clock]
+    schedules: Callable[[Optimizer, Clock], float]
+    """Sets learning rate, weight decay and momentum of every group; gives the base learning rate."""
+    autocast: Callable[[], AbstractContextManager[None]]
+    seed: int
+    accumulate: int = 1
+    clip_norm: float | None = None
+    rank: int = 0

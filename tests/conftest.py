@@ -1,0 +1,78 @@
+"""What every test may ask for: the CIFAR-10 files, and `opsin` as a user runs it."""
+
+import os
+
+# One thread for each process: the workers of pytest-xdist share the cores already. Set before torch
+# is imported, and inherited by every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RunOpsin(Protocol):
+    """Runs `opsin` with these arguments to its end, in an environment of its own."""
+
+    def __call__(
+        self,
+        *args: str | Path,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 180,
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture
+def test_data() -> Path:
+    """The folder that holds `cifar10/train.parquet` and `cifar10/test.parquet`."""
+    folder = Path(os.environ.get("OPSIN_TEST_DATA") or ROOT.parent / "shared" / "data").resolve()
+    if not (folder / "cifar10" / "train.parquet").is_file():
+        pytest.skip(f"no cifar10/train.parquet in {folder}; set OPSIN_TEST_DATA to a folder that has it")
+    return folder
+
+
+@pytest.fixture
+def opsin_env(tmp_path: Path) -> dict[str, str]:
+    """The environment of a user who has set nothing: for tests that start and kill processes themselves."""
+    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ}
+    return {**kept, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "src"), "LC_ALL": "C.UTF-8"}
+
+
+@pytest.fixture
+def run_opsin(tmp_path: Path, opsin_env: dict[str, str]) -> RunOpsin:
+    def run(
+        *args: str | Path,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 180,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "opsin", *map(str, args)],
+            cwd=cwd or tmp_path,
+            env={**opsin_env, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanting:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,141 @@
+"""What every method owes the loop. Runs over every member of `MethodConfig` there is."""
+
+import copy
+import pkgutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+import opsin.methods
+from opsin.data.base import Batch, DataFacts
+from opsin.data.digits import open_digits
+from opsin.data.loading import TrainingData
+from opsin.data.order import Order
+from opsin.data.quarantine import Quarantine
+from opsin.methods.base import Method, MethodConfig
+from opsin.nn.vit import ViTConfig
+from opsin.seeding import uniform
+from opsin.timeline import Stage, Timeline
+from opsin.training.optim import AdamW, build_optimizer, lr_setter
+from opsin.training.state import StepPlan, TrainState
+from opsin.training.step import train_step
+
+for _module in pkgutil.iter_modules(opsin.methods.__path__):
+    import_module(f"opsin.methods.{_module.name}")
+
+NAMES = sorted(name for name, member in MethodConfig.members().items() if member.__module__.startswith("opsin."))
+FACTS = DataFacts(tuple("abc"), samples=64, image_size=16, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+MODEL = ViTConfig(width=32, depth=2, heads=2, patch=4, dropout=0.1, drop_path=0.1)
+TIMELINE = Timeline([Stage(epochs=10, batch_size=16, steps_per_epoch=4)])
+OPTIM = AdamW(lr=1e-3, clip_norm=1.0)
+
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+def build(name: str) -> Method:
+    torch.manual_seed(0)
+    return MethodConfig.members()[name]().build(MODEL, FACTS)
+
+
+def batch_for(method: Method, step: int = 0, size: int = 16) -> Batch:
+    ids = torch.arange(size) + 1000 * step
+    views: dict[str, Tensor] = {}
+    wanted = method.views()
+    for view, crop in wanted.crops.items():
+        count = crop.count * size * 3 * crop.size**2
+        pixels = uniform(0, step, torch.arange(count), view, 1)
+        views[view] = (pixels.reshape(crop.count, size, 3, crop.size, crop.size) - 0.5) * 4
+    masks = wanted.masks(size, step) if wanted.masks is not None else {}
+    return Batch(views, ids % 3, ids, masks)
+
+
+def plan_for(method: Method, autocast: Callable[[], AbstractContextManager[None]] = nullcontext) -> StepPlan:
+    return StepPlan(method, TIMELINE.clock, lr_setter(OPTIM, method), autocast, seed=3, clip_norm=OPTIM.clip_norm)
+
+
+def fresh(name: str) -> TrainState:
+    method = build(name)
+    return TrainState(method, build_optimizer(OPTIM, method))
+
+
+def tensors(method: Method) -> list[Tensor]:
+    return [*method.parameters(), *method.buffers()]
+
+
+def test_the_settings_survive_being_written_and_read(name: str) -> None:
+    config = MethodConfig.members()[name]()
+    assert type(config).model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_are_finite_scalars(name: str, precision: str) -> None:
+    method = build(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        losses = method(batch_for(method), TIMELINE.clock(0))
+    for value in (losses.total, *losses.parts.values(), *losses.measures.values()):
+        assert value.shape == ()
+        assert value.isfinite()
+    assert all(not value.requires_grad for value in losses.measures.values())
+
+
+def test_every_trainable_parameter_learns_and_no_frozen_one(name: str) -> None:
+    method = build(name)
+    method(batch_for(method), TIMELINE.clock(0)).total.backward()
+    lazy = [n for n, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    touched = [n for n, p in method.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert lazy == []
+    assert touched == []
+
+
+def test_the_groups_hold_every_trainable_parameter_once_and_spare_vectors_from_decay(name: str) -> None:
+    method = build(name)
+    grouped = [param for group in method.param_groups() for param in group.params]
+    assert len(grouped) == len({id(p) for p in grouped})
+    assert {id(p) for p in grouped} == {id(p) for p in method.parameters() if p.requires_grad}
+    assert all(param.ndim > 1 for group in method.param_groups() if group.decay for param in group.params)
+
+
+def test_features_have_one_vector_per_image_and_per_patch(name: str) -> None:
+    method = build(name).eval()
+    tokens = method.encode(torch.zeros(5, 3, 16, 16))
+    assert tokens.pooled.shape == (5, 32)
+    assert tokens.patches.shape == (5, 16, 32)
+
+
+def test_a_bad_batch_changes_nothing(name: str) -> None:
+    state = fresh(name)
+    train_step(state, batch_for(state.method), plan_for(state.method))
+    before = copy.deepcopy(tensors(state.method))
+    bad = batch_for(state.method, 1)
+    next(iter(bad.views.values())).view(-1)[7] = float("nan")
+    report = train_step(state, bad, plan_for(state.method))
+    assert report.applied == 0
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state.method), before, strict=True))
+
+
+def test_the_loss_falls_on_a_batch_seen_again_and_again(name: str) -> None:
+    state = fresh(name)
+    batch = batch_for(state.method)
+    losses = [float(train_step(state, batch, plan_for(state.method)).values["train/loss"]) for _ in range(30)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_a_run_continued_from_its_state_gives_the_same_bits(name: str) -> None:
+    straight = fresh(name)
+    for step in range(10):
+        train_step(straight, batch_for(straight.method, step), plan_for(straight.method))
+    first = fresh(name)
+    for step in range(5):
+        train_step(first, batch_for(first.method, step), plan_for(first.method))
+    second = fresh(name)
+    second.method.load_state_dict(copy.deepcopy(first.method.state_dict()))
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.step = first.step
+    torch.rand(13)
+    for step in range(5, 10):
+        train_step(second, batch_for(second.method, step), plan_for(second.method))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(straight.method), tensors(second.method), strict=True))

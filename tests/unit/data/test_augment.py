@@ -1,0 +1,164 @@
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as reference
+
+from opsin.data.augment import (
+    ColorJitter,
+    Cutout,
+    GaussianBlur,
+    Grayscale,
+    Normalize,
+    RandomErasing,
+    Solarize,
+)
+from opsin.data.base import Augment
+
+COUNT, SIDE = 24, 20
+
+OPERATIONS: list[Augment] = [
+    ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.5),
+    Grayscale(p=0.5),
+    GaussianBlur(p=0.5),
+    Solarize(p=0.5),
+    RandomErasing(p=0.5),
+]
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Values of stored images, with grey, black and white ones among them."""
+    stored = torch.randint(0, 256, (COUNT, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).float()
+    stored[0], stored[1] = 0, 255
+    stored[2] = stored[2, :1]
+    return stored / 255
+
+
+def draws(op: Augment, *, seed: int = 1) -> Tensor:
+    return torch.rand(COUNT, op.num_draws, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("op", "column", "expected"),
+    [
+        (ColorJitter(brightness=0.4), 1, reference.adjust_brightness),
+        (ColorJitter(contrast=0.4), 2, reference.adjust_contrast),
+        (ColorJitter(saturation=0.4), 3, reference.adjust_saturation),
+    ],
+)
+def test_a_factor_acts_as_in_torchvision(images: Tensor, op: ColorJitter, column: int, expected: object) -> None:
+    numbers = draws(op)
+    changed = op(images, numbers)
+    for index, image in enumerate(images):
+        alone = expected(image, 0.6 + 0.8 * float(numbers[index, column]))  # type: ignore[operator]
+        # A few roundings of numbers up to 1, each 6e-8.
+        torch.testing.assert_close(changed[index], alone, atol=1e-6, rtol=0)
+
+
+def test_hue_turns_as_in_torchvision(images: Tensor) -> None:
+    op = ColorJitter(hue=0.5)
+    numbers = draws(op)
+    changed = op(images, numbers)
+    for index, image in enumerate(images):
+        alone = reference.adjust_hue(image, float(numbers[index, 4]) - 0.5)
+        # The formulas divide the circle differently: hues of up to 6 sectors carry errors of 6 * 6e-8 and more.
+        torch.testing.assert_close(changed[index], alone, atol=5e-6, rtol=0)
+
+
+def test_jitter_is_brightness_then_contrast_then_saturation_then_hue(images: Tensor) -> None:
+    op = ColorJitter(brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1)
+    numbers = draws(op)
+    in_turn = images
+    for part in (ColorJitter(0.4), ColorJitter(contrast=0.3), ColorJitter(saturation=0.2), ColorJitter(hue=0.1)):
+        in_turn = part(in_turn, numbers)
+    assert torch.equal(op(images, numbers), in_turn)
+
+
+def test_grayscale_is_that_of_torchvision(images: Tensor) -> None:
+    changed = Grayscale(p=1.0)(images, draws(Grayscale()))
+    torch.testing.assert_close(changed, reference.rgb_to_grayscale(images, 3), atol=1e-6, rtol=0)
+
+
+def test_blur_is_that_of_torchvision(images: Tensor) -> None:
+    op = GaussianBlur(p=1.0, sigma=(0.1, 2.0))
+    numbers = draws(op)
+    changed = op(images, numbers)
+    for index, image in enumerate(images):
+        width = 0.1 + 1.9 * float(numbers[index, 1])
+        alone = reference.gaussian_blur(image, [2 * op.radius(SIDE) + 1] * 2, [width, width])
+        # Sums of 13 * 13 products in another order.
+        torch.testing.assert_close(changed[index], alone, atol=2e-6, rtol=0)
+
+
+def test_blur_keeps_to_an_image_that_is_smaller_than_its_kernel() -> None:
+    tiny = torch.rand(2, 3, 4, 4)
+    assert GaussianBlur(p=1.0)(tiny, torch.full((2, 2), 0.9)).shape == tiny.shape
+
+
+def test_solarize_is_that_of_torchvision(images: Tensor) -> None:
+    changed = Solarize(p=1.0, threshold=0.4)(images, draws(Solarize()))
+    assert torch.equal(changed, reference.solarize(images, 0.4))
+
+
+def test_erasing_fills_one_rectangle_of_the_asked_size() -> None:
+    images = torch.zeros(2000, 1, 40, 40)
+    op = RandomErasing(p=1.0, scale=(0.1, 0.2), fill=0.5)
+    erased = op(images, torch.rand(2000, op.num_draws, generator=torch.Generator().manual_seed(0))) == 0.5
+    rows, columns = erased.any(3).sum((1, 2)), erased.any(2).sum((1, 2))
+    area = erased.sum((1, 2, 3))
+    assert torch.equal(area, rows * columns)
+    # 160 to 320 pixels, with sides of 7 to 32 that are rounded to whole ones.
+    assert area.min() > 145
+    assert area.max() < 345
+    reached = erased[:, 0].any(0)
+    assert reached.any(0).all()
+    assert reached.any(1).all()
+
+
+def test_cutout_fills_a_square_that_may_lie_partly_outside() -> None:
+    images = torch.zeros(2000, 3, 16, 16)
+    filled = Cutout(size_px=6)(images, torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))) == 0.5
+    sides = filled[:, 0].any(2).sum(1)
+    assert (int(sides.min()), int(sides.max())) == (3, 6)
+    assert torch.equal(filled[:, 0], filled[:, 2])
+
+
+@pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)
+def test_images_that_are_passed_over_keep_their_bits(images: Tensor, op: Augment) -> None:
+    numbers = draws(op)
+    before = images.clone()
+    changed = op(images, numbers)
+    missed = numbers[:, 0] >= 0.5
+    assert 5 < int(missed.sum()) < COUNT - 5
+    assert torch.equal(changed[missed], before[missed])
+    assert not torch.equal(changed[~missed], before[~missed])
+    assert torch.equal(images, before), "the operation writes into its input"
+
+
+@pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)
+def test_an_image_does_not_depend_on_its_company(images: Tensor, op: Augment) -> None:
+    numbers = draws(op)
+    whole = op(images, numbers)
+    parts = [op(images[part], numbers[part]) for part in (slice(0, 7), slice(7, COUNT))]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)
+def test_values_stay_between_0_and_1(images: Tensor, op: Augment) -> None:
+    changed = op(images, draws(op))
+    # The weights of grey and blur sum to 1 only within rounding.
+    assert changed.min() >= -1e-6
+    assert changed.max() <= 1 + 1e-6
+
+
+def test_normalising_bytes_and_floats_gives_mean_0_and_deviation_1() -> None:
+    stored = torch.randint(0, 256, (4, 3, 50, 50), dtype=torch.uint8)
+    stored[:, 1] //= 2
+    values = stored.double() / 255
+    mean, std = values.mean((0, 2, 3)), values.std((0, 2, 3))
+    normalize = Normalize(tuple(mean.tolist()), tuple(std.tolist()), device=torch.device("cpu"))
+    expected = (values - mean[:, None, None]) / std[:, None, None]
+    for result in (normalize.bytes(stored), normalize(stored.float() / 255)):
+        assert result.dtype == torch.float32
+        # Products up to 3.5 rounded to float32, twice.
+        torch.testing.assert_close(result.double(), expected, atol=1e-6, rtol=0)

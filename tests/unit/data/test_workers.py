@@ -1,0 +1,198 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsin.data.base import UnreadableImage
+from opsin.data.crops import RandomResizedCrop
+from opsin.data.workers import RawBatch, Reader, read_batches
+from opsin.errors import DataError, TrainingError
+
+SAMPLES = 40
+
+
+@dataclass
+class Plain:
+    """Images of two sizes that are functions of their index; reading notes the process in `folder`."""
+
+    folder: Path
+    name: str = "plain"
+    classes: tuple[str, ...] = ("a", "b")
+    labels: Tensor = field(default_factory=lambda: torch.arange(SAMPLES) % 2)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def read(self, index: int) -> Tensor:
+        (self.folder / str(os.getpid())).touch()
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(0, 256, (3, 12, 10 + index % 2), dtype=torch.uint8, generator=generator)
+
+    def place(self, index: int) -> str:
+        return f"image {index}"
+
+
+class Broken(Plain):
+    """Cannot read image 7, in a way that its author did not foresee."""
+
+    def read(self, index: int) -> Tensor:
+        if index == 7:
+            raise KeyError("no such column")
+        return super().read(index)
+
+
+class Unreadable(Plain):
+    """Has no readable image."""
+
+    def read(self, index: int) -> Tensor:
+        raise UnreadableImage("there are no bytes")
+
+
+class Fatal(Plain):
+    """Kills the process that reads image 7."""
+
+    def read(self, index: int) -> Tensor:
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)
+
+
+def reader(source: Plain) -> Reader:
+    return Reader(source, {"image": RandomResizedCrop(size=8), "small": RandomResizedCrop(size=4, count=3)}, seed=5)
+
+
+def batches(source: Plain, workers: int) -> Iterator[RawBatch]:
+    keys = [(epoch, torch.arange(first, first + 10)) for epoch in range(2) for first in range(0, SAMPLES, 10)]
+    return read_batches(reader(source), keys, workers=workers, prefetch=2)
+
+
+def wait_until(happened: Callable[[], bool], *, timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_batches_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    expected = list(batches(Plain(tmp_path), 0))
+    assert len(expected) == 8
+    assert {name: view.shape[:2] for name, view in expected[0].views.items()} == {"image": (1, 10), "small": (3, 10)}
+    for workers in (1, 3):
+        for batch, same in zip(batches(Plain(tmp_path), workers), expected, strict=True):
+            assert torch.equal(batch.ids, same.ids)
+            assert torch.equal(batch.labels, same.labels)
+            assert all(torch.equal(batch.views[name], same.views[name]) for name in same.views)
+    assert len(list(tmp_path.iterdir())) == 5, "all four workers and this process have read"
+
+
+def test_a_batch_larger_than_the_held_memory_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = next(batches(Plain(tmp_path), 0))
+    monkeypatch.setattr("opsin.data.workers._GROUP_BYTES", 1000)
+    assert torch.equal(next(batches(Plain(tmp_path), 0)).views["small"], expected.views["small"])
+
+
+def test_reading_leaves_the_global_random_numbers_alone(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    list(batches(Plain(tmp_path), 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_error_in_a_worker_arrives_as_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        list(batches(Broken(tmp_path), 1))
+    assert str(caught.value) == (
+        "data.workers: reading failed in a worker with KeyError: 'no such column'; data.workers=0 shows where"
+    )
+
+
+def test_an_error_for_the_user_arrives_from_a_worker_as_it_is(tmp_path: Path) -> None:
+    messages = []
+    for workers in (0, 1):
+        with pytest.raises(DataError, match="image 0: unreadable") as caught:
+            next(batches(Unreadable(tmp_path), workers))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"data.workers=1: a worker process ended by itself .*try fewer workers"):
+        list(batches(Fatal(tmp_path), 1))
+
+
+def test_workers_leave_signals_to_the_training_process(tmp_path: Path) -> None:
+    reading = batches(Plain(tmp_path), 1)
+    next(reading)
+    [worker] = [int(path.name) for path in tmp_path.iterdir()]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(worker, number)
+    assert len(list(reading)) == 7
+    wait_until(lambda: not is_alive(worker))
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.unit.data.test_workers import Plain, batches
+
+def main():
+    reading = batches(Plain(Path(sys.argv[1])), 2)
+    print(len(next(reading).ids), flush=True)
+    next(reading)
+    {then}
+
+{start}
+"""
+
+
+def start_script(tmp_path: Path, env: dict[str, str], *, then: str, guarded: bool = True) -> "subprocess.Popen[str]":
+    root = str(Path(__file__).resolve().parents[3])
+    start = "if __name__ == '__main__':\n    main()" if guarded else "main()"
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=root, then=then, start=start))
+    (tmp_path / "processes").mkdir()
+    return subprocess.Popen(
+        [sys.executable, "script.py", "processes"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_workers_end_when_the_training_process_is_killed(tmp_path: Path, opsin_env: dict[str, str]) -> None:
+    with start_script(tmp_path, opsin_env, then="time.sleep(60)") as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == "10\n"
+        wait_until(lambda: len(list((tmp_path / "processes").iterdir())) == 2)
+        script.kill()
+    for worker in (tmp_path / "processes").iterdir():
+        wait_until(lambda number=int(worker.name): not is_alive(number))  # type: ignore[misc]
+
+
+def test_a_process_with_waiting_workers_can_exit(tmp_path: Path, opsin_env: dict[str, str]) -> None:
+    with start_script(tmp_path, opsin_env, then="globals()['kept'] = reading") as script:
+        _, errors = script.communicate(timeout=30)
+    assert (script.returncode, errors) == (0, "")
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path, opsin_env: dict[str, str]) -> None:
+    with start_script(tmp_path, opsin_env, then="pass", guarded=False) as script:
+        _, errors = script.communicate(timeout=60)
+    assert script.returncode == 1
+    assert "must start training below `if __name__ == '__main__':`" in errors

@@ -1,0 +1,160 @@
+"""Accuracy agrees with scikit-learn, and looking changes nothing."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix, log_loss, top_k_accuracy_score
+from torch import Tensor, nn
+
+from opsin.data.base import Batch, DataFacts
+from opsin.errors import DataError
+from opsin.evaluation.accuracy import AccuracyReport, evaluate, save_confusion
+
+CPU = torch.device("cpu")
+
+
+class Table:
+    """Images whose pixels are the class scores that `Lookup` returns."""
+
+    def __init__(self, scores: Tensor, labels: Tensor, classes: int | None = None) -> None:
+        num_classes = classes or scores.shape[1]
+        names = tuple(f"class {k}" for k in range(num_classes))
+        self.facts = DataFacts(names, len(labels), 1, scores.shape[1], (0.0,), (1.0,))
+        self.scores, self.labels = scores, labels
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        for start in range(0, len(self.labels), batch_size):
+            part = torch.arange(len(self.labels))[start : start + batch_size]
+            yield Batch({"image": self.scores[part][None, :, :, None, None]}, self.labels[part], part)
+
+
+class Lookup(nn.Module):
+    """Dropout and batch norm that must stay at rest, then the pixels themselves."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm2d(channels, eps=0.0)
+
+    def logits(self, images: Tensor) -> Tensor:
+        torch.rand(3)  # a network may draw; the training after it must not notice
+        scores: Tensor = self.norm(self.drop(images)).flatten(1)
+        return scores
+
+
+def scored(data: Table, batch_size: int = 7) -> AccuracyReport:
+    method = Lookup(data.scores.shape[1])
+    return evaluate(method, data, autocast=contextlib.nullcontext, device=CPU, batch_size=batch_size)
+
+
+def random_table(classes: int, images: int = 60) -> Table:
+    generator = torch.Generator().manual_seed(3)
+    return Table(
+        torch.randn(images, classes, generator=generator), torch.randint(classes, (images,), generator=generator)
+    )
+
+
+def test_scores_equal_those_of_scikit_learn() -> None:
+    data = random_table(classes=8)
+    report = scored(data)
+    scores, labels, known = data.scores.double().numpy(), data.labels.numpy(), np.arange(8)
+    assert report.images == 60
+    assert report.values["top1"] == top_k_accuracy_score(labels, scores, k=1, labels=known)
+    assert report.values["top5"] == top_k_accuracy_score(labels, scores, k=5, labels=known)
+    # float32 logits, 60 summands: relative error below 1e-6.
+    expected = log_loss(labels, data.scores.double().softmax(1).numpy(), labels=known)
+    assert report.values["loss"] == pytest.approx(expected, rel=1e-6)
+    table = confusion_matrix(labels, scores.argmax(1), labels=known)
+    assert report.confusion.tolist() == table.tolist()
+    assert list(report.per_class.values()) == pytest.approx(list(table.diagonal() / table.sum(1)))
+
+
+def test_the_batch_size_does_not_change_the_counts() -> None:
+    data = random_table(classes=8)
+    one, other = scored(data, batch_size=1), scored(data, batch_size=60)
+    assert torch.equal(one.confusion, other.confusion)
+    assert one.values["top5"] == other.values["top5"]
+
+
+def test_top5_is_left_out_where_every_guess_would_be_right() -> None:
+    assert set(scored(random_table(classes=5)).values) == {"top1", "loss"}
+
+
+def test_images_without_a_label_do_not_count() -> None:
+    scores = torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    report = scored(Table(scores, torch.tensor([0, -1, 0])))
+    assert report.images == 2
+    assert report.values["top1"] == 0.5
+    assert report.confusion.tolist() == [[1, 1], [0, 0]]
+
+
+def test_equal_scores_are_no_right_answer() -> None:
+    labels = torch.arange(6)
+    assert scored(Table(torch.zeros(6, 6), labels)).values["top1"] == 1 / 6
+
+
+def test_modes_weights_and_random_numbers_stay_as_they_were() -> None:
+    data = random_table(classes=8)
+    method = Lookup(8)
+    method.norm.eval()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    evaluate(method, data, autocast=contextlib.nullcontext, device=CPU)
+    assert torch.equal(torch.rand(4), expected)
+    assert method.training
+    assert method.drop.training
+    assert not method.norm.training
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
+def test_modes_come_back_after_a_fault() -> None:
+    method = Lookup(3)
+    with pytest.raises(DataError, match="3 classes apart, the data has 4"):
+        evaluate(
+            method,
+            Table(torch.zeros(2, 3), torch.tensor([0, 1]), classes=4),
+            autocast=contextlib.nullcontext,
+            device=CPU,
+        )
+    assert method.training
+
+
+def test_data_without_labels_is_a_fault() -> None:
+    with pytest.raises(DataError, match="no labels"):
+        scored(Table(torch.zeros(2, 3), torch.tensor([-1, -1])))
+
+
+def test_the_saved_confusion_is_plain_json(tmp_path: Path) -> None:
+    report = scored(Table(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 0])))
+    assert math.isnan(report.per_class["class 1"])
+    save_confusion(tmp_path / "confusion.json", report)
+    assert json.loads((tmp_path / "confusion.json").read_text()) == {
+        "classes": ["class 0", "class 1"],
+        "images": 2,
+        "per_class": {"class 0": 1.0, "class 1": None},
+        "matrix": [[2, 0], [0, 0]],
+    }
+
+
+def test_lines_name_the_worst_class_and_the_most_frequent_confusion() -> None:
+    confusion = torch.tensor([[8, 2, 0], [0, 5, 0], [1, 0, 9]])
+    report = AccuracyReport({"top1": 22 / 25, "loss": 0.5}, confusion, ("cat", "dog", "horse"), 25)
+    assert report.lines() == [
+        "top-1 88.00%  loss 0.5000  (25 images)",
+        "",
+        "least accurate classes",
+        "  cat     80.00% of 10",
+        "  horse   90.00% of 10",
+        "",
+        "most frequent confusions",
+        "  cat    taken for dog  2 times",
+        "  horse  taken for cat  1 times",
+    ]

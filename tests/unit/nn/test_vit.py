@@ -1,0 +1,196 @@
+"""The vision transformer against timm's, and what it offers beyond it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from opsin.errors import ConfigError
+from opsin.nn.attention import AttentionKind, set_attention
+from opsin.nn.vit import VisionTransformer, ViTConfig
+
+SMALL = {"width": 48, "depth": 3, "heads": 3, "patch": 4}
+
+
+def timm_vit(**options: object) -> nn.Module:
+    """timm's network of the same size as `SMALL`, for 16 px; biases and norms away from 0 and 1."""
+    import timm
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
+    network = timm.create_model("vit_tiny_patch16_224", **sizes, **options)
+    for param in network.parameters():
+        param.data += 0.1 * torch.randn_like(param)
+    return network
+
+
+def pair(config: ViTConfig, **options: object) -> tuple[VisionTransformer, nn.Module]:
+    theirs = timm_vit(**options)
+    ours = config.build(image_size=16)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def vit() -> VisionTransformer:
+    torch.manual_seed(3)
+    return ViTConfig(**SMALL).build(image_size=16).eval()
+
+
+# Tolerance of the comparisons: the same sums in another order, in float32, over values of size 1.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("kind", ["fused", "explicit"])
+def test_equals_timm(images: Tensor, kind: AttentionKind) -> None:
+    ours, theirs = pair(ViTConfig(**SMALL))
+    assert set_attention(ours, kind) == 3
+    tokens = ours(images)
+    expected = theirs.forward_features(images)
+    torch.testing.assert_close(tokens.pooled, expected[:, 0], **CLOSE)
+    torch.testing.assert_close(tokens.patches, expected[:, 1:], **CLOSE)
+
+
+def test_gradients_equal_timm(images: Tensor) -> None:
+    ours, theirs = pair(ViTConfig(**SMALL))
+    ours(images).pooled.square().sum().backward()
+    theirs(images).square().sum().backward()
+    expected = {name: param.grad for name, param in theirs.named_parameters()}
+    for name, param in ours.named_parameters():
+        torch.testing.assert_close(param.grad, expected[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_mean_pooling_equals_timm(images: Tensor, class_token: bool) -> None:
+    config = ViTConfig(**SMALL, pool="mean", class_token=class_token)
+    ours, theirs = pair(config, global_pool="avg", fc_norm=False, class_token=class_token)
+    torch.testing.assert_close(ours(images).pooled, theirs(images), **CLOSE)
+
+
+def test_dropouts_draw_as_timm(images: Tensor) -> None:
+    config = ViTConfig(**SMALL, dropout=0.2, attention_dropout=0.1, drop_path=0.3)
+    rates = {"pos_drop_rate": 0.2, "proj_drop_rate": 0.2, "attn_drop_rate": 0.1, "drop_path_rate": 0.3}
+    ours, theirs = pair(config, **rates)
+    set_attention(ours, "explicit")
+    set_attention(theirs, "explicit")
+    torch.manual_seed(5)
+    tokens = ours(images)
+    torch.manual_seed(5)
+    torch.testing.assert_close(tokens.pooled, theirs(images), **CLOSE)
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_other_image_size_equals_timm(size: int) -> None:
+    ours, theirs = pair(ViTConfig(**SMALL), dynamic_img_size=True)
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(ours(images).pooled, theirs(images), **CLOSE)
+
+
+def test_image_need_not_be_square(vit: VisionTransformer) -> None:
+    assert vit(torch.randn(1, 3, 8, 12)).patches.shape == (1, 6, 48)
+
+
+def test_starts_as_timm_does() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0).state_dict()
+    for name, value in ViTConfig(depth=2).build(image_size=32).state_dict().items():
+        # The deviation of n draws is known to 1 / sqrt(2 n); six times that never fails by chance.
+        allowed = 6 / (2 * value.numel()) ** 0.5
+        both = value.std().item(), theirs[name].std().item()
+        assert both[0] == pytest.approx(both[1], rel=2 * allowed, abs=1e-8), name
+
+
+def test_kept_patches_do_not_see_the_others(vit: VisionTransformer, images: Tensor) -> None:
+    keep = torch.tensor([[3, 0, 7], [15, 2, 4]])
+    before = vit.forward_tokens(images, keep)
+    assert before.patches.shape == (2, 3, 48)
+    changed = images.clone()
+    changed[:, :, 8:12, 4:8] += 1.0  # patch 9, kept in neither image
+    after = vit.forward_tokens(changed, keep)
+    assert torch.equal(before.patches, after.patches)
+    assert torch.equal(before.pooled, after.pooled)
+
+
+def test_keeping_all_patches_in_another_order_only_reorders(vit: VisionTransformer, images: Tensor) -> None:
+    order = torch.stack([torch.randperm(16), torch.randperm(16)])
+    whole, kept = vit(images), vit.forward_tokens(images, order)
+    torch.testing.assert_close(kept.pooled, whole.pooled, **CLOSE)
+    torch.testing.assert_close(kept.patches, whole.patches[torch.arange(2)[:, None], order], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["fused", "explicit"])
+def test_class_token_only_gives_the_same_class_token(
+    vit: VisionTransformer, images: Tensor, kind: AttentionKind
+) -> None:
+    set_attention(vit, kind)
+    tokens = vit.forward_tokens(images, class_token_only=True)
+    assert tokens.patches.shape == (2, 0, 48)
+    torch.testing.assert_close(tokens.pooled, vit(images).pooled, **CLOSE)
+
+
+def test_class_token_only_needs_a_pooled_token(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="needs pool 'token'"):
+        ViTConfig(**SMALL, pool="mean").build(image_size=16).forward_tokens(images, class_token_only=True)
+
+
+def test_attention_is_what_the_last_block_mixes_with(vit: VisionTransformer, images: Tensor) -> None:
+    attention = vit.attention(images)
+    assert attention.shape == (2, 3, 17, 17)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3, 17))
+    caught: list[Tensor] = []
+    last = vit.blocks[-1].attn
+    last.register_forward_hook(lambda layer, inputs, output: caught.extend([inputs[0], output]))
+    vit(images)
+    values = last.qkv(caught[0])[..., 96:].reshape(2, 17, 3, 16).transpose(1, 2)
+    mixed = last.proj((attention @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixed, caught[1], **CLOSE)
+
+
+def test_drop_path_skips_whole_images_and_keeps_the_mean() -> None:
+    block = ViTConfig(**SMALL, drop_path=0.5).build(image_size=16).blocks[-1].train()
+    out = block._skip(torch.ones(4000, 2, 3))
+    assert {tuple(row.unique().tolist()) for row in out} == {(0.0,), (2.0,)}
+    # Deviation of the mean of 4000 draws of 0 or 2: 1 / sqrt(4000) = 0.016.
+    assert out.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_learns_in_bfloat16(vit: VisionTransformer, images: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        vit(images[:, :, :8, :8]).pooled.float().square().mean().backward()
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in vit.parameters())
+
+
+def test_image_size_must_be_a_multiple_of_the_patch(vit: VisionTransformer) -> None:
+    with pytest.raises(ConfigError, match=r"model\.patch = 4: data\.image_size 30 .* use data\.image_size=28 "):
+        ViTConfig(**SMALL).build(image_size=30)
+    with pytest.raises(ConfigError, match="30 x 16 pixels"):
+        vit(torch.zeros(1, 3, 30, 16))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 100}, "width 100 is not a multiple of heads 3; use width 102"),
+        ({"class_token": False}, "needs class_token true"),
+        ({"dropout": 1.0}, "less than 1"),
+        ({"depth": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ViTConfig(**settings)
+
+
+def test_importing_it_loads_neither_timm_nor_torchvision() -> None:
+    code = "import sys, opsin.nn.vit; sys.exit(bool({'timm', 'torchvision'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

@@ -1,0 +1,236 @@
+"""The journal keeps every row once, through crashes, resumes and full disks."""
+
+import contextlib
+import json
+import math
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from opsin.errors import RunError
+from opsin.reporting import Event, Journal, Row, Sink, read_events, read_rows
+
+
+class Memory:
+    """A sink that keeps what reaches it, and can be full."""
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self.full = False
+        self.entries: list[Row | Event | str] = []
+
+    def write(self, row: Row) -> None:
+        self._keep(row)
+
+    def event(self, event: Event) -> None:
+        self._keep(event)
+
+    def rewind(self, step: int) -> None:
+        self._keep(f"rewind {step}")
+
+    def close(self) -> None:
+        self._keep("close")
+
+    def _keep(self, entry: Row | Event | str) -> None:
+        if self.full:
+            raise OSError("no space left")
+        self.entries.append(entry)
+
+
+def no_warning(text: str) -> None:
+    raise AssertionError(text)
+
+
+def open_journal(folder: Path, *sinks: Sink, warn: Callable[[str], None] = no_warning) -> Journal:
+    return Journal(folder, sinks, warn=warn)
+
+
+def log(journal: Journal, step: int, **values: float) -> None:
+    journal.log(step, step / 10, {name.replace("_", "/", 1): value for name, value in values.items()}, time_s=step / 2)
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[str]:
+    return (folder / name).read_text().splitlines()
+
+
+def test_a_row_is_one_line_with_its_place_first_and_sorted_values(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    journal.log(5, 0.5, {"train/lr": 0.1, "train/loss": 2.5}, time_s=1.25)
+    assert lines(tmp_path) == ['{"step": 5, "epoch": 0.5, "time_s": 1.25, "train/loss": 2.5, "train/lr": 0.1}']
+    assert journal.rows() == [Row(5, 0.5, 1.25, {"train/loss": 2.5, "train/lr": 0.1})]
+
+
+def test_values_of_the_last_step_are_added_to_its_row(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    log(journal, 1, train_loss=2.0)
+    log(journal, 2, train_loss=1.0)
+    log(journal, 2, val_top1=0.5)
+    assert [row.step for row in journal.rows()] == [1, 2]
+    assert journal.row(2) == {"train/loss": 1.0, "val/top1": 0.5}
+    assert journal.row(1) == {}
+
+
+def test_a_row_that_becomes_shorter_leaves_no_rest(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    log(journal, 1, train_loss=0.123456789012)
+    log(journal, 1, train_loss=0.5)
+    log(journal, 2, train_loss=0.25)
+    assert [json.loads(line)["train/loss"] for line in lines(tmp_path)] == [0.5, 0.25]
+
+
+def test_an_earlier_step_is_our_own_fault(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    log(journal, 2)
+    with pytest.raises(AssertionError, match="step 1 is logged after step 2"):
+        log(journal, 1)
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    log(journal, 1, train_loss=math.inf)
+    journal.event("step_cancelled", 1, loss=math.nan, norms=[1.0, math.inf])
+    assert '"train/loss": null' in lines(tmp_path)[0]
+    assert math.isnan(journal.rows()[0].values["train/loss"])
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert event.facts == {"loss": None, "norms": [1.0, None]}
+
+
+def test_rewind_forgets_later_rows_events_and_the_torn_line(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    for step in (10, 20, 30):
+        log(journal, step, train_loss=1 / step)
+        journal.event("checkpoint", step)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 40, "epo')
+    sink = Memory()
+    resumed = open_journal(tmp_path, sink)
+    resumed.rewind(20)
+    assert sink.entries == ["rewind 20"]
+    assert [row.step for row in resumed.rows()] == [10, 20]
+    assert [event.step for event in read_events(tmp_path / "events.jsonl")] == [10, 20]
+    log(resumed, 20, val_top1=0.5)
+    log(resumed, 30, train_loss=0.0)
+    assert [row.step for row in read_rows(tmp_path / "metrics.jsonl")] == [10, 20, 30]
+    assert resumed.row(30) == {"train/loss": 0.0}
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_file_cut_anywhere_is_continued_without_a_torn_or_double_row(tmp_path: Path, cut: int) -> None:
+    journal = open_journal(tmp_path)
+    for step in range(1, 4):
+        log(journal, step, train_loss=1.0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    journal = open_journal(tmp_path)
+    for step in (3, 4):
+        log(journal, step, train_loss=2.0)
+    steps = [json.loads(line)["step"] for line in lines(tmp_path)]
+    assert steps == sorted(set(steps))
+    assert steps[-2:] == [3, 4]
+
+
+def test_a_folder_that_cannot_be_rewound_is_a_run_error(tmp_path: Path) -> None:
+    log(open_journal(tmp_path), 1)
+    journal = open_journal(tmp_path)
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(RunError, match="cannot rewind the log to step 0"):
+        journal.rewind(0)
+
+
+def test_the_summary_holds_last_and_best_of_each_score(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    log(journal, 1, val_top1=0.5, val_loss=1.0, train_lr=0.1)
+    log(journal, 2, val_top1=0.7, val_loss=0.5, train_lr=0.2)
+    log(journal, 3, val_top1=0.6, val_loss=math.nan, train_lr=0.3)
+    journal.summarize(steps=3, seconds=1.5, peak_memory_bytes=1024)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "steps": 3,
+        "seconds": 1.5,
+        "peak_memory_bytes": 1024,
+        "scores": {
+            "train/lr": {"last": 0.3},
+            "val/loss": {"last": None, "best": 0.5, "best_step": 2},
+            "val/top1": {"last": 0.6, "best": 0.7, "best_step": 2},
+        },
+    }
+
+
+def test_a_resumed_journal_knows_the_best_of_the_rows_it_keeps(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    log(journal, 1, val_top1=0.5)
+    log(journal, 2, val_top1=0.9)
+    resumed = open_journal(tmp_path)
+    assert resumed.best("val/top1") == 0.9
+    resumed.rewind(1)
+    assert resumed.best("val/top1") == 0.5
+    assert resumed.best("val/loss") is None
+
+
+def test_a_failing_sink_gets_everything_once_it_recovers(tmp_path: Path) -> None:
+    sink, warnings = Memory(), list[str]()
+    journal = open_journal(tmp_path, sink, warn=warnings.append)
+    sink.full = True
+    for step in (1, 2, 3):
+        log(journal, step, train_loss=1.0)
+    assert len(warnings) == 1
+    assert "memory" in warnings[0]
+    sink.full = False
+    log(journal, 4, train_loss=1.0)
+    assert [entry.step for entry in sink.entries if isinstance(entry, Row)] == [1, 2, 3, 4]
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert (event.kind, event.step, event.facts) == ("log_recovered", 4, {"log": "memory"})
+
+
+def test_rows_wait_while_the_metrics_file_cannot_be_written(tmp_path: Path) -> None:
+    warnings = list[str]()
+    journal = open_journal(tmp_path, warn=warnings.append)
+    log(journal, 1, train_loss=1.0)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "aside")
+    (tmp_path / "metrics.jsonl").mkdir()  # opening it fails, for root too
+    log(journal, 2, train_loss=1.0)
+    log(journal, 2, val_top1=0.5)
+    log(journal, 3, train_loss=1.0)
+    assert len(warnings) == 1
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "aside").rename(tmp_path / "metrics.jsonl")
+    log(journal, 4, train_loss=1.0)
+    assert [row.step for row in journal.rows()] == [1, 2, 3, 4]
+    assert journal.rows()[1].values == {"train/loss": 1.0, "val/top1": 0.5}
+
+
+@contextlib.contextmanager
+def room_for(path: Path, more_bytes: int) -> Iterator[None]:
+    """No file may outgrow `path` by more than this: the system cuts the write that does, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_that_took_half_a_line_leaves_whole_lines(tmp_path: Path) -> None:
+    warnings = list[str]()
+    journal = open_journal(tmp_path, warn=warnings.append)
+    log(journal, 1, train_loss=1.0)
+    with room_for(tmp_path / "metrics.jsonl", 20):
+        log(journal, 1, val_top1=0.5)
+        log(journal, 2, train_loss=1.0)
+        assert not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    log(journal, 3, train_loss=1.0)
+    assert len(warnings) == 1
+    assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert journal.rows()[0].values == {"train/loss": 1.0, "val/top1": 0.5}
+
+
+def test_what_is_never_written_is_told_at_the_end(tmp_path: Path) -> None:
+    sink, warnings = Memory(), list[str]()
+    journal = open_journal(tmp_path, sink, warn=warnings.append)
+    sink.full = True
+    log(journal, 1, train_loss=1.0)
+    journal.close()
+    assert warnings[-1] == "memory: 2 entries could not be written and are lost: no space left"

@@ -1,0 +1,464 @@
+"""Checkpoints: exact, verified, atomic, and which are kept. Training is plain PyTorch written out."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opsin.errors import CheckpointError, RunError
+from opsin.methods.base import Batch, Clock, Losses, Method, ParamGroup, Tokens, Views
+from opsin.timeline import Stage, Timeline
+from opsin.training.checkpoint import CheckpointConfig, Checkpoints, best_checkpoint, find_checkpoints, read_checkpoint
+from opsin.training.state import LossScale, TrainState
+
+TIMELINE = Timeline([Stage(epochs=10, batch_size=4, steps_per_epoch=5)])
+
+
+class Tiny(Method):
+    """Two layers with batch norm, on six numbers."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
+
+    def views(self) -> Views:
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, clock: Clock) -> Losses:
+        raise NotImplementedError
+
+    def param_groups(self) -> Sequence[ParamGroup]:
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tokens:
+        raise NotImplementedError
+
+
+def fresh(kind: str = "adamw", *, width: int = 8, weight_decay: float = 0.05, scaled: bool = False) -> TrainState:
+    method = Tiny(width)
+    optimizer: torch.optim.Optimizer
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(method.parameters(), lr=0.01, weight_decay=weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=weight_decay, fused=True)
+    return TrainState(method, optimizer, LossScale.start(torch.device("cpu")) if scaled else None)
+
+
+def train(state: TrainState, *, to: int) -> TrainState:
+    while state.step < to:
+        for group in state.optimizer.param_groups:
+            group["lr"] = 0.01 * (1 - state.step / 50)
+        generator = torch.Generator().manual_seed(state.step)
+        images = torch.randn(4, 6, generator=generator)
+        method = state.method
+        assert isinstance(method, Tiny)
+        F.cross_entropy(method.layers(images), torch.tensor([0, 1, 2, 0])).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+        state.elapsed_s += 60.0
+    return state
+
+
+def bits(state: TrainState) -> list[Tensor]:
+    tensors = list(state.method.state_dict().values())
+    for moments in state.optimizer.state_dict()["state"].values():
+        tensors += [moments[name] for name in sorted(moments)]
+    return tensors
+
+
+def equal(one: TrainState, other: TrainState) -> bool:
+    pairs = zip(bits(one), bits(other), strict=True)
+    return one.step == other.step and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+class Story:
+    """The checkpoints of a run, and every event they told."""
+
+    def __init__(self, folder: Path, *, last_step: int | None = None, **settings: object) -> None:
+        self.folder = folder
+        self.events: list[tuple[str, Mapping[str, object]]] = []
+        self.restored_at: list[int] = []
+        self.checkpoints = Checkpoints(
+            folder,
+            CheckpointConfig.model_validate(settings),
+            TIMELINE,
+            fingerprint="f00d",
+            say=lambda kind, facts: self.events.append((kind, facts)),
+            last_step=last_step,
+            on_restore=self.restored_at.append,
+        )
+
+    def warnings(self) -> list[str]:
+        return [str(facts["warning"]) for _, facts in self.events if "warning" in facts]
+
+    def steps(self) -> list[int]:
+        return list(find_checkpoints(self.folder))
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Story:
+    return Story(tmp_path / "checkpoints", every="1 epoch")
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+# --- exactness ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_a_restored_run_ends_with_the_same_bits(story: Story, kind: str, at: int) -> None:
+    story.checkpoints.save(train(fresh(kind), to=at), reason="test")
+    resumed = Story(story.folder).checkpoints.restore(fresh(kind))
+    assert equal(train(resumed, to=20), train(fresh(kind), to=20))
+
+
+def test_saving_changes_nothing(story: Story) -> None:
+    state = fresh()
+    for step in range(1, 20):
+        story.checkpoints.save(train(state, to=step), reason="test")
+    assert equal(state, train(fresh(), to=19))
+
+
+def test_time_and_loss_scale_come_back(story: Story) -> None:
+    state = train(fresh(scaled=True), to=3)
+    assert state.loss_scale is not None
+    state.loss_scale.update(torch.tensor(0.0))
+    state.loss_scale.update(torch.tensor(1.0))
+    story.checkpoints.save(state, reason="test")
+    again = story.checkpoints.restore(fresh(scaled=True))
+    assert again.loss_scale is not None
+    assert (again.elapsed_s, again.loss_scale.scale, again.loss_scale.good_steps) == (180.0, 2.0**15, 1)
+    # A resume in another precision has no scale, or begins a new one.
+    assert story.checkpoints.restore(fresh()).loss_scale is None
+
+
+def test_settings_of_the_optimizer_are_those_of_the_recipe(story: Story) -> None:
+    story.checkpoints.save(train(fresh(weight_decay=0.05), to=3), reason="test")
+    again = story.checkpoints.restore(fresh(weight_decay=0.2))
+    assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.2]
+
+
+def test_plain_torch_can_read_a_checkpoint(story: Story) -> None:
+    state = train(fresh(), to=3)
+    path = story.checkpoints.save(state, reason="test")
+    assert path is not None
+    assert sorted(item.name for item in path.iterdir()) == ["manifest.json", "state.pt"]
+    content = torch.load(path / "state.pt", weights_only=True)
+    assert all(torch.equal(content["method"][name], value) for name, value in state.method.state_dict().items())
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert {name: manifest[name] for name in ("format", "step", "elapsed_s", "recipe", "optimizer")} == {
+        "format": 1,
+        "step": 3,
+        "elapsed_s": 180.0,
+        "recipe": "f00d",
+        "optimizer": "AdamW",
+    }
+    assert manifest["files"]["state.pt"]["bytes"] == (path / "state.pt").stat().st_size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize(("source", "target"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_a_checkpoint_loads_on_another_device(tmp_path: Path, kind: str, source: str, target: str) -> None:
+    def on(device: str) -> TrainState:
+        state = fresh(kind)
+        state.method.to(device)
+        return state
+
+    saved = on(source)
+    for param in saved.method.parameters():
+        param.grad = torch.ones_like(param)
+    saved.optimizer.step()
+    saved.step = 1
+    Story(tmp_path).checkpoints.save(saved, reason="test")
+    loaded = Story(tmp_path).checkpoints.restore(on(target))
+    for one, other in zip(bits(saved), bits(loaded), strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+    for param in loaded.method.parameters():
+        assert all(value.device == param.device for value in loaded.optimizer.state[param].values())
+        param.grad = torch.ones_like(param)
+    loaded.optimizer.step()
+
+
+# --- what is due, and what is kept ----------------------------------------------------------------
+
+
+def saved_steps(story: Story, *, to: int) -> list[int]:
+    state = fresh()
+    return [
+        step
+        for step in range(1, to + 1)
+        if story.checkpoints.save_if_due(train(state, to=step), stopping=False) is not None
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "due"),
+    [
+        ({"every": "1 epoch"}, [5, 10, 15, 17]),
+        ({"every": "4 steps"}, [4, 8, 12, 16, 17]),
+        ({"every": "6 minutes"}, [6, 12, 17]),  # a step takes one
+        ({"every": "never"}, [17]),
+        ({"every": "never", "milestones": "2 epochs"}, [10, 17]),
+    ],
+    ids=lambda value: str(value),
+)
+def test_due_steps_and_the_last_one_are_saved(tmp_path: Path, settings: dict[str, str], due: list[int]) -> None:
+    assert saved_steps(Story(tmp_path, last_step=17, **settings), to=17) == due
+
+
+def test_a_stop_is_saved_at_any_step(story: Story) -> None:
+    path = story.checkpoints.save_if_due(train(fresh(), to=3), stopping=True)
+    assert path == story.folder / "step-00000003"
+
+
+def test_newest_best_and_milestones_are_kept(tmp_path: Path) -> None:
+    story = Story(tmp_path, every="1 step", keep=2, milestones="3 epochs", last_step=18)
+    state = fresh()
+    for step in range(1, 19):
+        story.checkpoints.save_if_due(train(state, to=step))
+        story.checkpoints.note_scores(state, {"val/loss": 0.0, "val/top1": 0.9 if step == 7 else 0.1})
+    assert story.steps() == [7, 15, 17, 18]
+    assert best_checkpoint(tmp_path) == tmp_path / "step-00000007"
+
+
+@pytest.mark.parametrize(("mode", "best_step"), [("max", 2), ("min", 3)])
+def test_the_first_of_equal_scores_is_the_best(tmp_path: Path, mode: str, best_step: int) -> None:
+    story = Story(tmp_path, every="never", best="score", best_mode=mode, keep=1)
+    state = fresh()
+    for step, score in enumerate([2.0, 4.0, 1.0, 4.0, 1.0, float("nan")], start=1):
+        story.checkpoints.mark_best(train(state, to=step), score)
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == best_step
+    assert best_step in story.steps()
+
+
+def test_a_best_score_after_the_restored_step_is_forgotten(story: Story) -> None:
+    story.checkpoints.save(train(fresh(), to=3), reason="test")
+    state = train(fresh(), to=4)
+    assert story.checkpoints.mark_best(state, 0.9)
+    flip_byte(story.folder / "step-00000004" / "state.pt", 500)
+    again = Story(story.folder)
+    state = train(again.checkpoints.restore(fresh()), to=4)
+    assert again.checkpoints.mark_best(state, 0.9)
+    assert best_checkpoint(story.folder) == story.folder / "step-00000004"
+
+
+# --- restoring ----------------------------------------------------------------------------------
+
+
+def test_without_checkpoints_the_state_is_fresh(story: Story) -> None:
+    assert equal(story.checkpoints.restore(fresh()), fresh())
+    assert story.restored_at == [0]
+    assert story.checkpoints.newest_step is None
+
+
+def test_restoring_tells_where_it_goes_on(story: Story) -> None:
+    story.checkpoints.save(train(fresh(), to=3), reason="test")
+    again = Story(story.folder)
+    again.checkpoints.restore(fresh())
+    assert again.restored_at == [3]
+    assert again.events == [("resumed", {"step": 3, "elapsed_s": 180.0, "recipe_changed": False})]
+
+
+def test_leftovers_of_killed_writers_are_removed(story: Story) -> None:
+    for name in (".writing-3-4711", ".removing-step-00000002-4711"):
+        (story.folder / name).mkdir(parents=True)
+        (story.folder / name / "state.pt").write_bytes(b"half")
+    assert story.checkpoints.restore(fresh()).step == 0
+    assert list(story.folder.iterdir()) == []
+
+
+@pytest.fixture
+def two(story: Story) -> Story:
+    state = fresh()
+    for step in (3, 6):
+        story.checkpoints.save(train(state, to=step), reason="test")
+    return Story(story.folder)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_taken(two: Story, name: str) -> None:
+    path = two.folder / "step-00000006" / name
+    whole = path.read_bytes()
+    for position in range(0, len(whole), max(1, len(whole) // 40)):
+        path.parent.mkdir(exist_ok=True)
+        flip_byte(path, position)
+        state = two.checkpoints.restore(fresh())
+        damaged = two.folder / "damaged-step-00000006"
+        # A line break that became another blank says the same.
+        assert state.step == 3 or json.loads(path.read_text()) == json.loads(whole), position
+        if damaged.exists():
+            damaged.rename(path.parent)
+        path.write_bytes(whole)
+    assert two.checkpoints.restore(fresh()).step == 6
+
+
+def test_the_warning_says_what_is_damaged_and_what_is_taken(two: Story) -> None:
+    flip_byte(two.folder / "step-00000006" / "state.pt", 700)
+    assert equal(two.checkpoints.restore(fresh()), train(fresh(), to=3))
+    (warning,) = two.warnings()
+    assert "step-00000006: state.pt: sha256 is " in warning
+    assert "going back to step 3" in warning
+    # The place is free again, and nothing was deleted.
+    two.checkpoints.save(train(fresh(), to=6), reason="test")
+    assert two.steps() == [3, 6]
+    assert (two.folder / "damaged-step-00000006").is_dir()
+
+
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_missing_and_cut_files_are_damage(two: Story, name: str, damage: str) -> None:
+    path = two.folder / "step-00000006" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: -100 if damage == "cut" else 0])
+    assert two.checkpoints.restore(fresh()).step == 3
+    assert name in two.warnings()[0] or "JSONDecodeError" in two.warnings()[0]
+
+
+def test_nothing_valid_is_an_error_with_a_line_for_each(two: Story) -> None:
+    for path in find_checkpoints(two.folder).values():
+        flip_byte(path / "state.pt", 700)
+    with pytest.raises(CheckpointError) as caught:
+        two.checkpoints.restore(fresh())
+    newest, oldest, way_out = caught.value.faults
+    assert ("step-00000006" in newest, "step-00000003" in oldest, "--fresh" in way_out) == (True, True, True)
+    assert two.steps() == [3, 6]
+
+
+def test_a_too_new_checkpoint_is_an_error_and_not_passed_over(two: Story) -> None:
+    path = two.folder / "step-00000006" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    with pytest.raises(CheckpointError, match=r"too new: format 3, this opsin .* reads up to 1; upgrade opsin"):
+        two.checkpoints.restore(fresh())
+    assert two.steps() == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("other", "fault"),
+    [
+        (fresh(width=9), r"layers\.0\.weight, .* and 4 more of another shape"),
+        (fresh("sgd"), "holds the state of AdamW, not of SGD"),
+    ],
+    ids=["width", "optimizer"],
+)
+def test_a_checkpoint_of_another_model_is_an_error_and_leaves_the_state(
+    two: Story, other: TrainState, fault: str
+) -> None:
+    before = [tensor.clone() for tensor in bits(other)]
+    with pytest.raises(CheckpointError, match=fault):
+        two.checkpoints.restore(other)
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(other), strict=True))
+
+
+def test_parameter_groups_must_be_the_same(two: Story) -> None:
+    state = fresh()
+    params = list(state.method.parameters())
+    state.optimizer = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}], fused=True)
+    with pytest.raises(CheckpointError, match=r"parameter groups of \[6\] tensors, not of \[2, 4\]"):
+        two.checkpoints.restore(state)
+
+
+# --- faults of the disk and of training -------------------------------------------------------------
+
+
+@pytest.fixture
+def no_large_files() -> Iterator[None]:
+    """Every write beyond 2 KiB of a file fails, as on a full disk."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("no_large_files")
+def test_a_failed_write_leaves_nothing_and_training_goes_on(story: Story) -> None:
+    state = train(fresh(), to=5)
+    assert story.checkpoints.save_if_due(state) is None
+    assert list(story.folder.iterdir()) == []
+    (warning,) = story.warnings()
+    assert warning == (
+        "checkpoint of step 5 was not written: File too large; there is no complete one; "
+        "training goes on and tries again at the next due step"
+    )
+    assert not story.checkpoints.mark_best(state, 0.9)
+    with pytest.raises(RunError, match="step 5 could not be written before the stop"):
+        story.checkpoints.save_if_due(state, stopping=True)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    assert story.checkpoints.save_if_due(train(state, to=10)) is not None
+    assert story.checkpoints.newest_step == 10
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from tests.unit.training.test_checkpoint import Story, fresh, train
+
+folder = Path(sys.argv[1])
+story = Story(folder / "checkpoints", every="1 step")
+state = train(fresh(width=3000), to=1)
+assert story.checkpoints.save_if_due(state) is not None
+(folder / "other").write_bytes(bytes(200_000))
+state = train(state, to=2)
+assert story.checkpoints.save_if_due(state) is None
+print(*story.warnings())
+assert story.steps() == [1]
+(folder / "other").unlink()
+assert story.checkpoints.save_if_due(train(state, to=3)) is not None
+"""
+
+
+def test_a_full_file_system_is_named_with_what_is_needed(tmp_path: Path) -> None:
+    # In a mount namespace of its own: the small file system goes with the process, even if that is killed.
+    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"', str(tmp_path)]
+    try:
+        possible = subprocess.run([*mount, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("mounting a small file system needs root")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*mount, sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 2 was not written: no space left (needs about 0.4 MiB, 0." in done.stdout
+    assert "the newest complete one is step 1" in done.stdout
+
+
+def test_an_emergency_saves_a_whole_state_only(story: Story) -> None:
+    state = train(fresh(), to=3)
+    state.whole = False
+    assert story.checkpoints.emergency(state) is None
+    state.whole = True
+    path = story.checkpoints.emergency(state)
+    assert path is not None
+    assert read_checkpoint(path).step == 3
+
+
+def test_an_emergency_hides_no_exception(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(torch, "save", broken)
+    assert story.checkpoints.emergency(train(fresh(), to=3)) is None
+    assert "the device is lost" in story.warnings()[0]
+    assert list(story.folder.iterdir()) == []
