@@ -9,7 +9,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -65,6 +65,26 @@ def run_opsin(tmp_path: Path, opsin_env: dict[str, str]) -> RunOpsin:
         )
 
     return run
+
+
+@pytest.fixture
+def torch_switches() -> Iterator[None]:
+    """Puts torch's global switches back, for tests that train in this process."""
+    import torch
+
+    matmul, cudnn, onednn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    places = [(cudnn, "deterministic"), (cudnn, "benchmark"), (onednn.matmul, "fp32_precision")]
+    places += [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+    before = [getattr(owner, name) for owner, name in places]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    for (owner, name), value in zip(places, before, strict=True):
+        setattr(owner, name, value)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    if workspace is None:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from opsin.cadence import is_due
 from opsin.console import Console
 from opsin.data.base import DataFacts, Source
 from opsin.data.holdout import hold_out
@@ -29,7 +30,7 @@ from opsin.rundir import RunDirectory
 from opsin.seeding import fold_in
 from opsin.timeline import Stage, Timeline
 from opsin.training import precision
-from opsin.training.checkpoint import Checkpoints
+from opsin.training.checkpoint import Checkpoints, find_checkpoints
 from opsin.training.loop import Run
 from opsin.training.observe import Evaluations, Observations, Scene
 from opsin.training.optim import build_optimizer, lr_setter
@@ -100,7 +101,10 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
         last_step=steps,
         limit=recipe.limits.cancelled_in_a_row,
         monitors=[(monitor.every, monitor.build()) for monitor in recipe.monitors.values()],
-        also_when=checkpoints.is_due,
+        also_when=lambda state: (
+            checkpoints.is_due(state)
+            or any(is_due(wanted.every, timeline, state.step) for wanted in recipe.evaluators.values())
+        ),
     )
     scene = Scene(still_data(recipe, images, numerics, console), plan.autocast, device, directory.path)
     evaluations = Evaluations(
@@ -112,7 +116,8 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
         last_step=steps,
         on_scores=checkpoints.note_scores,
     )
-    fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice)
+    resuming = bool(find_checkpoints(directory.checkpoints))
+    fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice, resuming=resuming)
     stop = Stop(hours=recipe.limits.hours)
     return Run(fresh, data, plan, steps, checkpoints, observations, evaluations, stop, directory)
 
@@ -202,7 +207,7 @@ def settle_numerics(recipe: Recipe, method: Method, device: torch.device, number
 def place(method: Method, numerics: Numerics) -> Method:
     """The method on its device, in its memory format."""
     if numerics.channels_last:
-        method = method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        method = method.to(memory_format=torch.channels_last)
     return method.to(numerics.device)
 
 
@@ -261,12 +266,16 @@ def _step_plan(recipe: Recipe, timeline: Timeline, method: Method, numerics: Num
     )
 
 
-def _fresh_state(recipe: Recipe, method: Method, numerics: Numerics, data: TrainingData, say: Say) -> TrainState:
-    """The state before step 0."""
-    report = initialise(method.backbone, recipe.model)
-    for line in report.lines() if report is not None else ():
-        say(line)
-    method.prepare(lambda: next(iter(data.batches(0, 1))))
+def _fresh_state(
+    recipe: Recipe, method: Method, numerics: Numerics, data: TrainingData, say: Say, *, resuming: bool
+) -> TrainState:
+    """The state before step 0; with `resuming`, one whose weights a checkpoint will replace."""
+    data.load()
+    if not resuming:
+        report = initialise(method.backbone, recipe.model)
+        for line in report.lines() if report is not None else ():
+            say(line)
+        method.prepare(lambda: next(iter(data.batches(0, 1))))
     method.train()
     scale = LossScale.start(numerics.device) if numerics.precision == "fp16" else None
     return TrainState(method, build_optimizer(recipe.optim, method), scale)

@@ -17,9 +17,19 @@ from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
 from opsin.training.checkpoint import CheckpointConfig
 from opsin.training.observe import EvaluatorConfig, MonitorConfig
-from opsin.training.optim import SGD, AdamW, OptimConfig
+from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig
 
-__all__ = ["SGD", "ConvNetConfig", "DataConfig", "Recipe", "TimmConfig", "ViTConfig", "read", "shipped"]
+__all__ = [
+    "SGD",
+    "ConvNetConfig",
+    "DataConfig",
+    "MuonConfig",
+    "Recipe",
+    "TimmConfig",
+    "ViTConfig",
+    "read",
+    "shipped",
+]
 
 shipped = Path(__file__).parent / "recipes"
 """The folder of the recipes that come with the package."""

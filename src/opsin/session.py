@@ -15,7 +15,7 @@ import torch
 
 from opsin.assembly import assemble
 from opsin.config import diff, flatten, to_yaml
-from opsin.console import Console, duration, open_console
+from opsin.console import Console, describe, duration, open_console
 from opsin.errors import ConfigError, RunError, Stopped
 from opsin.export import write_model
 from opsin.methods.base import Method
@@ -122,8 +122,17 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
                 f"{directory.path}: training is done, but its last checkpoint could not be written (see above)"
             )
         _write_final(directory, state.method)
-    console.finish(f"{directory.path}: done after step {state.step}, {duration(state.elapsed_s)} of training")
+    console.finish(_last_words(directory, journal))
     return run
+
+
+def _last_words(directory: RunDirectory, journal: Journal) -> str:
+    """Where the run is, how long it took, and what it scored."""
+    last = journal.last
+    assert last is not None, "a run has at least one step"
+    scores = {name: value for name, value in last.values.items() if name.endswith("/top1") and name != "train/top1"}
+    words = [f"{directory.path}: done, {last.step} steps in {duration(last.time_s)}", describe(scores)]
+    return "  ".join(word for word in words if word)
 
 
 @contextmanager

@@ -1,86 +1,173 @@
 """Proof that a recipe resumes exactly: one straight run, one killed and resumed, equal bytes."""
 
 import hashlib
+import json
+import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from opsin.errors import ConfigError, TrainingError
+from opsin.config import to_yaml
+from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError
+from opsin.recipe import read
+from opsin.rundir import RunDirectory
+from opsin.training.checkpoint import find_checkpoints
+
+_PAUSE_S = 0.0005
 
 
 def verify(recipe: str, overrides: Sequence[str], *, steps: int, kills: int) -> int:
     """Train `steps` steps twice, the second time killed with SIGKILL `kills` times; 0 when equal.
 
-    The kills fall at random moments between the first checkpoint and the usual end of the run, so
-    they also hit checkpoint writes. Prints both hashes of model.safetensors.
+    Prints each kill, and both hashes of model.safetensors. `train_killed` says where the kills fall.
 
     Raises:
-        ConfigError: steps or kills below 1.
-        TrainingError: a run failed by itself.
+        ConfigError: the recipe is wrong, or steps or kills are below 1.
+        OpsinError: a run ended by itself, as its exit status says.
     """
     if steps < 1 or kills < 1:
         raise ConfigError(f"command line: --steps {steps} --kills {kills}: both must be at least 1")
-    own = [*overrides, f"limits.steps={steps}", "log.tensorboard=false"]
+    own = [*overrides, f"limits.steps={steps}", "limits.hours=null", "log.tensorboard=false"]
     if not any(text.startswith("checkpoints.every=") for text in overrides):
         own.append(f"checkpoints.every={max(1, steps // 10)} steps")
-    with tempfile.TemporaryDirectory(prefix="opsin-verify-") as folder:
-        straight, killed = Path(folder) / "straight", Path(folder) / "killed"
-        command = [sys.executable, "-m", "opsin", "train", recipe, *own, "--quiet", "--out"]
-        start_s, whole_s = _time_straight_run([*command, str(straight)], straight)
-        for number in range(1, kills + 1):
-            moment_s = random.uniform(start_s, whole_s)
-            died = _run_and_kill([*command, str(killed)], moment_s)
-            newest = max((p.name for p in (killed / "checkpoints").glob("step-*")), default="no checkpoint yet")
-            print(
-                f"kill {number}: after {moment_s:.1f} s, {newest}" if died else f"kill {number}: it had ended",
-                flush=True,
-            )
-        _wait([*command, str(killed)])
-        first, second = (_hash(folder / "model.safetensors") for folder in (straight, killed))
+    # Written down once: a recipe file that is edited meanwhile does not count.
+    text = to_yaml(read(recipe, own), comments=False)
+    with tempfile.TemporaryDirectory(prefix="opsin-verify-", ignore_cleanup_errors=True) as folder:
+        frozen, messages = Path(folder, "recipe.yaml"), Path(folder, "messages")
+        frozen.write_text(text)
+        straight, killed = RunDirectory(Path(folder, "straight")), RunDirectory(Path(folder, "killed"))
+        finish(start(frozen, straight.path), "straight")
+        steps = json.loads(straight.summary.read_text())["steps"]
+        # Every step is logged: its row is how a kill finds its moment.
+        again = lambda: start(frozen, killed.path, "log.every=1", messages=messages)
+        try:
+            for number, kill in enumerate(train_killed(again, killed, steps, kills, random.Random()), 1):
+                print(f"kill {number}: {kill}", flush=True)
+        except OpsinError:
+            sys.stderr.write(messages.read_text())
+            raise
+        first, second = digest(straight), digest(killed)
     print(f"straight            {first}")
     print(f"killed and resumed  {second}")
     print("equal" if first == second else "DIFFERENT: this recipe does not resume exactly on this machine")
     return 0 if first == second else 4
 
 
-def _time_straight_run(command: Sequence[str], out: Path) -> tuple[float, float]:
-    """Seconds until the first checkpoint, and until the end."""
-    began = time.monotonic()
-    process = subprocess.Popen(command)
-    start_s = 0.0
-    while process.poll() is None:
-        if not start_s and any(out.glob("checkpoints/step-*")):
-            start_s = time.monotonic() - began
-        time.sleep(0.02)
-    if process.returncode:
-        raise TrainingError(f"the straight run ended with exit status {process.returncode}")
-    return start_s, time.monotonic() - began
+class Process(Protocol):
+    """A process that trains."""
+
+    def poll(self) -> int | None:
+        """Its exit status, None while it runs."""
+        ...
+
+    def kill(self) -> None:
+        """Send SIGKILL; does nothing where it has ended."""
+        ...
+
+    def wait(self) -> int:
+        """Its exit status once it has ended."""
+        ...
 
 
-def _run_and_kill(command: Sequence[str], after_s: float) -> bool:
-    """Whether the run was still going on when the kill came."""
-    process = subprocess.Popen(command)
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """What a killed run leaves behind."""
+
+    step: int
+    """Steps in its journal."""
+    newest: int | None
+    """The checkpoint that it goes on from; None where it starts over."""
+    in_write: bool
+    """Whether it was writing or removing a checkpoint."""
+
+    def __str__(self) -> str:
+        place = "in the middle of a checkpoint write" if self.in_write else "in training"
+        return f"after step {self.step}, {place}; goes on from step {self.newest or 0}"
+
+
+def train_killed(
+    begin: Callable[[], Process], out: RunDirectory, steps: int, kills: int, draw: random.Random
+) -> Iterator[Kill]:
+    """Train `out` to its end through `kills` deaths; gives each.
+
+    `begin` starts the run or goes on with it, logging each of its `steps` steps. A kill comes after a random
+    step that was not reached before; every second one then waits for a checkpoint write.
+
+    Raises:
+        OpsinError: the run ended by itself, as its exit status says.
+    """
+    reached = 0
+    for number in range(1, kills + 1):
+        after = reached + draw.randint(1, max(1, (steps - 1 - reached) // (kills - number + 1)))
+        kill = _kill(begin(), out, after=after, in_write=number % 2 == 0)
+        if kill is None:
+            return
+        reached = kill.step
+        yield kill
+    finish(begin(), "killed and resumed")
+
+
+def start(recipe: Path, out: Path, *overrides: str, messages: Path | None = None) -> "subprocess.Popen[bytes]":
+    """A process that trains `recipe` in `out`; what it leaves in the temporary folder lies beside `out`.
+
+    `messages` gets its stderr: what remains of a killed run may complain there.
+    """
+    command = [sys.executable, "-m", "opsin", "train", str(recipe), *overrides, "--quiet", "--out", str(out)]
+    environment = {**os.environ, "TMPDIR": str(out.parent)}
+    if messages is None:
+        return subprocess.Popen(command, env=environment)
+    messages.unlink(missing_ok=True)
+    with messages.open("wb") as file:
+        return subprocess.Popen(command, env=environment, stderr=file)
+
+
+def finish(process: Process, name: str) -> None:
+    """Wait for the end of a run.
+
+    Raises:
+        OpsinError: it did not end well, as its exit status says.
+    """
     try:
-        status = process.wait(after_s)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
+        status = process.wait()
+    finally:
+        process.kill()
     if status:
-        raise TrainingError(f"the killed run ended by itself with exit status {status}")
-    return False
+        kinds: dict[int, type[OpsinError]] = {2: ConfigError, 3: Stopped}
+        raise kinds.get(status, TrainingError)(
+            f"verify: the {name} run ended with exit status {status} instead of 0 (see above)"
+        )
 
 
-def _wait(command: Sequence[str]) -> None:
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        raise TrainingError(f"the resumed run ended with exit status {status}")
+def digest(run: RunDirectory) -> str:
+    """The sha256 of the final weights."""
+    return hashlib.sha256(run.model.read_bytes()).hexdigest()
 
 
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _kill(process: Process, out: RunDirectory, *, after: int, in_write: bool) -> Kill | None:
+    """Kill the run once it has done `after` steps and, with `in_write`, writes a checkpoint; None if it ends before."""
+    try:
+        while _steps_in(out) < after or (in_write and not _is_in_write(out)):
+            if process.poll() is not None:
+                break
+            time.sleep(_PAUSE_S)
+    finally:
+        process.kill()
+    if process.wait() >= 0:
+        finish(process, "killed and resumed")
+        return None
+    return Kill(_steps_in(out), max(find_checkpoints(out.checkpoints), default=None), _is_in_write(out))
+
+
+def _steps_in(out: RunDirectory) -> int:
+    # Each step has one line.
+    return out.metrics.read_bytes().count(b"\n") if out.metrics.exists() else 0
+
+
+def _is_in_write(out: RunDirectory) -> bool:
+    return any(path.name.startswith((".writing-", ".removing-")) for path in out.checkpoints.glob(".*"))

@@ -1,9 +1,14 @@
-"""SIGKILL at any moment of a checkpoint write: the newest complete checkpoint is always found."""
+"""SIGKILL at any moment of a checkpoint write: the newest complete checkpoint is always found.
 
-import multiprocessing
+Also a program: the writers are forked from a small process of its own that has torch loaded.
+"""
+
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -17,7 +22,7 @@ from opsin.training.state import TrainState
 
 pytestmark = pytest.mark.chaos
 
-NUM_KILLS = 40
+NUM_KILLS = 60
 TIMELINE = Timeline([Stage(epochs=1, batch_size=1, steps_per_epoch=10**7)])
 
 
@@ -36,82 +41,101 @@ def open_checkpoints(folder: Path) -> Checkpoints:
     return Checkpoints(folder, CheckpointConfig(keep=2), TIMELINE, fingerprint="", say=lambda kind, facts: None)
 
 
-def write_without_end(folder: Path, done: Connection) -> None:
-    """Go on from the newest checkpoint, write one after another, and tell each step once it is written."""
-    torch.set_num_threads(1)
-    checkpoints = open_checkpoints(folder)
-    step = checkpoints.restore(state_of(0)).step
-    done.send(step)
-    while True:
-        step += 1
-        assert checkpoints.save(state_of(step), reason="chaos") is not None
-        done.send(step)
-
-
-def start_writer(folder: Path) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "opsin.training.checkpoint"])
-    here, there = context.Pipe(duplex=False)
-    writer = context.Process(target=write_without_end, args=(folder, there), daemon=True)
-    writer.start()
-    there.close()
-    return writer, here
-
-
-def last_told(done: Connection) -> int:
-    step = -1
-    try:
-        while True:
-            step = done.recv()
-    except (EOFError, OSError):
-        return step
-
-
-def whole(step: int, tensors: list[torch.Tensor]) -> bool:
+def is_whole(step: int, tensors: list[torch.Tensor]) -> bool:
     return all(bool((tensor == step).all()) for tensor in tensors)
 
 
-def test_a_killed_writer_always_leaves_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+def write_without_end(folder: Path, told: int) -> None:
+    """Go on from the newest checkpoint, write one after another; tell each step to `told` once it is written."""
+    checkpoints = open_checkpoints(folder)
+    step = checkpoints.restore(state_of(0)).step
+    while True:
+        os.write(told, step.to_bytes(8))
+        step += 1
+        assert checkpoints.save(state_of(step), reason="chaos") is not None
+
+
+def killed_writer(folder: Path, after_s: float) -> int:
+    """Fork a writer, kill it `after_s` seconds after it began to write; the last step that it told."""
+    told, telling = os.pipe()
+    writer = os.fork()
+    if writer == 0:
+        try:
+            write_without_end(folder, telling)
+        finally:
+            os._exit(1)
+    os.close(telling)
+    step = os.read(told, 8)
+    assert step, "the writer failed"
+    time.sleep(after_s)
+    os.kill(writer, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL, "the writer failed"
+    while more := os.read(told, 8):
+        step = more
+    os.close(told)
+    return int.from_bytes(step)
+
+
+def kill_many(folder: Path) -> None:
+    """Kill writers of the checkpoints in `folder`; print how many of them in the middle of a write or a removal."""
     drawn = random.Random(0)
-    caught_writing = 0
+    caught = 0
     for _ in range(NUM_KILLS):
-        writer, done = start_writer(tmp_path)
-        first = done.recv()
-        time.sleep(drawn.uniform(0.0, 0.03))
-        writer.kill()
-        writer.join()
-        told = max(first, last_told(done))
-        caught_writing += any(tmp_path.glob(".writing-*"))
-        state = open_checkpoints(tmp_path).restore(state_of(0))
-        # Renamed into place, and killed before it was told: complete as well.
-        assert state.step in (told, told + 1)
+        step = killed_writer(folder, drawn.uniform(0.0, 0.03))
+        caught += any(path.name.startswith((".writing-", ".removing-")) for path in folder.iterdir())
+        state = open_checkpoints(folder).restore(state_of(0))
+        # A checkpoint that was renamed into place and not told yet is complete as well.
+        assert state.step in (step, step + 1), (state.step, step)
         moments = [entry["momentum_buffer"] for entry in state.optimizer.state.values()]
-        assert whole(state.step, [*state.method.parameters(), *moments])
-        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "damaged"))]
-        assert len(find_checkpoints(tmp_path)) <= 3
-    assert caught_writing >= NUM_KILLS // 4, "the kills must fall into writes to prove anything"
+        assert is_whole(state.step, [*state.method.parameters(), *moments])
+        assert all(path.name.startswith("step-") for path in folder.iterdir()), list(folder.iterdir())
+        assert len(find_checkpoints(folder)) <= 3
+    print(caught)
+
+
+def program(*arguments: str | Path) -> list[str]:
+    return [sys.executable, __file__, *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_writer_always_leaves_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    done = subprocess.run(
+        program("kill", tmp_path), capture_output=True, text=True, check=False, timeout=300, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= NUM_KILLS // 4, "the kills must fall into writes to prove anything"
 
 
 def test_a_reader_beside_a_writer_never_sees_half_a_checkpoint_nor_an_older_one(tmp_path: Path) -> None:
-    writer, done = start_writer(tmp_path)
-    try:
-        assert (done.recv(), done.recv()) == (0, 1)
-        seen, end = [0], time.monotonic() + 1.0
-        while time.monotonic() < end:
-            while done.poll():
-                done.recv()
-            newest = list(find_checkpoints(tmp_path).values())[-1]
-            try:
-                stored = read_checkpoint(newest)
-            except CheckpointError as error:
-                # Two newer ones were written while it was read, so it was removed.
-                assert "No such file" in str(error), error
-                assert not newest.exists()
-                continue
-            assert whole(stored.step, list(stored.method.values()))
-            assert stored.step >= seen[-1]
-            seen.append(stored.step)
-        assert len(set(seen)) > 5
-    finally:
-        writer.kill()
-        writer.join()
+    with subprocess.Popen(program("write", tmp_path), stdout=subprocess.DEVNULL, env=environment()) as writer:
+        try:
+            while not find_checkpoints(tmp_path):
+                assert writer.poll() is None
+                time.sleep(0.01)
+            seen, end = [0], time.monotonic() + 1.0
+            while time.monotonic() < end:
+                newest = list(find_checkpoints(tmp_path).values())[-1]
+                try:
+                    stored = read_checkpoint(newest)
+                except CheckpointError:
+                    # Two newer ones were written while it was read, and it was removed.
+                    assert not newest.exists()
+                    continue
+                assert is_whole(stored.step, list(stored.method.values()))
+                assert stored.step >= seen[-1]
+                seen.append(stored.step)
+            assert len(set(seen)) > 5
+        finally:
+            writer.kill()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    command, target = sys.argv[1], Path(sys.argv[2])
+    if command == "kill":
+        kill_many(target)
+    else:
+        write_without_end(target, sys.stdout.fileno())

@@ -81,8 +81,14 @@ class TrainingData:
         epoch, ids = self._order.ids(step)
         return epoch, ids[share(len(ids), rank=self._rank, world=self._world)]
 
-    def _read(self, keys: Iterator[tuple[int, Tensor]]) -> Iterator[RawBatch]:
-        if self._resident is None:
+    def load(self) -> None:
+        """Decode the images that stay in memory now, if they do, instead of with the first batch.
+
+        Raises:
+            DataError: too many images are unreadable.
+            ConfigError: `resident` is true and the images have several sizes.
+        """
+        if self._resident is None and self._residence is not False:
             self._resident = Resident.load(
                 self._source,
                 self._views.crops,
@@ -93,6 +99,9 @@ class TrainingData:
             )
             if self._resident is None:
                 self._residence = False  # found too large or of several sizes: not tried again
+
+    def _read(self, keys: Iterator[tuple[int, Tensor]]) -> Iterator[RawBatch]:
+        self.load()
         if self._resident is not None:
             return (self._resident.read(epoch, ids) for epoch, ids in keys)
         return read_batches(

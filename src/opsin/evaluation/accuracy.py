@@ -79,6 +79,16 @@ class AccuracyReport:
         shares = self.confusion.diagonal() / self.confusion.sum(1)
         return dict(zip(self.classes, shares.tolist(), strict=True))
 
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain values for JSON; NaN becomes null."""
+        return {
+            **self.values,
+            "images": self.images,
+            "classes": list(self.classes),
+            "per_class": {name: None if math.isnan(share) else share for name, share in self.per_class.items()},
+            "confusion": self.confusion.tolist(),
+        }
+
     def lines(self, worst: int = 5) -> list[str]:
         """Scores, the `worst` classes and the most frequent confusions, for a reader."""
         percent = {"top1": "top-1", "top5": "top-5"}
@@ -205,10 +215,4 @@ def untouched(method: Classifier, device: torch.device) -> Iterator[None]:
 
 def save_confusion(path: Path, report: AccuracyReport) -> None:
     """Write classes, confusion matrix (row = true class) and accuracy per class as JSON; NaN becomes null."""
-    facts = {
-        "classes": report.classes,
-        "images": report.images,
-        "per_class": {name: None if math.isnan(share) else share for name, share in report.per_class.items()},
-        "matrix": report.confusion.tolist(),
-    }
-    write_atomic(path, (json.dumps(facts) + "\n").encode())
+    write_atomic(path, (json.dumps(report.as_dict()) + "\n").encode())

@@ -6,7 +6,7 @@ new method needs: the recipe finds the config by its `name`, the contract tests 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class ParamGroup:
     params: Sequence[nn.Parameter]
     decay: bool = True
     lr_factor: float | Callable[[Clock], float] = 1.0
+    hidden: bool = False
+    """Whether these are the matrices and filters inside the network, which Muon treats on their own."""
 
 
 class Method(nn.Module, ABC):
@@ -92,12 +94,22 @@ class MethodConfig(Family, ABC):
 
 
 def split_by_decay(
-    named: Iterable[tuple[str, nn.Parameter]], *, lr_factor: float | Callable[[Clock], float] = 1.0, prefix: str = ""
+    module: nn.Module, *, name: str = "", lr_factor: float | Callable[[Clock], float] = 1.0, hidden: bool = False
 ) -> list[ParamGroup]:
-    """Two groups: matrices and filters with weight decay; biases, norms and all 1-D without."""
-    params = [param for _, param in named if param.requires_grad]
+    """The trainable parameters of `module`: matrices and filters with weight decay; biases, norms and all 1-D without.
+
+    With `hidden`, the weights of its linear and convolution layers stand apart, save those of the first layer.
+    """
+    params = [param for param in module.parameters() if param.requires_grad]
+    inside = {id(weight) for weight in _layer_weights(module)[1:]} if hidden else set()
     groups = [
-        ParamGroup(f"{prefix}decay", [p for p in params if p.ndim > 1], True, lr_factor),
-        ParamGroup(f"{prefix}no_decay", [p for p in params if p.ndim <= 1], False, lr_factor),
+        ParamGroup(f"{name}hidden", [p for p in params if id(p) in inside], True, lr_factor, hidden=True),
+        ParamGroup(f"{name}decay", [p for p in params if p.ndim > 1 and id(p) not in inside], True, lr_factor),
+        ParamGroup(f"{name}no_decay", [p for p in params if p.ndim <= 1], False, lr_factor),
     ]
     return [group for group in groups if group.params]
+
+
+def _layer_weights(module: nn.Module) -> list[Tensor]:
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [layer.weight for layer in module.modules() if isinstance(layer, layers)]

@@ -103,6 +103,12 @@ class SupervisedConfig(MethodConfig):
     """Share of the target that is spread over all classes."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the classifier."""
+    head_lr_factor: float = Field(1.0, gt=0)
+    """Learning rate of the classifier over that of the backbone."""
+    head_scale: float = Field(1.0, gt=0)
+    """Factor on the class scores."""
+    head_bias: bool = True
+    """Whether the classifier adds a bias."""
     views: SupervisedViews = SupervisedViews()
     """Crops and colour."""
 
@@ -127,7 +133,13 @@ class Supervised(Method):
         self.config = config
         self.image_size = facts.image_size
         self.backbone = model.build(image_size=facts.image_size, channels=facts.channels)
-        self.head = Classifier(self.backbone.width, len(facts.classes), dropout=config.head_dropout)
+        self.head = Classifier(
+            self.backbone.width,
+            len(facts.classes),
+            dropout=config.head_dropout,
+            scale=config.head_scale,
+            bias=config.head_bias,
+        )
 
     def views(self) -> Views:
         return self.config.views.build(self.image_size)
@@ -143,7 +155,10 @@ class Supervised(Method):
         return Losses(loss, measures={"top1": correct})
 
     def param_groups(self) -> Sequence[ParamGroup]:
-        return split_by_decay(self.named_parameters())
+        return [
+            *split_by_decay(self.backbone, name="backbone.", hidden=True),
+            *split_by_decay(self.head, name="head.", lr_factor=self.config.head_lr_factor),
+        ]
 
     def encode(self, images: Tensor) -> Tokens:
         tokens: Tokens = self.backbone(images)

@@ -124,7 +124,8 @@ class Checkpoints:
             self._set_aside(path, fault, fresh.step)
         best = _read_best(self._folder)
         if best is not None and best.step > fresh.step:
-            (self._folder / _BEST).unlink()  # it will be found again, as everything is a function of the step
+            # It will be found again: everything is a function of the step.
+            (self._folder / _BEST).unlink(missing_ok=True)
         if stored is not None:
             changed = stored.recipe != self._fingerprint
             self._say("resumed", {"step": stored.step, "elapsed_s": stored.elapsed_s, "recipe_changed": changed})

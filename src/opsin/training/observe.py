@@ -150,8 +150,16 @@ class Observations:
         self._window_s += now - self._started
         self._started = now
         self._window.append(report)
-        if report.step % self._every == 0 or self._timeline.ends_epoch(report.step) or self._also_when(state):
+        if self._ends_window(state):
             self._read(state)
+
+    def _ends_window(self, state: TrainState) -> bool:
+        return (
+            state.step % self._every == 0
+            or self._timeline.ends_epoch(state.step)
+            or any(is_due(every, self._timeline, state.step) for every, _ in self._monitors)
+            or self._also_when(state)
+        )
 
     def _read(self, state: TrainState) -> None:
         reports, self._window = self._window, []
@@ -226,8 +234,9 @@ class Evaluations:
                 scores.update({f"{prefix}/{name}": value for name, value in values.items()})
             if scores:
                 epoch = self._timeline.epoch(state.step)
-                self._journal.log(state.step, epoch, scores, time_s=state.elapsed_s)
+                # The best state is marked before the score is written: a run killed in between scores again.
                 self._on_scores(state, scores)
+                self._journal.log(state.step, epoch, scores, time_s=state.elapsed_s)
             if self._timeline.ends_epoch(state.step) or scores:
                 self._summarise_epoch(state)
 

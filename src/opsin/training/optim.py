@@ -1,7 +1,7 @@
 """Optimizers: the settings, the parameter groups, and what a step of the schedule sets.
 
-Both rules use torch's fused kernels, which can cancel an update on the device (`found_inf`)
-without the host waiting for the answer: the transactional step stands on that.
+torch's fused kernels can cancel an update on the device (`found_inf`) without the host waiting for
+the answer, and so can `Muon`: the transactional step stands on that.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +16,7 @@ from opsin.config import Family
 from opsin.methods.base import Method, ParamGroup
 from opsin.schedule import Cosine, Schedule
 from opsin.timeline import Clock
+from opsin.training.muon import Muon
 
 
 class OptimConfig(Family, ABC):
@@ -29,6 +30,10 @@ class OptimConfig(Family, ABC):
     """Scale the whole gradient down to this norm where it is larger; null for no clip."""
     schedule: Schedule = Cosine()
     """Factor on the learning rate over the run."""
+
+    def base_lr(self, group: ParamGroup) -> float:
+        """The learning rate that the schedule multiplies for this group, before the group's own factor."""
+        return self.lr
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
@@ -77,6 +82,31 @@ class SGD(OptimConfig):
         return optimizer
 
 
+class MuonConfig(OptimConfig):
+    """Orthogonalised momentum inside the network, plain momentum elsewhere (Jordan et al. 2024)."""
+
+    name: Literal["muon"] = "muon"
+    lr: float = Field(0.02, gt=0)
+    """Peak learning rate of hidden filters and matrices."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of the velocity of hidden filters and matrices."""
+    unit_filters: bool = False
+    """Scale hidden weights to a fixed length after each update; for networks with a norm after each layer."""
+    other_lr: float = Field(0.05, gt=0)
+    """Peak learning rate of first layer, head, biases and norms."""
+    other_momentum: float = Field(0.85, ge=0, lt=1)
+    """Decay rate of the velocity of first layer, head, biases and norms."""
+
+    def build(self, groups: list[dict[str, Any]]) -> Optimizer:
+        own = [
+            {**group, "momentum": self.momentum if group["hidden"] else self.other_momentum} for group in groups
+        ]
+        return Muon(own, lr=self.lr, momentum=self.momentum, unit_filters=self.unit_filters)
+
+    def base_lr(self, group: ParamGroup) -> float:
+        return self.lr if group.hidden else self.other_lr
+
+
 def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
     """The optimizer over the groups of `method`; every trainable parameter stands in exactly one."""
     groups = method.param_groups()
@@ -87,6 +117,7 @@ def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
                 "params": list(group.params),
                 "weight_decay": config.weight_decay if group.decay else 0.0,
                 "group_name": group.name,
+                "hidden": group.hidden,
             }
             for group in groups
         ]
@@ -95,13 +126,13 @@ def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
 
 def lr_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer, Clock], float]:
     """A function that sets every group's learning rate for a clock and gives the base rate."""
-    factors = [group.lr_factor for group in method.param_groups()]
+    bases = [(config.base_lr(group), group.lr_factor) for group in method.param_groups()]
 
     def set_lr(optimizer: Optimizer, clock: Clock) -> float:
-        lr = config.lr * config.schedule(clock)
-        for group, factor in zip(optimizer.param_groups, factors, strict=True):
-            group["lr"] = lr * (factor(clock) if callable(factor) else factor)
-        return lr
+        height = config.schedule(clock)
+        for group, (base, factor) in zip(optimizer.param_groups, bases, strict=True):
+            group["lr"] = base * height * (factor(clock) if callable(factor) else factor)
+        return config.lr * height
 
     return set_lr
 

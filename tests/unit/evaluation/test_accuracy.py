@@ -140,7 +140,7 @@ def test_the_saved_confusion_is_plain_json(tmp_path: Path) -> None:
         "classes": ["class 0", "class 1"],
         "images": 2,
         "per_class": {"class 0": 1.0, "class 1": None},
-        "matrix": [[2, 0], [0, 0]],
+        "confusion": [[2, 0], [0, 0]],
     }
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, verified, atomic, and which are kept. Training is plain PyTorch written out."""
+"""Checkpoints are exact, written whole, and the right ones are kept."""
 
 import json
 import os
@@ -6,115 +6,21 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from opsin.errors import CheckpointError, RunError
-from opsin.methods.base import Batch, Clock, Losses, Method, ParamGroup, Tokens, Views
-from opsin.timeline import Stage, Timeline
-from opsin.training.checkpoint import CheckpointConfig, Checkpoints, best_checkpoint, find_checkpoints, read_checkpoint
-from opsin.training.state import LossScale, TrainState
-
-TIMELINE = Timeline([Stage(epochs=10, batch_size=4, steps_per_epoch=5)])
-
-
-class Tiny(Method):
-    """Two layers with batch norm, on six numbers."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
-
-    def views(self) -> Views:
-        raise NotImplementedError
-
-    def forward(self, batch: Batch, clock: Clock) -> Losses:
-        raise NotImplementedError
-
-    def param_groups(self) -> Sequence[ParamGroup]:
-        raise NotImplementedError
-
-    def encode(self, images: Tensor) -> Tokens:
-        raise NotImplementedError
-
-
-def fresh(kind: str = "adamw", *, width: int = 8, weight_decay: float = 0.05, scaled: bool = False) -> TrainState:
-    method = Tiny(width)
-    optimizer: torch.optim.Optimizer
-    if kind == "adamw":
-        optimizer = torch.optim.AdamW(method.parameters(), lr=0.01, weight_decay=weight_decay, fused=True)
-    else:
-        optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=weight_decay, fused=True)
-    return TrainState(method, optimizer, LossScale.start(torch.device("cpu")) if scaled else None)
-
-
-def train(state: TrainState, *, to: int) -> TrainState:
-    while state.step < to:
-        for group in state.optimizer.param_groups:
-            group["lr"] = 0.01 * (1 - state.step / 50)
-        generator = torch.Generator().manual_seed(state.step)
-        images = torch.randn(4, 6, generator=generator)
-        method = state.method
-        assert isinstance(method, Tiny)
-        F.cross_entropy(method.layers(images), torch.tensor([0, 1, 2, 0])).backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.step += 1
-        state.elapsed_s += 60.0
-    return state
-
-
-def bits(state: TrainState) -> list[Tensor]:
-    tensors = list(state.method.state_dict().values())
-    for moments in state.optimizer.state_dict()["state"].values():
-        tensors += [moments[name] for name in sorted(moments)]
-    return tensors
-
-
-def equal(one: TrainState, other: TrainState) -> bool:
-    pairs = zip(bits(one), bits(other), strict=True)
-    return one.step == other.step and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-
-
-class Story:
-    """The checkpoints of a run, and every event they told."""
-
-    def __init__(self, folder: Path, *, last_step: int | None = None, **settings: object) -> None:
-        self.folder = folder
-        self.events: list[tuple[str, Mapping[str, object]]] = []
-        self.restored_at: list[int] = []
-        self.checkpoints = Checkpoints(
-            folder,
-            CheckpointConfig.model_validate(settings),
-            TIMELINE,
-            fingerprint="f00d",
-            say=lambda kind, facts: self.events.append((kind, facts)),
-            last_step=last_step,
-            on_restore=self.restored_at.append,
-        )
-
-    def warnings(self) -> list[str]:
-        return [str(facts["warning"]) for _, facts in self.events if "warning" in facts]
-
-    def steps(self) -> list[int]:
-        return list(find_checkpoints(self.folder))
+from opsin.errors import RunError
+from opsin.training.checkpoint import best_checkpoint, read_checkpoint
+from opsin.training.state import TrainState
+from tests.unit.training.tiny_run import Story, bits, equal, flip_byte, fresh, train
 
 
 @pytest.fixture
 def story(tmp_path: Path) -> Story:
     return Story(tmp_path / "checkpoints", every="1 epoch")
-
-
-def flip_byte(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0x10
-    path.write_bytes(data)
 
 
 # --- exactness ----------------------------------------------------------------------------------
@@ -259,123 +165,6 @@ def test_a_best_score_after_the_restored_step_is_forgotten(story: Story) -> None
     assert best_checkpoint(story.folder) == story.folder / "step-00000004"
 
 
-# --- restoring ----------------------------------------------------------------------------------
-
-
-def test_without_checkpoints_the_state_is_fresh(story: Story) -> None:
-    assert equal(story.checkpoints.restore(fresh()), fresh())
-    assert story.restored_at == [0]
-    assert story.checkpoints.newest_step is None
-
-
-def test_restoring_tells_where_it_goes_on(story: Story) -> None:
-    story.checkpoints.save(train(fresh(), to=3), reason="test")
-    again = Story(story.folder)
-    again.checkpoints.restore(fresh())
-    assert again.restored_at == [3]
-    assert again.events == [("resumed", {"step": 3, "elapsed_s": 180.0, "recipe_changed": False})]
-
-
-def test_leftovers_of_killed_writers_are_removed(story: Story) -> None:
-    for name in (".writing-3-4711", ".removing-step-00000002-4711"):
-        (story.folder / name).mkdir(parents=True)
-        (story.folder / name / "state.pt").write_bytes(b"half")
-    assert story.checkpoints.restore(fresh()).step == 0
-    assert list(story.folder.iterdir()) == []
-
-
-@pytest.fixture
-def two(story: Story) -> Story:
-    state = fresh()
-    for step in (3, 6):
-        story.checkpoints.save(train(state, to=step), reason="test")
-    return Story(story.folder)
-
-
-@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
-def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_taken(two: Story, name: str) -> None:
-    path = two.folder / "step-00000006" / name
-    whole = path.read_bytes()
-    for position in range(0, len(whole), max(1, len(whole) // 40)):
-        path.parent.mkdir(exist_ok=True)
-        flip_byte(path, position)
-        state = two.checkpoints.restore(fresh())
-        damaged = two.folder / "damaged-step-00000006"
-        # A line break that became another blank says the same.
-        assert state.step == 3 or json.loads(path.read_text()) == json.loads(whole), position
-        if damaged.exists():
-            damaged.rename(path.parent)
-        path.write_bytes(whole)
-    assert two.checkpoints.restore(fresh()).step == 6
-
-
-def test_the_warning_says_what_is_damaged_and_what_is_taken(two: Story) -> None:
-    flip_byte(two.folder / "step-00000006" / "state.pt", 700)
-    assert equal(two.checkpoints.restore(fresh()), train(fresh(), to=3))
-    (warning,) = two.warnings()
-    assert "step-00000006: state.pt: sha256 is " in warning
-    assert "going back to step 3" in warning
-    # The place is free again, and nothing was deleted.
-    two.checkpoints.save(train(fresh(), to=6), reason="test")
-    assert two.steps() == [3, 6]
-    assert (two.folder / "damaged-step-00000006").is_dir()
-
-
-@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
-def test_missing_and_cut_files_are_damage(two: Story, name: str, damage: str) -> None:
-    path = two.folder / "step-00000006" / name
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[: -100 if damage == "cut" else 0])
-    assert two.checkpoints.restore(fresh()).step == 3
-    assert name in two.warnings()[0] or "JSONDecodeError" in two.warnings()[0]
-
-
-def test_nothing_valid_is_an_error_with_a_line_for_each(two: Story) -> None:
-    for path in find_checkpoints(two.folder).values():
-        flip_byte(path / "state.pt", 700)
-    with pytest.raises(CheckpointError) as caught:
-        two.checkpoints.restore(fresh())
-    newest, oldest, way_out = caught.value.faults
-    assert ("step-00000006" in newest, "step-00000003" in oldest, "--fresh" in way_out) == (True, True, True)
-    assert two.steps() == [3, 6]
-
-
-def test_a_too_new_checkpoint_is_an_error_and_not_passed_over(two: Story) -> None:
-    path = two.folder / "step-00000006" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
-    with pytest.raises(CheckpointError, match=r"too new: format 3, this opsin .* reads up to 1; upgrade opsin"):
-        two.checkpoints.restore(fresh())
-    assert two.steps() == [3, 6]
-
-
-@pytest.mark.parametrize(
-    ("other", "fault"),
-    [
-        (fresh(width=9), r"layers\.0\.weight, .* and 4 more of another shape"),
-        (fresh("sgd"), "holds the state of AdamW, not of SGD"),
-    ],
-    ids=["width", "optimizer"],
-)
-def test_a_checkpoint_of_another_model_is_an_error_and_leaves_the_state(
-    two: Story, other: TrainState, fault: str
-) -> None:
-    before = [tensor.clone() for tensor in bits(other)]
-    with pytest.raises(CheckpointError, match=fault):
-        two.checkpoints.restore(other)
-    assert all(torch.equal(a, b) for a, b in zip(before, bits(other), strict=True))
-
-
-def test_parameter_groups_must_be_the_same(two: Story) -> None:
-    state = fresh()
-    params = list(state.method.parameters())
-    state.optimizer = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}], fused=True)
-    with pytest.raises(CheckpointError, match=r"parameter groups of \[6\] tensors, not of \[2, 4\]"):
-        two.checkpoints.restore(state)
-
-
 # --- faults of the disk and of training -------------------------------------------------------------
 
 
@@ -411,7 +200,7 @@ def test_a_failed_write_leaves_nothing_and_training_goes_on(story: Story) -> Non
 FULL_DISK = """
 import sys
 from pathlib import Path
-from tests.unit.training.test_checkpoint import Story, fresh, train
+from tests.unit.training.tiny_run import Story, fresh, train
 
 folder = Path(sys.argv[1])
 story = Story(folder / "checkpoints", every="1 step")

@@ -39,7 +39,7 @@ class Small(Method):
         return Losses(F.cross_entropy(logits, batch.labels), measures={"spread": logits.detach().std()})
 
     def param_groups(self) -> Sequence[ParamGroup]:
-        return split_by_decay(self.named_parameters())
+        return split_by_decay(self)
 
     def encode(self, images: Tensor) -> Tokens:
         raise NotImplementedError

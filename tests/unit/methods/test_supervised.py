@@ -1,0 +1,123 @@
+"""Supervised classification equals cross-entropy written out, and its views are those that the settings ask for."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
+from opsin.data.base import Batch, DataFacts
+from opsin.data.crops import CenterCrop, PadCrop, RandomResizedCrop
+from opsin.errors import ConfigError
+from opsin.methods.base import Clock
+from opsin.methods.supervised import Supervised, SupervisedConfig, SupervisedViews
+from opsin.nn.convnet import ConvNetConfig
+from opsin.nn.vit import ViTConfig
+
+VIT = ViTConfig(width=16, depth=1, heads=2, patch=4)
+CLOCK = Clock(step=0, total_steps=10, epoch=0.0, total_epochs=1.0)
+
+
+def facts(*classes: str) -> DataFacts:
+    return DataFacts(classes, samples=64, image_size=16, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def build(**settings: object) -> Supervised:
+    torch.manual_seed(0)
+    return SupervisedConfig.model_validate(settings).build(VIT, facts("cat", "dog", "horse"))
+
+
+def batch_of(size: int = 5) -> Batch:
+    images = torch.randn(1, size, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return Batch({"image": images}, torch.arange(size) % 3, torch.arange(size))
+
+
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> float:
+    """The definition, one image after the other: the label gets 1 - s, and every class s / K."""
+    total = 0.0
+    for scores, label in zip(logits.double().tolist(), labels.tolist(), strict=True):
+        logarithms = torch.tensor(scores).double().log_softmax(0).tolist()
+        share = smoothing / len(scores)
+        targets = [share + (1 - smoothing if k == label else 0) for k in range(len(scores))]
+        total -= sum(target * logarithm for target, logarithm in zip(targets, logarithms, strict=True))
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_cross_entropy_with_label_smoothing(smoothing: float) -> None:
+    method, batch = build(label_smoothing=smoothing), batch_of()
+    losses = method(batch, CLOCK)
+    logits = method.logits(batch.views["image"][0])
+    # Float32 against float64: about 1e-7 of a loss around 1.
+    assert losses.total.item() == pytest.approx(smoothed_cross_entropy(logits, batch.labels, smoothing), rel=1e-5)
+    right = [scores.argmax().item() == label for scores, label in zip(logits, batch.labels.tolist(), strict=True)]
+    assert losses.measures["top1"].item() == pytest.approx(sum(right) / len(right))
+
+
+def test_class_scores_are_the_head_on_the_pooled_features() -> None:
+    method, images = build(head_scale=2.0, head_bias=False), batch_of().views["image"][0]
+    features = method.encode(images).pooled
+    torch.testing.assert_close(method.logits(images), 2.0 * features @ method.head.linear.weight.T)
+
+
+def test_dropout_before_the_classifier_rests_in_evaluation() -> None:
+    method, images = build(head_dropout=0.5), batch_of().views["image"][0]
+    assert not torch.equal(method.logits(images), method.logits(images))
+    method.eval()
+    assert torch.equal(method.logits(images), method.logits(images))
+
+
+def test_the_head_learns_at_its_own_rate() -> None:
+    groups = build(head_lr_factor=0.1).param_groups()
+    assert {group.name: group.lr_factor for group in groups if group.name.startswith("head.")} == {
+        "head.decay": 0.1,
+        "head.no_decay": 0.1,
+    }
+    assert all(group.lr_factor == 1.0 for group in groups if group.name.startswith("backbone."))
+
+
+@pytest.mark.parametrize(
+    ("settings", "crop"),
+    [
+        (
+            {"crop": "padded", "padding_px": 3, "padding": "reflect", "flip": "alternate"},
+            PadCrop(size=16, padding_px=3, padding="reflect", flip="alternate"),
+        ),
+        (
+            {"crop": "resized", "scale": (0.2, 0.9), "ratio": (0.5, 2.0), "interpolation": "bicubic"},
+            RandomResizedCrop(size=16, scale=(0.2, 0.9), ratio=(0.5, 2.0), interpolation="bicubic"),
+        ),
+        ({"crop": "center", "flip": "none"}, CenterCrop(size=16, resize=16, flip="none")),
+    ],
+    ids=["padded", "resized", "center"],
+)
+def test_the_crop_is_the_one_asked_for(settings: dict[str, object], crop: object) -> None:
+    views = build(views=settings).views()
+    assert views.crops == {"image": crop}
+    assert views.masks is None
+
+
+def test_only_the_colour_operations_asked_for_are_done() -> None:
+    assert SupervisedViews().build(16).augment == {"image": []}
+    everything = SupervisedViews(brightness=0.4, hue=0.1, grayscale=0.2, erasing=0.25, cutout_px=4)
+    operations = everything.build(16).augment["image"]
+    assert [type(operation) for operation in operations] == [ColorJitter, Grayscale, RandomErasing, Cutout]
+
+
+def test_images_without_labels_are_refused_with_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"these images have no labels, .* into a folder of its own"):
+        SupervisedConfig().build(VIT, facts())
+
+
+def test_a_single_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"only one class, 'cat'; .* at least two folders"):
+        SupervisedConfig().build(VIT, facts("cat"))
+
+
+def test_a_backbone_that_starts_from_data_gets_the_images_of_the_first_batch() -> None:
+    torch.manual_seed(0)
+    method = SupervisedConfig().build(ConvNetConfig(widths=(4, 4, 4)), facts("cat", "dog"))
+    before = [value.clone() for value in method.backbone.state_dict().values()]
+    method.prepare(lambda: batch_of(64))
+    changed = [not torch.equal(a, b) for a, b in zip(method.backbone.state_dict().values(), before, strict=True)]
+    assert changed[0]
+    assert sum(changed) == 1

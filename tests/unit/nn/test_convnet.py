@@ -1,0 +1,85 @@
+"""The fast network for small images."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opsin.errors import ConfigError
+from opsin.nn.convnet import ConvNet, ConvNetConfig
+
+
+def build(image_size: int = 16, channels: int = 3) -> ConvNet:
+    torch.manual_seed(0)
+    return ConvNetConfig(widths=(8, 12, 16)).build(image_size=image_size, channels=channels)
+
+
+def natural(channels: int = 3) -> Tensor:
+    """Images whose neighbouring pixels and channels resemble each other, as in photographs."""
+    noise = torch.randn(64, channels, 20, 20, generator=torch.Generator().manual_seed(2))
+    smooth = F.avg_pool2d(noise, 5, stride=1)
+    return 5 * (smooth + 0.5 * smooth.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("image_size", [9, 16, 32])
+def test_features_have_the_shapes_of_a_backbone(image_size: int) -> None:
+    network = build(image_size)
+    tokens = network(torch.zeros(2, 3, image_size, image_size))
+    side = (image_size - 1) // 8
+    assert network.width == 16
+    assert tokens.pooled.shape == (2, 16)
+    assert tokens.patches.shape == (2, side * side, 16)
+
+
+def test_the_pooled_vector_is_the_maximum_over_all_places() -> None:
+    tokens = build(32)(torch.randn(2, 3, 32, 32))
+    assert torch.equal(tokens.pooled, tokens.patches.amax(1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_whitening_gives_every_filter_unit_variance_and_no_correlation(channels: int) -> None:
+    network, images = build(16, channels), natural(channels)
+    network.prepare(lambda: images)
+    out = network.whiten(images).transpose(0, 1).flatten(1).double()  # [2 * C * 4, places]
+    half = len(out) // 2
+    assert torch.equal(out[half:], -out[:half])
+    covariance = out[:half] @ out[:half].T / out.shape[1]
+    # The weakest direction has a variance of about 0.05, to which 5e-4 is added: 1 % below unit at most.
+    assert torch.linalg.eigvalsh(covariance).min() > 0.98
+    torch.testing.assert_close(covariance, torch.eye(half).double(), atol=0.02, rtol=0)
+
+
+def test_whitening_is_the_same_each_time_and_needs_no_gradient() -> None:
+    networks = [build(), build()]
+    for network in networks:
+        network.prepare(natural)
+    assert torch.equal(networks[0].whiten.weight, networks[1].whiten.weight)
+    assert not networks[0].whiten.weight.requires_grad
+
+
+def test_flat_images_give_finite_filters() -> None:
+    network = build()
+    network.prepare(lambda: torch.zeros(8, 3, 16, 16))
+    assert network.whiten.weight.isfinite().all()
+
+
+def test_a_convolution_starts_by_passing_its_inputs_through() -> None:
+    block = build().blocks[1]  # 8 channels to 12
+    images = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(block.conv1(images)[:, :8], images)
+
+
+def test_norms_learn_an_offset_only() -> None:
+    learned = {name for name, p in build().named_parameters() if p.requires_grad}
+    norms = {name for name in learned if "norm" in name}
+    assert norms == {f"blocks.{block}.norm{which}.bias" for block in range(3) for which in (1, 2)}
+
+
+def test_images_too_small_for_three_halvings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.image_size=8: .* at least 9 pixels; use a larger image_size"):
+        build(8)
+
+
+def test_an_empty_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.widths=\[8, 0, 8\]: each must be at least 1"):
+        ConvNetConfig(widths=(8, 0, 8)).build(image_size=32)

@@ -1,0 +1,167 @@
+"""`fit`: every step once, whatever interrupts it."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from opsin.console import open_console
+from opsin.data.base import Batch, DataFacts
+from opsin.errors import DataError, Stopped
+from opsin.methods.base import Clock, Losses, Method
+from opsin.reporting import Journal
+from opsin.rundir import RunDirectory
+from opsin.timeline import Stage, Timeline
+from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
+from opsin.training.loop import Run, fit
+from opsin.training.observe import Evaluations, Evaluator, Observations
+from opsin.training.state import StepPlan, TrainState
+from opsin.training.stop import Stop
+from tests.unit.training.tiny_run import Tiny, equal
+
+TIMELINE = Timeline([Stage(epochs=3, batch_size=4, steps_per_epoch=5)])
+LAST = TIMELINE.total_steps
+
+
+class Learning(Tiny):
+    """The tiny method with a loss."""
+
+    def forward(self, batch: Batch, clock: Clock) -> Losses:
+        return Losses(F.cross_entropy(self.layers(batch.views["image"][0]), batch.labels))
+
+
+class Numbers:
+    """Batches that follow from the step; `at` is called with each step before its batch is given."""
+
+    facts = DataFacts(("a", "b", "c"), 20, 1, 6, (0.0,), (1.0,))
+
+    def __init__(self, at: Callable[[int], None] = lambda step: None) -> None:
+        self.at = at
+        self.given: list[int] = []
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        for step in range(start, stop):
+            self.at(step)
+            self.given.append(step)
+            images = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(step))
+            yield Batch({"image": images}, torch.tensor([0, 1, 2, 0]), torch.arange(4) + 4 * step)
+
+
+def fresh() -> TrainState:
+    method = Learning()
+    return TrainState(method, torch.optim.AdamW(method.parameters(), lr=0.01, fused=True))
+
+
+def run_in(folder: Path, data: Numbers, evaluator: Evaluator | None = None, *, every: str = "never") -> Run:
+    """A run with the files of `folder`, as a new process would open it."""
+    folder.mkdir(exist_ok=True)
+    directory = RunDirectory(folder)
+    journal = Journal(folder, warn=pytest.fail)
+    console = open_console(quiet=True)
+    checkpoints = Checkpoints(
+        directory.checkpoints,
+        CheckpointConfig.model_validate({"every": every, "best": None}),
+        TIMELINE,
+        fingerprint="f00d",
+        say=lambda kind, facts: None,
+        on_restore=journal.rewind,
+    )
+    observations = Observations(journal, TIMELINE, console, every=4, last_step=LAST, limit=3)
+    evaluations = Evaluations(
+        journal,
+        TIMELINE,
+        {} if evaluator is None else {"val": ("1 epoch", evaluator)},
+        console=console,
+        last_step=LAST,
+        observations=observations,
+        on_scores=checkpoints.note_scores,
+    )
+    state = fresh()
+    plan = StepPlan(state.method, TIMELINE.clock, lambda optimizer, clock: 0.01, nullcontext, seed=0)  # type: ignore[arg-type]
+    return Run(lambda: state, data, plan, LAST, checkpoints, observations, evaluations, Stop(), directory)
+
+
+def signal_at(wanted: int, step: int) -> None:
+    if step == wanted:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_every_step_is_trained_once_and_logged(tmp_path: Path) -> None:
+    data = Numbers()
+    run = run_in(tmp_path, data)
+    state = fit(run)
+    assert state.step == LAST
+    assert data.given == list(range(LAST))
+    assert [row.step for row in Journal(tmp_path, warn=pytest.fail).rows()] == [4, 5, 8, 10, 12, 15]
+    assert list(find_checkpoints(run.directory.checkpoints)) == [LAST]
+
+
+@pytest.mark.parametrize("stopped_at", [0, 6, 13])
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, stopped_at: int) -> None:
+    straight = fit(run_in(tmp_path / "straight", Numbers()))
+    folder = tmp_path / "stopped"
+    with pytest.raises(Stopped, match=rf"SIGTERM: stopped after step {stopped_at + 1} of 15, which is saved"):
+        fit(run_in(folder, Numbers(partial(signal_at, stopped_at))))
+    assert list(find_checkpoints(folder / "checkpoints")) == [stopped_at + 1]
+    rest = Numbers()
+    assert equal(fit(run_in(folder, rest)), straight)
+    assert rest.given == list(range(stopped_at + 1, LAST))
+    rows = {path.name: [row.step for row in Journal(path, warn=pytest.fail).rows()] for path in tmp_path.iterdir()}
+    assert rows["stopped"] == sorted({*rows["straight"], stopped_at + 1})
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    once = fit(run_in(tmp_path, Numbers()))
+    again = Numbers()
+    assert equal(fit(run_in(tmp_path, again)), once)
+    assert again.given == []
+
+
+def test_a_signal_at_the_last_step_is_no_reason_to_stop(tmp_path: Path) -> None:
+    assert fit(run_in(tmp_path, Numbers(partial(signal_at, LAST - 1)))).step == LAST
+
+
+def test_a_fault_of_the_data_saves_what_was_learned(tmp_path: Path) -> None:
+    straight = fit(run_in(tmp_path / "straight", Numbers()))
+
+    def fail(step: int) -> None:
+        if step == 7:
+            raise DataError("the disk is gone")
+
+    folder = tmp_path / "failed"
+    with pytest.raises(DataError, match="the disk is gone"):
+        fit(run_in(folder, Numbers(fail)))
+    assert list(find_checkpoints(folder / "checkpoints")) == [7]
+    assert equal(fit(run_in(folder, Numbers())), straight)
+
+
+class Fails:
+    """An evaluator that does not survive its second evaluation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: list[list[int]] = []
+
+    def evaluate(self, method: Method) -> Mapping[str, float]:
+        self.saved.append(list(find_checkpoints(self.folder)))
+        if len(self.saved) == 2:
+            raise RuntimeError("out of memory")
+        return {"top1": 0.5}
+
+
+def test_saving_comes_before_evaluation_which_a_resumed_run_makes_up_for(tmp_path: Path) -> None:
+    evaluator = Fails(tmp_path / "checkpoints")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(run_in(tmp_path, Numbers(), evaluator, every="5 steps"))
+    assert evaluator.saved == [[5], [5, 10]]
+    state = fit(run_in(tmp_path, Numbers(), evaluator, every="5 steps"))
+    assert state.step == LAST
+    assert len(evaluator.saved) == 4, "at 5; failed at 10; again at 10; at 15"
+    scored = [row.step for row in Journal(tmp_path, warn=pytest.fail).rows() if "val/top1" in row.values]
+    assert scored == [5, 10, 15]

@@ -1,0 +1,104 @@
+"""A run of a tiny method in plain PyTorch, and the checkpoints that it writes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opsin.methods.base import Batch, Clock, Losses, Method, ParamGroup, Tokens, Views
+from opsin.timeline import Stage, Timeline
+from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
+from opsin.training.state import LossScale, TrainState
+
+TIMELINE = Timeline([Stage(epochs=10, batch_size=4, steps_per_epoch=5)])
+
+
+class Tiny(Method):
+    """Two layers with batch norm, on six numbers."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
+
+    def views(self) -> Views:
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, clock: Clock) -> Losses:
+        raise NotImplementedError
+
+    def param_groups(self) -> Sequence[ParamGroup]:
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tokens:
+        raise NotImplementedError
+
+
+def fresh(kind: str = "adamw", *, width: int = 8, weight_decay: float = 0.05, scaled: bool = False) -> TrainState:
+    method = Tiny(width)
+    optimizer: torch.optim.Optimizer
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(method.parameters(), lr=0.01, weight_decay=weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=weight_decay, fused=True)
+    return TrainState(method, optimizer, LossScale.start(torch.device("cpu")) if scaled else None)
+
+
+def train(state: TrainState, *, to: int) -> TrainState:
+    while state.step < to:
+        for group in state.optimizer.param_groups:
+            group["lr"] = 0.01 * (1 - state.step / 50)
+        generator = torch.Generator().manual_seed(state.step)
+        images = torch.randn(4, 6, generator=generator)
+        method = state.method
+        assert isinstance(method, Tiny)
+        F.cross_entropy(method.layers(images), torch.tensor([0, 1, 2, 0])).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+        state.elapsed_s += 60.0
+    return state
+
+
+def bits(state: TrainState) -> list[Tensor]:
+    tensors = list(state.method.state_dict().values())
+    for moments in state.optimizer.state_dict()["state"].values():
+        tensors += [moments[name] for name in sorted(moments)]
+    return tensors
+
+
+def equal(one: TrainState, other: TrainState) -> bool:
+    pairs = zip(bits(one), bits(other), strict=True)
+    return one.step == other.step and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+class Story:
+    """The checkpoints of a run, and every event they told."""
+
+    def __init__(self, folder: Path, *, last_step: int | None = None, **settings: object) -> None:
+        self.folder = folder
+        self.events: list[tuple[str, Mapping[str, object]]] = []
+        self.restored_at: list[int] = []
+        self.checkpoints = Checkpoints(
+            folder,
+            CheckpointConfig.model_validate(settings),
+            TIMELINE,
+            fingerprint="f00d",
+            say=lambda kind, facts: self.events.append((kind, facts)),
+            last_step=last_step,
+            on_restore=self.restored_at.append,
+        )
+
+    def warnings(self) -> list[str]:
+        return [str(facts["warning"]) for _, facts in self.events if "warning" in facts]
+
+    def steps(self) -> list[int]:
+        return list(find_checkpoints(self.folder))
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
