@@ -116,7 +116,7 @@ def plain_loop(recipe: Recipe, run: Run, steps: int) -> Callable[[], None]:
                 logits = method.logits(batch.views["image"][0])
                 loss = nn.functional.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(method.parameters(), optim.clip_norm or float("inf"))
             optimizer.step()
             scheduler.step()

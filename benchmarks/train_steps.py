@@ -50,14 +50,14 @@ class Switches:
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
         self.tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-        self.mkldnn = torch.backends.mkldnn.matmul.fp32_precision
+        self.mkldnn = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # not in torch's stubs
 
     def on(self) -> None:
         """Put these settings back."""
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = self.cudnn
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.tf32
-        torch.backends.mkldnn.matmul.fp32_precision = self.mkldnn
+        torch.backends.mkldnn.matmul.fp32_precision = self.mkldnn  # type: ignore[attr-defined]  # not in torch's stubs
 
 
 def plain(network: nn.Module, work: Work) -> Callable[[], None]:
@@ -70,7 +70,7 @@ def plain(network: nn.Module, work: Work) -> Callable[[], None]:
     def step() -> None:
         switches.on()
         optimizer.zero_grad()
-        F.cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(network(images), labels).backward()
         optimizer.step()
 
     return step

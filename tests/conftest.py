@@ -72,9 +72,10 @@ def torch_switches() -> Iterator[None]:
     """Puts torch's global switches back, for tests that train in this process."""
     import torch
 
-    matmul, cudnn, onednn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
-    places = [(cudnn, "deterministic"), (cudnn, "benchmark"), (onednn.matmul, "fp32_precision")]
-    places += [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # not in torch's stubs
+    places = [(cudnn, "deterministic"), (cudnn, "benchmark"), (cudnn, "allow_tf32"), (cuda, "allow_tf32")]
+    places.append((onednn, "fp32_precision"))
     before = [getattr(owner, name) for owner, name in places]
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

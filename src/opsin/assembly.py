@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opsin.cadence import is_due
+from opsin.config import to_yaml
 from opsin.console import Console
 from opsin.data.base import DataFacts, Source
 from opsin.data.holdout import hold_out
@@ -18,15 +19,15 @@ from opsin.data.order import Order, steps_per_epoch
 from opsin.data.quarantine import Quarantine
 from opsin.data.sources import open_sources
 from opsin.distributed import World, join
-from opsin.errors import ConfigError
-from opsin.export import CARD_FILE, describe_encoder, write_card
+from opsin.errors import ConfigError, RunError
+from opsin.export import CARD_FILE, EncoderCard, describe_encoder, write_card
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
 from opsin.recipe import DataConfig, Recipe
 from opsin.reporting import Fact, Journal
-from opsin.rundir import RunDirectory
+from opsin.rundir import RunDirectory, write_atomic
 from opsin.seeding import fold_in
 from opsin.timeline import Stage, Timeline
 from opsin.training import precision
@@ -80,7 +81,7 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
     method = build_method(recipe, images.facts)
     numerics = settle_numerics(recipe, method, device, number_format, console.notice)
     method = place(method, numerics)
-    _write_card(recipe, images.facts, method, directory, fingerprint)
+    card = _card(recipe, images.facts, method, fingerprint)
     data = _training_data(recipe, images, timeline, method, numerics, directory, world)
     plan = _step_plan(recipe, timeline, method, numerics, world)
     steps = min(timeline.total_steps, recipe.limits.steps or timeline.total_steps)
@@ -91,7 +92,7 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
         fingerprint=fingerprint,
         say=partial(_tell, journal, console),
         last_step=steps,
-        on_restore=journal.rewind,
+        on_restore=partial(_go_on, recipe, card, directory, journal, last_step=steps),
     )
     observations = Observations(
         journal,
@@ -120,6 +121,24 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
     fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice, resuming=resuming)
     stop = Stop(hours=recipe.limits.hours)
     return Run(fresh, data, plan, steps, checkpoints, observations, evaluations, stop, directory)
+
+
+def _go_on(
+    recipe: Recipe, card: EncoderCard, directory: RunDirectory, journal: Journal, step: int, *, last_step: int
+) -> None:
+    """Forget what the run did after `step`, and write down what it is from there on.
+
+    Not before this moment: a recipe that cannot go on must not take the place of the one that can.
+    """
+    journal.rewind(step)
+    try:
+        write_atomic(directory.recipe, to_yaml(recipe, comments=False).encode())
+        write_card(directory.path / CARD_FILE, card)
+        if step < last_step:
+            # The weights of an earlier end: those who read the run would take them for the newest.
+            directory.model.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{directory.path}: cannot be written: {error}; make room, or choose another --out") from error
 
 
 def choose_numbers(recipe: Recipe, say: Say) -> tuple[torch.device, str]:
@@ -154,7 +173,8 @@ def open_images(recipe: Recipe, say: Say) -> Images:
     )
     say(f"data: {opened.said}")
     train, val = opened.train, opened.val
-    if val is None and wanted.holdout > 0 and recipe.evaluators:
+    if val is None and wanted.holdout > 0:
+        # Also where nothing evaluates: looking never changes which images train.
         train, val = hold_out(train, wanted.holdout, recipe.seed)
         say(f"data: held out {len(val):,} of them for validation (data.holdout={wanted.holdout:g})")
     mean, std = _STATISTICS.get(opened.kind, _IMAGENET)
@@ -281,10 +301,10 @@ def _fresh_state(
     return TrainState(method, build_optimizer(recipe.optim, method), scale)
 
 
-def _write_card(recipe: Recipe, facts: DataFacts, method: Method, directory: RunDirectory, fingerprint: str) -> None:
+def _card(recipe: Recipe, facts: DataFacts, method: Method, fingerprint: str) -> EncoderCard:
     """What `opsin.load` needs beside the weights, so that a run can be used without its images."""
     head = getattr(method, "head", None)
-    card = describe_encoder(
+    return describe_encoder(
         method.backbone,
         head=head if isinstance(head, Classifier) else None,
         model=recipe.model,
@@ -293,7 +313,6 @@ def _write_card(recipe: Recipe, facts: DataFacts, method: Method, directory: Run
         method=recipe.method.name,
         recipe=fingerprint,
     )
-    write_card(directory.path / CARD_FILE, card)
 
 
 def _tell(journal: Journal, console: Console, kind: str, facts: Mapping[str, Fact]) -> None:

@@ -21,13 +21,13 @@ def parse(text: str) -> tuple[float, Unit]:
         return 0.0, "never"
     match = _FORM.fullmatch(text.strip())
     if match is None:
-        raise ValueError("must be like '500 steps', '1 epoch', '10 minutes' or 'never'")
+        raise ValueError(f"{text!r} does not fit; must be like '500 steps', '1 epoch', '10 minutes' or 'never'")
     number, unit = float(match[1]), match[2]
     if number == 0:
-        raise ValueError("must be more than zero; write 'never' to switch it off")
+        raise ValueError(f"{text!r} is not more than zero; write 'never' to switch it off")
     if unit == "step":
         if not number.is_integer():
-            raise ValueError("must be a whole number of steps")
+            raise ValueError(f"{text!r} does not fit; must be a whole number of steps")
         return number, "steps"
     return (number, "epochs") if unit == "epoch" else (number, "minutes")
 
@@ -43,7 +43,7 @@ Every = Annotated[str, AfterValidator(_check)]
 
 def _check_without_clock(text: str) -> str:
     if parse(text)[1] == "minutes":
-        raise ValueError("must be in steps or epochs, so that every run of the recipe does it at the same steps")
+        raise ValueError(f"{text!r} does not fit; must be in steps or epochs, for every run to do it at the same steps")
     return text
 
 

@@ -1,10 +1,16 @@
 """The command line. torch is imported by the commands that need it, after the arguments are read."""
 
 import argparse
+import io
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from opsin import __version__
 from opsin.errors import ConfigError, OpsinError
@@ -14,6 +20,7 @@ _OVERRIDES = "recipe keys to change, as key=value (optim.lr=0.001)"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status (0 done, 2 wrong input, 3 stopped, 4 training failed)."""
+    _mend_streams()
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no second run of positionals: `train RECIPE --out DIR key=value` leaves them over.
@@ -23,15 +30,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except OpsinError as error:
-        for fault in error.faults:
-            print(f"opsin: {fault}", file=sys.stderr)
-        return error.exit_status
+        status = _fail(error.exit_status, *error.faults)
+    except KeyboardInterrupt as error:
+        goes_on = "the same command begins again, from the newest checkpoint where there is one"
+        status = _fail(3, f"{str(error) or 'SIGINT'}: stopped before the end; {goes_on}")
     except BrokenPipeError:
-        # The reader of our output has gone (`opsin runs | head`): nothing is left to say to it.
-        sys.stderr.close()
-        return 0
+        status = 0
+    except OSError as error:
+        status = _fail(4, str(error))
+    except Exception:
+        traceback.print_exc()
+        status = _fail(4, "the above is a fault of opsin or of your own code, not of the recipe; saved steps are kept")
+    _flush_output()
     return status
+
+
+def _fail(status: int, *faults: str) -> int:
+    for fault in faults:
+        print(f"opsin: {fault}", file=sys.stderr)
+    return status
+
+
+def _mend_streams() -> None:
+    """A stream that the caller closed takes everything, one with few letters shows the others as `?`."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # for as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _flush_output() -> None:
+    """Write what is left, unless nobody takes it (`opsin runs | head`), of which Python would complain at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Outside of training, which has its own way to stop, SIGTERM and SIGUSR1 end the process as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _path(text: str) -> Path:
+    # No shell expands the ~ in `--out=~/runs`.
+    return Path(text).expanduser()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,27 +97,27 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a recipe; goes on where the run directory holds a checkpoint")
     train.add_argument("recipe", help="a shipped recipe (see `opsin recipes`) or a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
-    train.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/RECIPE)")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    train.add_argument("--out", type=_path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     train.add_argument("--fresh", action="store_true", help="start over; an earlier run in DIR is moved aside")
     train.add_argument("--quiet", action="store_true", help="print warnings only")
     train.set_defaults(run=_train)
 
     resume = commands.add_parser("resume", help="go on with a run, with changed keys if wanted")
-    resume.add_argument("directory", type=Path, metavar="DIR", help="run directory")
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    resume.add_argument("directory", type=_path, metavar="DIR", help="run directory")
+    resume.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     resume.add_argument("--quiet", action="store_true", help="print warnings only")
     resume.set_defaults(run=_resume)
 
     evaluate = commands.add_parser("eval", help="score a run on its validation images")
-    evaluate.add_argument("directory", type=Path, metavar="DIR", help="run directory, or a checkpoint inside it")
+    evaluate.add_argument("directory", type=_path, metavar="DIR", help="run directory, or a checkpoint inside it")
     evaluate.add_argument("scores", nargs="*", metavar="SCORE", help="accuracy (the default)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_eval)
 
     verify = commands.add_parser("verify", help="train straight, and killed and resumed; compare the weights' hashes")
     verify.add_argument("recipe", help="a shipped recipe or a YAML file")
-    verify.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    verify.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     verify.add_argument("--steps", type=int, default=200, help="steps to train (default: 200)")
     verify.add_argument("--kills", type=int, default=3, help="times to kill the second run (default: 3)")
     verify.set_defaults(run=_verify)
@@ -70,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = recipes.add_subparsers(dest="action", metavar="show")
     show = actions.add_parser("show", help="print the whole effective recipe, with a comment for each key")
     show.add_argument("recipe", help="a shipped recipe or a YAML file")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     show.set_defaults(run=_show)
     recipes.set_defaults(run=_recipes)
 
@@ -78,31 +134,34 @@ def _parser() -> argparse.ArgumentParser:
     schema.set_defaults(run=_schema)
 
     runs = commands.add_parser("runs", help="list run directories with their state and scores")
-    runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="where to look (default: runs)")
+    runs.add_argument("folder", nargs="?", type=_path, default=Path("runs"), help="where to look (default: runs)")
     runs.add_argument("--json", action="store_true", help="print one JSON object per run")
     runs.set_defaults(run=_runs)
 
     export = commands.add_parser("export", help="write the encoder as safetensors and JSON")
-    export.add_argument("directory", type=Path, metavar="DIR", help="run directory, or a checkpoint inside it")
-    export.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: DIR/export)")
+    export.add_argument("directory", type=_path, metavar="DIR", help="run directory, or a checkpoint inside it")
+    export.add_argument("--out", type=_path, metavar="FOLDER", help="where to write (default: DIR/export)")
     export.set_defaults(run=_export)
     return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from opsin.recipe import read
-    from opsin.session import train_recipe
-
     name = Path(arguments.recipe).stem
-    recipe = read(arguments.recipe, arguments.overrides)
-    train_recipe(recipe, arguments.out or Path("runs", name), name=name, fresh=arguments.fresh, quiet=arguments.quiet)
+    out = arguments.out or Path("runs", name)
+    with _signals_interrupt():
+        from opsin.recipe import read
+        from opsin.session import train_recipe
+
+        recipe = read(arguments.recipe, arguments.overrides)
+        train_recipe(recipe, out, name=name, fresh=arguments.fresh, quiet=arguments.quiet)
     return 0
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from opsin.session import resume_run
+    with _signals_interrupt():
+        from opsin.session import resume_run
 
-    resume_run(arguments.directory, arguments.overrides, quiet=arguments.quiet)
+        resume_run(arguments.directory, arguments.overrides, quiet=arguments.quiet)
     return 0
 
 

@@ -25,7 +25,7 @@ def join() -> World:
     Raises:
         ConfigError: several processes were launched, which this version cannot train with.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
         raise ConfigError(f"WORLD_SIZE={size}: this version trains in one process; start it without torchrun")
     return World()

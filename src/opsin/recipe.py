@@ -1,10 +1,11 @@
 """The recipe: everything a run is asked to do, as frozen values."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from opsin import config
 from opsin.config import Settings
@@ -33,6 +34,14 @@ __all__ = [
 
 shipped = Path(__file__).parent / "recipes"
 """The folder of the recipes that come with the package."""
+
+_DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+
+
+def _check_device(text: str) -> str:
+    if not re.fullmatch(_DEVICE, text):
+        raise ValueError(f"{text!r} is no device; must be auto, cpu, cuda or cuda:N")
+    return text
 
 
 class DataConfig(Settings):
@@ -105,7 +114,7 @@ class Recipe(Settings):
     """Images per update, over all processes and parts."""
     accumulate: int = Field(1, gt=0)
     """Parts that a batch is computed in, one after another, to save memory; the update stays the same."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, AfterValidator(_check_device)] = Field("auto", json_schema_extra={"pattern": _DEVICE})
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass; `auto` takes the fastest that this chip computes well."""

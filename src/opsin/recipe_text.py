@@ -43,14 +43,12 @@ def flatten(settings: Settings) -> dict[str, object]:
 
 def json_schema(model: type[Settings]) -> dict[str, object]:
     """The JSON schema of a recipe file, for editors."""
-    schema: dict[str, Any] = model.model_json_schema()
+    schema: dict[str, Any] = _without_required(model.model_json_schema())
     schema["properties"] = {
         "extends": {"type": "string", "description": "A shipped recipe, or the path of one, to start from."},
         **schema.get("properties", {}),
     }
     schema["patternProperties"] = {r"^\w+\.": {}}
-    # What is required may come from the extended recipe or the command line.
-    schema.pop("required", None)
     return schema
 
 
@@ -68,6 +66,16 @@ def head_comment(path: Path) -> str:
 def shipped_recipes(folder: Path) -> dict[str, str]:
     """The names of the recipes in a folder, each with the first line of its head comment."""
     return {path.stem: head_comment(path).partition("\n")[0] for path in sorted(folder.glob("*.yaml"))}
+
+
+def _without_required(schema: Any) -> Any:
+    """The schema without lists of required keys: each key may come from the extended recipe or the command line."""
+    if isinstance(schema, list):
+        return [_without_required(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    required = isinstance(schema.get("required"), list)
+    return {key: _without_required(item) for key, item in schema.items() if key != "required" or not required}
 
 
 def _group_lines(settings: Settings, indent: str) -> Iterator[tuple[str, str]]:

@@ -42,9 +42,9 @@ def load(path: str | Path) -> Encoder:
     if (folder / BACKBONE_FILE).exists():
         return load_export(folder)
     run, checkpoint = _find_run(folder)
+    state, source = _read_weights(run, checkpoint)
     card = read_card(run.path / CARD_FILE)
     backbone, head = build_networks(card)
-    state, source = _read_weights(run, checkpoint)
     _take(backbone, state, "backbone.", source)
     if head is not None:
         _take(head, state, "head.", source)
@@ -115,7 +115,10 @@ def _read_weights(run: RunDirectory, checkpoint: Path | None) -> tuple[Mapping[s
             return read_checkpoint(path, torch.device("cpu")).method, path
         except DamagedCheckpoint as fault:
             faults.append(str(fault))
-    raise CheckpointError(*faults, f"{run.path}: holds no weights yet; train it first: opsin resume {run.path}")
+    if not faults:
+        raise CheckpointError(f"{run.path}: holds no weights yet; train it first: opsin resume {run.path}")
+    way_out = "give the run directory for its other weights" if checkpoint else "train it anew with --fresh"
+    raise CheckpointError(*faults, f"{run.path}: no valid weights; {way_out}")
 
 
 def _take(module: nn.Module, state: Mapping[str, Tensor], prefix: str, source: Path) -> None:

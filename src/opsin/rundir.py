@@ -125,6 +125,17 @@ class RunDirectory:
         """Whether a run was begun here."""
         return self.recipe.exists() or self.run_json.exists()
 
+    def recipe_name(self) -> str | None:
+        """The name of the recipe that the run began with; None where no session was noted.
+
+        Raises:
+            RunError: `run.json` is damaged.
+        """
+        try:
+            return str(json.loads(self.run_json.read_text())["recipe"]) if self.run_json.exists() else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+
     def close(self) -> None:
         """Let other processes write this run."""
         self._unlock()
@@ -218,10 +229,11 @@ class RunDirectory:
                 if session["status"] == "running":
                     session["status"] = "killed"
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{self.run_json}: is damaged ({error!r}); delete it to go on without its history"
-            ) from error
+            raise self._damaged(error) from error
         return sessions
+
+    def _damaged(self, error: Exception) -> RunError:
+        return RunError(f"{self.run_json}: is damaged ({error!r}); delete it to go on without its history")
 
     def _write_facts(self) -> None:
         sessions = self._facts["sessions"]
@@ -294,12 +306,13 @@ def _summary_of(run: RunDirectory) -> RunSummary:
         if status == "running" and not _is_locked(run.path / ".lock"):
             status = "killed"
         best = {score: float(history["best"]) for score, history in scores.items() if "best" in history}
-        return RunSummary(name, status, facts.get("recipe"), _last_step(run.metrics), best, facts.get("started"))
+        return RunSummary(name, status, facts.get("recipe"), last_step(run.metrics), best, facts.get("started"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return RunSummary(name, "damaged")
 
 
-def _last_step(metrics: Path) -> int | None:
+def last_step(metrics: Path) -> int | None:
+    """The step of the newest row in a `metrics.jsonl`, read from its end; None where there is none."""
     if not metrics.exists():
         return None
     with metrics.open("rb") as file:

@@ -60,8 +60,9 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
     """
 
     def differences(before: str) -> Sequence[str]:
-        # Without a checkpoint nothing is lost by starting over with the corrected recipe.
-        return diff(read(str(out / "recipe.yaml")), recipe) if find_checkpoints(out / "checkpoints") else ()
+        # Without weights nothing is lost by starting over with the corrected recipe.
+        has_weights = find_checkpoints(out / "checkpoints") or (out / "model.safetensors").exists()
+        return diff(read(str(out / "recipe.yaml")), recipe) if has_weights else ()
 
     notes: list[str] = []
     with RunDirectory.prepare(
@@ -87,10 +88,11 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
     refused = [line for line in changed if line.startswith(FIXED)]
     if refused:
         raise RunError(*(f"{path}: {line}: a run keeps this key; start a new run with --out" for line in refused))
-    name = json.loads(directory.run_json.read_text())["recipe"] if directory.run_json.exists() else path.name
+    name = directory.recipe_name() or path.name
     notes = [f"changed: {line}" for line in changed]
+    # The changes are written down when it is sure that the run can go on with them.
     with RunDirectory.prepare(
-        path, to_yaml(after, comments=False), fresh=False, differences=lambda text: (), notice=notes.append
+        path, to_yaml(before, comments=False), fresh=False, differences=lambda text: (), notice=notes.append
     ) as locked:
         return _train_in(locked, after, name, notes, quiet=quiet)
 
@@ -119,7 +121,8 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
         state = fit(run)
         if run.checkpoints.newest_step != state.step:
             raise RunError(
-                f"{directory.path}: training is done, but its last checkpoint could not be written (see above)"
+                f"{directory.path}: training is done, but its last checkpoint could not be written (see above): "
+                f"make room, then opsin resume {directory.path} does again what was not saved"
             )
         _write_final(directory, state.method)
     console.finish(_last_words(directory, journal))
@@ -129,7 +132,8 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
 def _last_words(directory: RunDirectory, journal: Journal) -> str:
     """Where the run is, how long it took, and what it scored."""
     last = journal.last
-    assert last is not None, "a run has at least one step"
+    if last is None:  # its metrics.jsonl was removed, and no evaluator has begun a new one
+        return f"{directory.path}: done"
     scores = {name: value for name, value in last.values.items() if name.endswith("/top1") and name != "train/top1"}
     words = [f"{directory.path}: done, {last.step} steps in {duration(last.time_s)}", describe(scores)]
     return "  ".join(word for word in words if word)
@@ -144,7 +148,7 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
         yield
         status = "done"
     except BaseException as error:
-        status = "stopped" if isinstance(error, Stopped) else "failed"
+        status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
         reason = str(error) or type(error).__name__
         raise
     finally:
@@ -154,7 +158,10 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
         journal.event(status, step, reason=reason)
         journal.summarize(steps=step, seconds=seconds, peak_memory_bytes=peak_memory_bytes(device))
         journal.close()
-        directory.end_session(status, reason)
+        try:
+            directory.end_session(status, reason)
+        except RunError as error:  # a full disk must not hide how training ended
+            console.warning(str(error))
 
 
 def _write_final(directory: RunDirectory, method: Method) -> None:

@@ -130,10 +130,11 @@ class Family(Settings):
         fallback = cls.fallback()
         if fallback is not None:
             other = handler.resolve_ref_schema(handler(fallback.__pydantic_core_schema__))
-            # `oneOf` asks for exactly one match.
+            # The fallback takes every name but those of the members.
             other["properties"]["name"]["not"] = {"enum": list(members)}
             choices[_full_name(fallback)] = other
-        return {"oneOf": list(choices.values()), "discriminator": {"propertyName": "name"}}
+        # Not `oneOf`: a recipe that extends another may leave the name to it, and its keys fit several members.
+        return {"anyOf": list(choices.values()), "discriminator": {"propertyName": "name"}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from typing import Protocol
 from opsin.config import to_yaml
 from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError
 from opsin.recipe import read
-from opsin.rundir import RunDirectory
+from opsin.rundir import RunDirectory, last_step
 from opsin.training.checkpoint import find_checkpoints
 
-_PAUSE_S = 0.0005
+_PAUSE_S = 0.002
 
 
 def verify(recipe: str, overrides: Sequence[str], *, steps: int, kills: int) -> int:
@@ -80,7 +80,7 @@ class Kill:
     """What a killed run leaves behind."""
 
     step: int
-    """Steps in its journal."""
+    """The newest step in its journal."""
     newest: int | None
     """The checkpoint that it goes on from; None where it starts over."""
     in_write: bool
@@ -96,8 +96,8 @@ def train_killed(
 ) -> Iterator[Kill]:
     """Train `out` to its end through `kills` deaths; gives each.
 
-    `begin` starts the run or goes on with it, logging each of its `steps` steps. A kill comes after a random
-    step that was not reached before; every second one then waits for a checkpoint write.
+    `begin` starts the run or goes on with it. A kill comes when the journal reaches a random step of `steps`
+    that it had not reached before; every second one then waits for a checkpoint write.
 
     Raises:
         OpsinError: the run ended by itself, as its exit status says.
@@ -152,7 +152,7 @@ def digest(run: RunDirectory) -> str:
 def _kill(process: Process, out: RunDirectory, *, after: int, in_write: bool) -> Kill | None:
     """Kill the run once it has done `after` steps and, with `in_write`, writes a checkpoint; None if it ends before."""
     try:
-        while _steps_in(out) < after or (in_write and not _is_in_write(out)):
+        while (last_step(out.metrics) or 0) < after or (in_write and not _is_in_write(out)):
             if process.poll() is not None:
                 break
             time.sleep(_PAUSE_S)
@@ -161,12 +161,7 @@ def _kill(process: Process, out: RunDirectory, *, after: int, in_write: bool) ->
     if process.wait() >= 0:
         finish(process, "killed and resumed")
         return None
-    return Kill(_steps_in(out), max(find_checkpoints(out.checkpoints), default=None), _is_in_write(out))
-
-
-def _steps_in(out: RunDirectory) -> int:
-    # Each step has one line.
-    return out.metrics.read_bytes().count(b"\n") if out.metrics.exists() else 0
+    return Kill(last_step(out.metrics) or 0, max(find_checkpoints(out.checkpoints), default=None), _is_in_write(out))
 
 
 def _is_in_write(out: RunDirectory) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import opsin.methods
 from opsin.data.base import Batch, DataFacts
-from opsin.data.digits import open_digits
+from opsin.data.digits import load_digits
 from opsin.data.loading import TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
@@ -36,9 +36,14 @@ OPTIM = AdamW(lr=1e-3, clip_norm=1.0)
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
-def build(name: str) -> Method:
+def config_of(name: str) -> MethodConfig:
+    """The method's settings, all at their defaults."""
+    return MethodConfig.members()[name].model_validate({})
+
+
+def build(name: str, facts: DataFacts = FACTS) -> Method:
     torch.manual_seed(0)
-    return MethodConfig.members()[name]().build(MODEL, FACTS)
+    return config_of(name).build(MODEL, facts)
 
 
 def batch_for(method: Method, step: int = 0, size: int = 16) -> Batch:
@@ -67,7 +72,7 @@ def tensors(method: Method) -> list[Tensor]:
 
 
 def test_the_settings_survive_being_written_and_read(name: str) -> None:
-    config = MethodConfig.members()[name]()
+    config = config_of(name)
     assert type(config).model_validate_json(config.model_dump_json()) == config
 
 
@@ -139,3 +144,37 @@ def test_a_run_continued_from_its_state_gives_the_same_bits(name: str) -> None:
     for step in range(5, 10):
         train_step(second, batch_for(second.method, step), plan_for(second.method))
     assert all(torch.equal(a, b) for a, b in zip(tensors(straight.method), tensors(second.method), strict=True))
+
+
+def test_kept_images_and_workers_give_the_views_of_a_method_alike(name: str) -> None:
+    digits = load_digits()
+    facts = DataFacts(digits.classes, len(digits), image_size=16, channels=3, mean=(0.3,) * 3, std=(0.4,) * 3)
+    timeline = Timeline([Stage(epochs=2, batch_size=40, steps_per_epoch=len(digits) // 40)])
+    views = build(name, facts).views()
+
+    def batches(residence: bool, workers: int) -> list[Batch]:
+        data = TrainingData(
+            digits,
+            views,
+            Order(seed=3, samples=len(digits), timeline=timeline, drop_last=True),
+            facts=facts,
+            seed=3,
+            device=torch.device("cpu"),
+            quarantine=Quarantine(None, total=len(digits), limit=0.0),
+            workers=workers,
+            resident=residence,
+        )
+        return list(data.batches(43, 46))  # the end of an epoch and the beginning of the next
+
+    kept = batches(True, 0)
+    for batch in kept:
+        assert {view: crop.shape for view, crop in batch.views.items()} == {
+            view: (crop.count, 40, 3, crop.size, crop.size) for view, crop in views.crops.items()
+        }
+        assert all(view.isfinite().all() for view in batch.views.values())
+    for workers in (0, 2):
+        for batch, same in zip(batches(False, workers), kept, strict=True):
+            assert torch.equal(batch.ids, same.ids)
+            assert torch.equal(batch.labels, same.labels)
+            assert all(torch.equal(view, same.views[wanted]) for wanted, view in batch.views.items())
+            assert all(torch.equal(mask, same.masks[wanted]) for wanted, mask in batch.masks.items())

@@ -13,5 +13,5 @@ def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch
 
 def test_several_processes_are_refused_before_they_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=4: .*start it without torchrun"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=4: .*start it without torchrun"):
         join()

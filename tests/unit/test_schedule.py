@@ -35,7 +35,7 @@ def test_warmup_rises_in_a_straight_line_and_then_the_decay_takes_the_rest_of_th
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
-def test_onecycle_touches_start_peak_and_end(shape: str) -> None:
+def test_onecycle_touches_start_peak_and_end(shape: Literal["linear", "cosine"]) -> None:
     values = factors(OneCycle(start=0.2, peak=0.25, end=0.05, shape=shape))
     assert (values[0], values[25], values[100]) == pytest.approx((0.2, 1.0, 0.05))
     assert values == sorted(values[:26]) + sorted(values[26:], reverse=True)

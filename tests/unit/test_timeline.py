@@ -42,7 +42,7 @@ def test_the_clock_starts_at_zero_never_goes_back_and_ends_at_the_total(plan: li
     timeline = Timeline(plan)
     epochs = [timeline.clock(step).epoch for step in range(timeline.total_steps + 1)]
     assert epochs[0] == 0
-    assert all(a < b for a, b in zip(epochs, epochs[1:], strict=False))
+    assert all(a < b for a, b in pairwise(epochs))
     assert epochs[-1] == pytest.approx(timeline.clock(0).total_epochs)
 
 

@@ -173,11 +173,14 @@ def cut(image: Tensor, boxes: Boxes, index: int, crop: Crop) -> Tensor:
 def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
     """Box i out of image i of `images` uint8 [B, C, H, W], for every i: uint8 [B, C, S, S].
 
-    Equal to `cut` on each image: tests/unit/data/test_crops.py::test_both_executors_agree.
+    On the CPU equal to `cut` on each image: tests/unit/data/test_crops.py::test_both_executors_agree.
+    On a GPU resized boxes are computed in float: pixels may differ by one, more where bicubic filters overshoot.
     """
     count, channels, tall, wide = images.shape
     size, device = crop.size, images.device
     if not bool(((boxes.height == size) & (boxes.width == size)).all()):
+        if device.type != "cpu":
+            return _resample(images, boxes, crop)
         return torch.stack([cut(image, boxes, index, crop) for index, image in enumerate(images)])
     rows, row_inside = _indices(boxes.top, size, tall)  # [B, S]
     columns, column_inside = _indices(boxes.left, size, wide)
@@ -205,16 +208,50 @@ def _unflipped(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Boxe
 
 def _indices(starts: Tensor, length: int, side: int) -> tuple[Tensor, Tensor]:
     """Source pixels [B, length] along one axis, mirrored at both borders, and which of them lie inside."""
-    wanted = starts[:, None] + torch.arange(length)
+    wanted = starts[:, None] + torch.arange(length, device=starts.device)
     period = max(2 * (side - 1), 1)
     folded = wanted.remainder(period)
     return torch.minimum(folded, period - folded).clamp(max=side - 1), (wanted >= 0) & (wanted < side)
 
 
 def _resize(region: Tensor, crop: Crop) -> Tensor:
+    # The uint8 kernel of the CPU computes in integers: the same pixels for any number of threads.
+    pixels = region[None] if region.device.type == "cpu" else region[None].float()
     size = (crop.size, crop.size)
-    if region.device.type == "cpu":
-        # The uint8 kernel computes in integers: the same pixels for any number of threads.
-        return F.interpolate(region[None], size, mode=crop.interpolation, align_corners=False, antialias=True)[0]
-    resized = F.interpolate(region[None].float(), size, mode=crop.interpolation, align_corners=False, antialias=True)
-    return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+    resized = F.interpolate(pixels, size, mode=crop.interpolation, align_corners=False, antialias=True)[0]
+    return resized if resized.dtype == torch.uint8 else _to_bytes(resized)
+
+
+def _resample(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
+    """`cut_batch` as products with matrices of filter weights: image after image would leave a GPU idle."""
+    rows = _filters(boxes.top.to(images.device), boxes.height, images.shape[2], crop)
+    columns = _filters(boxes.left.to(images.device), boxes.width, images.shape[3], crop)
+    columns = torch.where(boxes.flip.to(images.device)[:, None, None], columns.flip(1), columns)
+    return _to_bytes(rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3))
+
+
+def _filters(starts: Tensor, lengths: Tensor, side: int, crop: Crop) -> Tensor:
+    """Weights [B, S, side] of the source pixels along one axis, as in antialiased interpolation."""
+    longest = int(lengths.max())
+    lengths = lengths.to(starts.device)[:, None, None]
+    scale = lengths / crop.size  # source pixels per pixel of the crop
+    centers = (torch.arange(crop.size, device=starts.device)[:, None] + 0.5) * scale - 0.5  # [B, S, 1]
+    pixels = torch.arange(longest, device=starts.device)
+    away = ((pixels - centers) / scale.clamp(min=1)).abs()  # [B, S, longest]
+    if crop.interpolation == "bilinear":
+        weights = (1 - away).clamp_(min=0)
+    else:
+        # Keys' cubic with a = -0.5, as Pillow and torch use where they antialias.
+        near, far = (1.5 * away - 2.5) * away**2 + 1, ((2.5 - 0.5 * away) * away - 4) * away + 2
+        weights = torch.where(away < 1, near, torch.where(away < 2, far, 0.0))
+    weights = torch.where(pixels < lengths, weights, 0.0)
+    weights = weights / weights.sum(2, keepdim=True)
+    sources, inside = _indices(starts, longest, side)
+    if crop.padding == "zero":
+        weights = weights * inside[:, None]
+    empty = torch.zeros(len(starts), crop.size, side, device=starts.device)
+    return empty.scatter_add_(2, sources[:, None].expand(-1, crop.size, -1), weights)
+
+
+def _to_bytes(pixels: Tensor) -> Tensor:
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)

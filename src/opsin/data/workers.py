@@ -11,8 +11,12 @@ import os
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any, Literal
 
 import torch
@@ -121,9 +125,21 @@ def read_batches(
     if workers == 0:
         return (reader.read(epoch, ids) for epoch, ids in keys)
     batches = _from_workers(reader, keys, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
-    # When Python exits, multiprocessing ends processes with the SIGTERM that workers ignore, and waits.
-    atexit.register(batches.close)
+    _close_at_exit(batches)
     return batches
+
+
+def _close_at_exit(batches: Generator[RawBatch, None, None]) -> None:
+    # Else multiprocessing ends processes with the SIGTERM that workers ignore, and waits.
+    # By a weak reference: batches that nobody wants any more end with their workers at once.
+    reference = weakref.ref(batches)
+
+    def close() -> None:
+        still_wanted = reference()
+        if still_wanted is not None:
+            still_wanted.close()
+
+    atexit.register(close)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +168,34 @@ class _Tasks(Dataset[RawBatch | _Fault]):
 def _from_workers(
     reader: Reader, keys: Iterable[tuple[int, Tensor]], *, workers: int, prefetch: int, pin_memory: bool
 ) -> Generator[RawBatch, None, None]:
-    context = multiprocessing.get_context("forkserver")
-    # Imported once, in the process that workers are forked from.
-    context.set_forkserver_preload([__name__])
+    # Workers live as long as this end of the pipe is open, and the end of this process closes it too. The loader's
+    # own watch looks at the parent of a worker: that is the fork server here, which outlives training.
+    ended, alive = _context().Pipe(duplex=False)
+    with ended, alive:
+        batches = _start(reader, keys, workers=workers, prefetch=prefetch, pin_memory=pin_memory, ended=ended)
+        try:
+            while (batch := next(batches, None)) is not None:
+                if isinstance(batch, _Fault):
+                    raise batch.kind(*batch.faults)
+                yield batch
+        except RuntimeError as error:
+            raise TrainingError(_describe_end(error, workers)) from error
+        finally:
+            # Ends the workers in order. Left to the garbage collector, the loader would wait for its own dead threads.
+            del batches
+
+
+def _start(
+    reader: Reader,
+    keys: Iterable[tuple[int, Tensor]],
+    *,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+    ended: Connection,
+) -> Iterator[RawBatch | _Fault]:
     with warnings.catch_warnings():
+        # More workers than cores is the user's decision.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader = DataLoader(
             _Tasks(reader),
@@ -165,21 +205,18 @@ def _from_workers(
             prefetch_factor=prefetch,
             pin_memory=pin_memory,
             collate_fn=_unchanged,
-            worker_init_fn=_begin_work,
-            multiprocessing_context=context,
+            worker_init_fn=partial(_begin_work, ended),
+            multiprocessing_context=_context(),
             generator=torch.Generator(),  # the loader draws a seed for workers: not from the global generator
         )
-        batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            raise TrainingError(_describe_end(error, workers)) from error
-        if batch is None:
-            return
-        if isinstance(batch, _Fault):
-            raise batch.kind(*batch.faults)
-        yield batch
+        return iter(loader)
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, in the process that workers are forked from.
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _describe_end(error: RuntimeError, workers: int) -> str:
@@ -190,19 +227,16 @@ def _describe_end(error: RuntimeError, workers: int) -> str:
     )
 
 
-def _begin_work(_: int) -> None:
+def _begin_work(ended: Connection, _: int) -> None:
     """Runs first in a worker: the training process decides when to stop, and its end is the worker's end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_when, args=(ended,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    # The loader's own watch looks at the parent process, which here is the fork server: it outlives training.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _end_when(ended: Connection) -> None:
+    ended.poll(None)
+    os._exit(0)
 
 
 def _groups(reads: Iterable[tuple[int, Read]]) -> Iterator[list[tuple[int, Read]]]:

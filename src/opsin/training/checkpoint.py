@@ -102,7 +102,8 @@ class Checkpoints:
         Damaged ones are passed over with a warning and renamed to `damaged-step-...`.
 
         Raises:
-            CheckpointError: all are damaged (a line for each); one is too new or does not fit.
+            CheckpointError: all are damaged (a line for each); one is too new, does not fit, or is of a step
+                after the last one.
         """
         remove_leftovers(self._folder)
         damaged: dict[Path, str] = {}
@@ -116,6 +117,11 @@ class Checkpoints:
         if stored is None and damaged:
             raise CheckpointError(
                 *damaged.values(), f"{self._folder}: no valid checkpoint is left; start over with --fresh"
+            )
+        if fresh.step > self._last_step:
+            raise CheckpointError(
+                f"{self._folder}: the run has done {fresh.step} steps, the recipe ends after {self._last_step}; "
+                "ask for more epochs, or train into another --out"
             )
         self._newest = None if stored is None else stored.step
         self._tried_s = fresh.elapsed_s
@@ -189,7 +195,7 @@ class Checkpoints:
 
     def emergency(self, state: TrainState) -> Path | None:
         """After an exception: the checkpoint of the last whole state; None where there is none to save."""
-        if not state.whole:
+        if not state.whole or state.step == 0:
             return None
         try:
             return self.save(state, reason="emergency")

@@ -173,6 +173,8 @@ def remove_leftovers(folder: Path) -> None:
     for pattern in (".writing-*", ".removing-*"):
         for leftover in folder.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
+    for file in folder.glob(".*.writing"):
+        file.unlink(missing_ok=True)
 
 
 def size_bytes(state: TrainState) -> int:

@@ -47,6 +47,9 @@ def fit(run: Run) -> TrainState:
             stop = run.stop.requested if state.step < run.steps else None
             run.checkpoints.save_if_due(state, stopping=stop is not None)
             if stop is not None:
-                raise Stopped(f"{stop}: stopped after step {state.step} of {run.steps}, which is saved")
+                raise Stopped(
+                    f"{stop}: stopped after step {state.step} of {run.steps}, which is saved; "
+                    f"opsin resume {run.directory.path} goes on"
+                )
             run.evaluations.run_if_due(state)
     return state

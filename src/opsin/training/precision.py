@@ -111,8 +111,10 @@ def configure(device: torch.device, precision: str, *, deterministic: bool) -> l
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif _keep_freed_memory():
         said.append("freed memory is kept for the next step (glibc)")
-    if device.type == "cpu" and precision == "fp32" and _onednn_keeps_fp32():
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]  # not in torch's stubs
+    through_onednn = device.type == "cpu" and precision == "fp32" and _onednn_keeps_fp32()
+    # Set either way: no run may depend on those before it in the same process.
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if through_onednn else "none"  # type: ignore[attr-defined]  # not in torch's stubs
+    if through_onednn:
         said.append("fp32 matrix products through oneDNN, checked to be full fp32 on this chip")
     return said
 

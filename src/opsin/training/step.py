@@ -59,7 +59,7 @@ def _accumulate(state: TrainState, batch: Batch, clock: Clock, plan: StepPlan) -
             losses = plan.forward(part, clock)
         weight = len(part) / len(batch)
         loss = losses.total * weight
-        (loss if state.loss_scale is None else loss * state.loss_scale.scale).backward()  # type: ignore[no-untyped-call]
+        (loss if state.loss_scale is None else loss * state.loss_scale.scale).backward()
         for name, value in _named(losses).items():
             share = value.detach().float() * weight
             total[name] = total[name] + share if name in total else share

@@ -133,8 +133,8 @@ def md5(data: bytes) -> str:
 
 
 def test_download_is_verified_and_happens_once(tmp_path: Path, server: Server) -> None:
-    for _ in range(2):
-        archive = fetch_cifar10(tmp_path / "cache", base_url=server.url, md5=md5(server.content))
+    first, archive = (fetch_cifar10(tmp_path / "cache", base_url=server.url, md5=md5(server.content)) for _ in range(2))
+    assert first == archive
     assert archive.read_bytes() == server.content
     assert server.ranges == [None]
     assert len(open_cifar10(archive)[0]) == 10

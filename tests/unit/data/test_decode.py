@@ -72,8 +72,8 @@ def test_exif_orientation_is_applied(file_format: str, orientation: int) -> None
     exif[0x0112] = orientation
     turned = Image.fromarray(pixels(16, 24))
     data = encoded(turned, file_format, exif=exif)
-    with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+    with Image.open(io.BytesIO(data)) as stored:
+        upright = ImageOps.exif_transpose(stored).convert("RGB")
     image = decode(data)
     assert image.shape == ((3, 16, 24) if orientation <= 4 else (3, 24, 16))
     assert torch.equal(image, as_image(np.array(upright)))

@@ -37,7 +37,7 @@ def test_the_split_depends_on_the_seed_only() -> None:
 
 
 def test_each_part_has_every_class_where_possible(tmp_path: Path) -> None:
-    labels: list[str | None] = ["a"] * 2 + ["b"] * 30 + ["lone"]
+    labels: list[str | None] = [*["a"] * 2, *["b"] * 30, "lone"]
     train, val = hold_out(source_with(tmp_path, labels), 0.01, seed=0)
     assert torch.bincount(val.labels, minlength=3).tolist() == [1, 1, 0]
     train, val = hold_out(source_with(tmp_path, labels), 0.99, seed=0)

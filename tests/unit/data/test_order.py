@@ -8,9 +8,7 @@ from opsin.timeline import Stage, Timeline
 
 def order(samples: int, batch_size: int, *, epochs: float = 3, drop_last: bool = True, seed: int = 0) -> Order:
     steps = steps_per_epoch(samples, batch_size, drop_last=drop_last)
-    return Order(
-        seed=seed, samples=samples, timeline=Timeline([Stage(epochs, batch_size, steps)]), drop_last=drop_last
-    )
+    return Order(seed=seed, samples=samples, timeline=Timeline([Stage(epochs, batch_size, steps)]), drop_last=drop_last)
 
 
 def test_an_epoch_shows_every_image_once() -> None:

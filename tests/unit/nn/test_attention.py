@@ -22,7 +22,8 @@ def plain(layer: Attention, x: Tensor) -> Tensor:
             for token in range(x.shape[1]):
                 scores = torch.stack([q[token] @ key / math.sqrt(size) for key in k])
                 mixed[image, token, at] = scores.softmax(0) @ v
-    return layer.proj(mixed)
+    projected: Tensor = layer.proj(mixed)
+    return projected
 
 
 @pytest.mark.parametrize("kind", ["fused", "explicit"])

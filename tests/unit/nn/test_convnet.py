@@ -1,5 +1,7 @@
 """The fast network for small images."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,7 @@ def test_flat_images_give_finite_filters() -> None:
 
 
 def test_a_convolution_starts_by_passing_its_inputs_through() -> None:
-    block = build().blocks[1]  # 8 channels to 12
+    block: Any = build().blocks[1]  # 8 channels to 12
     images = torch.randn(2, 8, 6, 6)
     torch.testing.assert_close(block.conv1(images)[:, :8], images)
 

@@ -60,7 +60,7 @@ def test_drop_path_and_dropout_reach_the_network() -> None:
     config = TimmConfig(name="resnet18", drop_path=0.2, dropout=0.4)
     backbone = config.build(image_size=32)
     assert backbone.network.drop_rate == 0.4
-    rates = [layer.drop_prob for layer in backbone.modules() if type(layer).__name__ == "DropPath"]
+    rates: list[Any] = [layer.drop_prob for layer in backbone.modules() if type(layer).__name__ == "DropPath"]
     assert max(rates) == pytest.approx(0.2)
 
 
@@ -75,7 +75,7 @@ def test_attention_of_timm_can_be_set() -> None:
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-def build(size: int = 64, **settings: object) -> TimmBackbone:
+def build(size: int = 64, **settings: Any) -> TimmBackbone:
     return TimmConfig(**settings).build(image_size=size)
 
 
@@ -93,7 +93,7 @@ def build(size: int = 64, **settings: object) -> TimmBackbone:
         ({"name": "resnet10t", "stem": "small"}, r"model\.stem = 'small': resnet10t"),
     ],
 )
-def test_what_cannot_be_built_is_named(settings: dict[str, object], message: str) -> None:
+def test_what_cannot_be_built_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         build(**settings)
     assert "\n" not in str(caught.value)

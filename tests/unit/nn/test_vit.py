@@ -2,32 +2,33 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.nn.attention import AttentionKind, set_attention
 from opsin.nn.vit import VisionTransformer, ViTConfig
 
-SMALL = {"width": 48, "depth": 3, "heads": 3, "patch": 4}
+SMALL: dict[str, Any] = {"width": 48, "depth": 3, "heads": 3, "patch": 4}
 
 
-def timm_vit(**options: object) -> nn.Module:
+def timm_vit(**options: Any) -> Any:
     """timm's network of the same size as `SMALL`, for 16 px; biases and norms away from 0 and 1."""
     import timm
 
     torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
     network = timm.create_model("vit_tiny_patch16_224", **sizes, **options)
     for param in network.parameters():
         param.data += 0.1 * torch.randn_like(param)
     return network
 
 
-def pair(config: ViTConfig, **options: object) -> tuple[VisionTransformer, nn.Module]:
+def pair(config: ViTConfig, **options: Any) -> tuple[VisionTransformer, Any]:
     theirs = timm_vit(**options)
     ours = config.build(image_size=16)
     ours.load_state_dict(theirs.state_dict())
@@ -46,7 +47,7 @@ def vit() -> VisionTransformer:
 
 
 # Tolerance of the comparisons: the same sums in another order, in float32, over values of size 1.
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("kind", ["fused", "explicit"])
@@ -148,7 +149,7 @@ def test_attention_is_what_the_last_block_mixes_with(vit: VisionTransformer, ima
     assert attention.shape == (2, 3, 17, 17)
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 3, 17))
     caught: list[Tensor] = []
-    last = vit.blocks[-1].attn
+    last: Any = vit.blocks[-1].attn
     last.register_forward_hook(lambda layer, inputs, output: caught.extend([inputs[0], output]))
     vit(images)
     values = last.qkv(caught[0])[..., 96:].reshape(2, 17, 3, 16).transpose(1, 2)
@@ -157,7 +158,7 @@ def test_attention_is_what_the_last_block_mixes_with(vit: VisionTransformer, ima
 
 
 def test_drop_path_skips_whole_images_and_keeps_the_mean() -> None:
-    block = ViTConfig(**SMALL, drop_path=0.5).build(image_size=16).blocks[-1].train()
+    block: Any = ViTConfig(**SMALL, drop_path=0.5).build(image_size=16).blocks[-1].train()
     out = block._skip(torch.ones(4000, 2, 3))
     assert {tuple(row.unique().tolist()) for row in out} == {(0.0,), (2.0,)}
     # Deviation of the mean of 4000 draws of 0 or 2: 1 / sqrt(4000) = 0.016.
@@ -186,7 +187,7 @@ def test_image_size_must_be_a_multiple_of_the_patch(vit: VisionTransformer) -> N
         ({"depth": 0}, "greater than or equal to 1"),
     ],
 )
-def test_settings_outside_their_range_are_refused(settings: dict[str, object], message: str) -> None:
+def test_settings_outside_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ViTConfig(**settings)
 

@@ -17,7 +17,7 @@ from opsin.nn.weights import initialise, load_weights
 State = dict[str, Tensor]
 
 
-def vit(*, size: int = 16, channels: int = 3, **settings: object) -> VisionTransformer:
+def vit(*, size: int = 16, channels: int = 3, **settings: Any) -> VisionTransformer:
     config = ViTConfig(**{"width": 24, "depth": 2, "heads": 2, "patch": 4, **settings})
     return config.build(image_size=size, channels=channels).eval()
 
@@ -84,7 +84,7 @@ def test_a_run_with_a_timm_network_loads_into_it(tmp_path: Path) -> None:
 
 
 def test_timm_weights_load_into_our_vit(tmp_path: Path) -> None:
-    options = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    options: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
     theirs = TimmConfig(name="vit_tiny_patch16_224", options=options).build(image_size=16).network
     ours = vit()
     load_weights(ours, write_pt(tmp_path, theirs.state_dict()))

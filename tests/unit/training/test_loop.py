@@ -83,7 +83,7 @@ def run_in(folder: Path, data: Numbers, evaluator: Evaluator | None = None, *, e
         on_scores=checkpoints.note_scores,
     )
     state = fresh()
-    plan = StepPlan(state.method, TIMELINE.clock, lambda optimizer, clock: 0.01, nullcontext, seed=0)  # type: ignore[arg-type]
+    plan = StepPlan(state.method, TIMELINE.clock, lambda optimizer, clock: 0.01, nullcontext, seed=0)
     return Run(lambda: state, data, plan, LAST, checkpoints, observations, evaluations, Stop(), directory)
 
 

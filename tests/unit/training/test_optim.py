@@ -102,7 +102,7 @@ def test_sgd_without_momentum_has_no_velocity() -> None:
 
 def test_a_parameter_that_a_method_forgets_or_repeats_is_our_own_fault() -> None:
     whole = split_by_decay(TwoParts())
-    with pytest.raises(AssertionError, match="without a group: .*'body.0.bias'"):
+    with pytest.raises(AssertionError, match=r"without a group: .*'body.0.bias'"):
         build_optimizer(AdamW(), TwoParts([]))
     with pytest.raises(AssertionError, match="stands in two groups"):
         build_optimizer(AdamW(), TwoParts([*whole, *whole]))

@@ -1,0 +1,133 @@
+"""A run, its checkpoints and its export are the same network."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from opsin.errors import CheckpointError, ConfigError, RunError
+from opsin.reporting import read_rows
+from opsin.results import evaluate_run, export_run, load
+from tests.digits_run import STEPS_PER_EPOCH, train_digits
+
+pytestmark = pytest.mark.usefixtures("torch_switches")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results") / "run"
+    train_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A finished run of its own."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def pictures() -> Tensor:
+    return torch.randint(256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def last_checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / f"step-{2 * STEPS_PER_EPOCH:08}"
+
+
+def test_run_checkpoint_and_export_give_equal_features(run: Path, pictures: Tensor) -> None:
+    places = [run, last_checkpoint(run), export_run(run, None), export_run(last_checkpoint(run), run.parent / "out")]
+    encoders = [load(place) for place in places]
+    for encoder in encoders[1:]:
+        assert torch.equal(encoder(pictures), encoders[0](pictures))
+        assert torch.equal(encoder.classify(pictures), encoders[0].classify(pictures))
+    assert encoders[0].classes == tuple("0123456789")
+
+
+def test_an_earlier_checkpoint_is_another_network(run: Path, pictures: Tensor) -> None:
+    first, last = run / "checkpoints" / f"step-{STEPS_PER_EPOCH:08}", last_checkpoint(run)
+    assert not torch.equal(load(first)(pictures), load(last)(pictures))
+
+
+def test_a_run_that_was_stopped_gives_its_newest_valid_checkpoint(run: Path, pictures: Tensor) -> None:
+    whole = load(run)(pictures)
+    first = load(run / "checkpoints" / f"step-{STEPS_PER_EPOCH:08}")(pictures)
+    (run / "model.safetensors").unlink()
+    assert torch.equal(load(run)(pictures), whole)
+    (last_checkpoint(run) / "state.pt").write_bytes(b"damaged")
+    assert torch.equal(load(run)(pictures), first)
+
+
+def test_the_scores_of_a_run_are_those_of_its_last_evaluation(run: Path) -> None:
+    last = list(read_rows(run / "metrics.jsonl"))[-1].values
+    confusion = json.loads((run / "confusion.json").read_text())["confusion"]
+    for place in (run, last_checkpoint(run)):
+        report = evaluate_run(place)
+        assert report.values == {name.removeprefix("val/"): last[name] for name in last if name.startswith("val/")}
+        assert report.confusion.tolist() == confusion
+        assert report.images == 359
+
+
+def test_timm_loads_the_export(run: Path, pictures: Tensor) -> None:
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=8,
+        patch_size=2,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        mlp_ratio=2,
+        num_classes=0,
+        checkpoint_path=str(export_run(run, None) / "backbone.safetensors"),
+    ).eval()
+    encoder = load(run)
+    with torch.no_grad():
+        features = theirs(encoder.prepare(pictures))
+    # timm joins the products of attention in another order.
+    torch.testing.assert_close(features, encoder(pictures), rtol=1e-4, atol=1e-5)
+
+
+def test_a_place_without_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for place in (tmp_path, tmp_path / "nowhere", tmp_path / "checkpoints" / "step-00000001"):
+        for use in (load, evaluate_run):
+            with pytest.raises(RunError, match="is no run directory and no checkpoint of one"):
+                use(place)
+
+
+def test_damaged_weights_are_named_with_the_way_out(run: Path) -> None:
+    (run / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: is damaged .*delete it to use the checkpoints"):
+        load(run)
+    (run / "model.safetensors").unlink()
+    for path in (run / "checkpoints").glob("step-*/state.pt"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError) as caught:
+        load(run)
+    assert len(caught.value.faults) == 3
+    assert caught.value.faults[-1] == f"{run}: no valid weights; train it anew with --fresh"
+
+
+def test_weights_of_another_network_are_refused(run: Path) -> None:
+    card = run / "encoder.json"
+    card.write_text(card.read_text().replace('"width": 16', '"width": 32'))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: does not fit the recipe beside it"):
+        load(run)
+
+
+def test_without_validation_images_there_is_no_score(run: Path) -> None:
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("holdout: 0.2", "holdout: 0.0"))
+    with pytest.raises(ConfigError, match=r"has no validation images; set data\.holdout"):
+        evaluate_run(run)
+
+
+def test_an_export_that_cannot_be_written_says_where_else_to_go(run: Path) -> None:
+    (run.parent / "file").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot be written: .*choose another with --out"):
+        export_run(run, run.parent / "file")

@@ -1,0 +1,143 @@
+"""What a run directory holds after a session, and what a later session may change."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import opsin
+from opsin.errors import ConfigError, OpsinError, RunError
+from opsin.reporting import read_events, read_rows
+from opsin.session import FIXED, fingerprint, resume_run, train, train_recipe
+from opsin.training.checkpoint import find_checkpoints
+from tests.digits_run import STEPS_PER_EPOCH, digits_recipe, train_digits
+
+pytestmark = pytest.mark.usefixtures("torch_switches")
+
+
+def run_facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return facts
+
+
+def test_a_fingerprint_follows_from_every_key_and_nothing_else() -> None:
+    recipe = digits_recipe()
+    assert fingerprint(recipe) == fingerprint(digits_recipe())
+    changes = ("seed=1", "optim.lr=0.02", "model.depth=2", "data.holdout=0.3", "evaluators.val.every=2 epochs")
+    prints = {fingerprint(recipe), *(fingerprint(digits_recipe(change)) for change in changes)}
+    assert len(prints) == 1 + len(changes)
+
+
+def test_a_finished_run_leaves_every_file_that_is_promised(tmp_path: Path) -> None:
+    train_digits(tmp_path / "run", "log.csv=true")
+    found = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
+    assert found >= {
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "summary.json",
+        "encoder.json",
+        "confusion.json",
+        "model.safetensors",
+        "checkpoints",
+        "log.csv",
+    }
+    facts = run_facts(tmp_path / "run")
+    assert facts["status"] == "done"
+    assert facts["seed"] == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2 * STEPS_PER_EPOCH
+    assert summary["scores"]["val/top1"]["best"] >= summary["scores"]["val/top1"]["last"] > 0
+    assert opsin.read(str(tmp_path / "run" / "recipe.yaml")) == digits_recipe("log.csv=true")
+
+
+def test_two_runs_of_one_recipe_give_equal_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        train_digits(tmp_path / name, f"seed={seed}", "epochs=1")
+    weights = {path.name: (path / "model.safetensors").read_bytes() for path in tmp_path.iterdir()}
+    assert weights["one"] == weights["two"] != weights["other"]
+
+
+def test_a_run_ended_early_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    train_digits(tmp_path / "straight")
+    train_digits(tmp_path / "early", "limits.steps=7")
+    resume_run(tmp_path / "early", ["limits.steps=null"], quiet=True)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "early"))
+    assert first == second
+    steps = [row.step for row in read_rows(tmp_path / "early" / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 2 * STEPS_PER_EPOCH
+
+
+def test_the_same_recipe_continues_and_another_is_refused_with_the_difference(tmp_path: Path) -> None:
+    train_digits(tmp_path, "epochs=1")
+    train_digits(tmp_path, "epochs=1")
+    assert [event.kind for event in read_events(tmp_path / "events.jsonl")].count("resumed") == 1
+    with pytest.raises(RunError) as caught:
+        train_digits(tmp_path, "epochs=1", "optim.lr=0.02")
+    assert any("optim.lr: 0.01 -> 0.02" in fault for fault in caught.value.faults)
+
+
+def test_without_a_checkpoint_a_corrected_recipe_starts_over(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        train_digits(tmp_path, "batch_size=100000")
+    assert run_facts(tmp_path)["status"] == "failed"
+    train_digits(tmp_path, "epochs=1")
+    assert run_facts(tmp_path)["status"] == "done"
+
+
+def test_fresh_moves_the_earlier_run_aside(tmp_path: Path) -> None:
+    recipe = digits_recipe("epochs=1")
+    for fresh in (False, True):
+        train_recipe(recipe, tmp_path / "run", name="quickstart", fresh=fresh, quiet=True)
+    before = tmp_path / "run.before-1"
+    assert (before / "model.safetensors").read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert "resumed" not in [event.kind for event in read_events(tmp_path / "run" / "events.jsonl")]
+
+
+def test_a_resumed_run_may_change_what_its_state_does_not_depend_on(tmp_path: Path) -> None:
+    train_digits(tmp_path, "epochs=1")
+    changes = ["epochs=2", "optim.lr=0.005", "batch_size=128", "checkpoints.keep=1"]
+    resume_run(tmp_path, changes, quiet=True)
+    assert list(find_checkpoints(tmp_path / "checkpoints"))[-1] == 22, "11 steps of 128 images in an epoch, twice"
+    assert opsin.read(str(tmp_path / "recipe.yaml")) == digits_recipe("epochs=1", *changes)
+    told = (tmp_path / "log.txt").read_text()
+    assert all(f"changed: {line}" in told for line in ("epochs: 1.0 -> 2.0", "optim.lr: 0.01 -> 0.005"))
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "data.image_size=16", "model.width=32", "model.name=resnet10t", "optim.name=sgd"]
+)
+def test_a_run_keeps_the_keys_that_its_state_depends_on(change: str, tmp_path: Path) -> None:
+    train_digits(tmp_path, "limits.steps=1")
+    with pytest.raises(RunError) as caught:
+        resume_run(tmp_path, [change], quiet=True)
+    for fault in caught.value.faults:
+        assert fault.startswith(f"{tmp_path}: ")
+        assert fault.removeprefix(f"{tmp_path}: ").startswith(FIXED)
+        assert fault.endswith("a run keeps this key; start a new run with --out")
+    assert opsin.read(str(tmp_path / "recipe.yaml")) == digits_recipe("limits.steps=1")
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run to resume"):
+        resume_run(tmp_path, [])
+
+
+def test_python_trains_as_the_command_line_does(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"precision": "fp32", "device": "cpu", "data.workers": 0, "model.width": 16}
+    run = train("quickstart", out=tmp_path / "python", limits={"steps": 2}, **keys, **{"log.tensorboard": False})
+    assert run.steps == 2
+    with pytest.raises(ConfigError, match="change a Recipe with model_copy"):
+        train(digits_recipe(), out=tmp_path / "other", epochs=1)
+
+
+def test_a_failed_session_is_written_down_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(OpsinError) as caught:
+        train_digits(tmp_path, "batch_size=100000")
+    facts = run_facts(tmp_path)
+    assert facts["status"] == "failed"
+    assert str(caught.value) in json.dumps(facts)
+    assert [event.kind for event in read_events(tmp_path / "events.jsonl")] == ["failed"]
