@@ -169,7 +169,7 @@ def open_images(recipe: Recipe, say: Say) -> Images:
         labels=wanted.labels,
         image_column=wanted.image_column,
         label_column=wanted.label_column,
-        cache=Path(wanted.cache).expanduser(),
+        cache=Path(os.path.expanduser(wanted.cache)),
     )
     say(f"data: {opened.said}")
     train, val = opened.train, opened.val

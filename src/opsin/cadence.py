@@ -24,7 +24,7 @@ def parse(text: str) -> tuple[float, Unit]:
         raise ValueError(f"{text!r} does not fit; must be like '500 steps', '1 epoch', '10 minutes' or 'never'")
     number, unit = float(match[1]), match[2]
     if number == 0:
-        raise ValueError(f"{text!r} is not more than zero; write 'never' to switch it off")
+        raise ValueError(f"{text!r} does not fit; must be more than zero: write 'never' to switch it off")
     if unit == "step":
         if not number.is_integer():
             raise ValueError(f"{text!r} does not fit; must be a whole number of steps")

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OpsinError as error:
         status = _fail(error.exit_status, *error.faults)
     except KeyboardInterrupt as error:
+        # An interrupt that went through exec, as in some imports, makes Python die of SIGINT at exit: exec forgets it.
+        exec("")
         goes_on = "the same command begins again, from the newest checkpoint where there is one"
         status = _fail(3, f"{str(error) or 'SIGINT'}: stopped before the end; {goes_on}")
     except BrokenPipeError:
@@ -87,7 +89,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 def _path(text: str) -> Path:
     # No shell expands the ~ in `--out=~/runs`.
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def _parser() -> argparse.ArgumentParser:

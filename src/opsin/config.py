@@ -7,6 +7,7 @@ relative to the working directory; only `extends` is relative to the file.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def _find(reference: str, folder: Path, shipped: Path, place: str) -> Path:
     names = sorted(path.stem for path in shipped.glob("*.yaml"))
     if reference in names:
         return shipped / f"{reference}.yaml"
-    path = folder / reference
+    path = folder / os.path.expanduser(reference)
     if path.is_file():
         return path
     known = ", ".join(names) or "none"

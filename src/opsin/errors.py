@@ -6,7 +6,7 @@ OpsinError
 ├── RunError          the run directory cannot be used as asked                 exit status 2
 ├── CheckpointError   a checkpoint or a weights file cannot be loaded           exit status 2
 ├── Stopped           a signal or the time limit ended the run, all is saved    exit status 3
-└── TrainingError     training itself failed                                    exit status 4
+└── TrainingError     training itself failed (Diverged: not finite any more)    exit status 4
 
 Each fault is one line: the place, the value, the rule, the way out.
 """
@@ -54,3 +54,7 @@ class Stopped(OpsinError):
 
 class TrainingError(OpsinError):
     """Training cannot go on, for a reason that the message states."""
+
+
+class Diverged(TrainingError):
+    """Losses or gradients are not finite any more: the last states are not worth a checkpoint."""

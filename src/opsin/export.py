@@ -300,11 +300,13 @@ def _fill(network: nn.Module, path: Path, card: EncoderCard) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); export the run again") from error
     if hashlib.sha256(data).hexdigest() != card.sha256.get(path.name):
-        raise CheckpointError(f"{path}: its check sum is not that of {CARD_FILE}, it is damaged; copy or export it again")
+        raise CheckpointError(
+            f"{path}: its check sum is not that of {CARD_FILE}, it is damaged; copy or export it again"
+        )
     try:
         network.load_state_dict(load(data))
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(
             f"{path}: does not fit model {card.model.name!r} ({reason}); export the run again"
         ) from error

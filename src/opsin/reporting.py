@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -127,6 +128,11 @@ class Journal:
         """The best value of a score so far: the lowest loss, the highest accuracy; None before the first."""
         score = self._scores.get(name)
         return None if score is None else score.best
+
+    def streak(self, kind: str, step: int) -> int:
+        """How many steps in a row, the last of them `step`, have an event of this kind on disk."""
+        steps = {event.step for event in read_events(self._folder / "events.jsonl") if event.kind == kind}
+        return next(length for length in count() if step - length not in steps)
 
     def rewind(self, step: int) -> None:
         """Forget every row and event after `step`, and any torn line, in one replacement per file.

@@ -126,4 +126,7 @@ def _take(module: nn.Module, state: Mapping[str, Tensor], prefix: str, source: P
     try:
         module.load_state_dict(part)
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: does not fit the recipe beside it: {error}") from error
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"{source}: does not fit the recipe beside it ({reason}); undo the change of recipe.yaml or encoder.json"
+        ) from error

@@ -32,8 +32,6 @@ from typing import Any, Literal, Self
 from opsin import __version__
 from opsin.errors import RunError
 
-Status = Literal["running", "done", "stopped", "failed"]
-
 _PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "pydantic", "safetensors")
 _UNWRITTEN = "choose another folder with --out, or make room for this one"
 

@@ -16,7 +16,7 @@ import torch
 from opsin.assembly import assemble
 from opsin.config import diff, flatten, to_yaml
 from opsin.console import Console, describe, duration, open_console
-from opsin.errors import ConfigError, RunError, Stopped
+from opsin.errors import ConfigError, RunError, Stopped, TrainingError
 from opsin.export import write_model
 from opsin.methods.base import Method
 from opsin.recipe import Recipe, read
@@ -46,9 +46,10 @@ def train(
             raise ConfigError("train: overrides go with a recipe's name or path; change a Recipe with model_copy")
         name, wanted = "recipe", recipe
     else:
-        texts = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        texts = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
         name, wanted = Path(recipe).stem, read(str(recipe), texts)
-    return train_recipe(wanted, Path("runs", name) if out is None else Path(out), name=name, fresh=fresh)
+    place = Path("runs", name) if out is None else Path(os.path.expanduser(out))
+    return train_recipe(wanted, place, name=name, fresh=fresh)
 
 
 def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, quiet: bool = False) -> Run:
@@ -116,7 +117,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     device = choose_device(recipe.device)
     hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
     directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
-    with _session(directory, journal, console, device):
+    with _session(directory, journal, console, device), _memory_in_words(recipe):
         run = assemble(recipe, directory, journal, console, fingerprint=fingerprint(recipe))
         state = fit(run)
         if run.checkpoints.newest_step != state.step:
@@ -162,6 +163,21 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
             directory.end_session(status, reason)
         except RunError as error:  # a full disk must not hide how training ended
             console.warning(str(error))
+
+
+@contextmanager
+def _memory_in_words(recipe: Recipe) -> Iterator[None]:
+    """The way out where memory runs out, which torch tells in a traceback."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if not known:
+            raise
+        raise TrainingError(
+            f"out of memory at batch_size={recipe.batch_size} and accumulate={recipe.accumulate}: raise accumulate, "
+            f"or lower batch_size, data.image_size or the size of the model"
+        ) from error
 
 
 def _write_final(directory: RunDirectory, method: Method) -> None:

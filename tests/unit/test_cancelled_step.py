@@ -113,4 +113,7 @@ def test_bad_batches_without_end_end_the_training(tmp_path: Path, capsys: pytest
     assert said.startswith("opsin: step 11: loss nan, and so were the 4 updates before it;")
     assert "The weights are those of step 6." in said
     assert not (out / "model.safetensors").exists()
-    assert main(arguments) == 4, "going on does not help"
+    # Going on from the checkpoint of step 10 counts on where it was.
+    assert main(arguments) == 4
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("opsin: step 11: loss nan, and so were the 4 updates before it;")

@@ -77,14 +77,15 @@ def test_letters_that_the_terminal_lacks_stop_nothing() -> None:
     assert stream.read() == "class ?\n"
 
 
-def test_rich_is_imported_on_a_terminal_only() -> None:
+def test_rich_is_imported_on_a_terminal_only(opsin_env: dict[str, str]) -> None:
     program = (
         "import sys, io; from opsin.console import open_console; c = open_console(stream=io.StringIO());"
         "c.start(total_steps=2, first_step=0, total_epochs=1); c.progress(1, 0.5, {}); c.finish();"
         "import opsin.reporting, opsin.sinks;"
         "print([m for m in ('rich', 'torch', 'tensorboard', 'numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=opsin_env, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 

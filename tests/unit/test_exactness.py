@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.errors import Stopped
+from opsin.errors import CheckpointError, Stopped
 from opsin.recipe import Recipe, read
 from opsin.reporting import Row, read_events, read_rows
 from opsin.rundir import RunDirectory
@@ -196,7 +196,9 @@ def test_weights_of_an_earlier_end_do_not_outlive_it(tmp_path: Path) -> None:
     assert not early.model.exists(), "they would be taken for the newest"
 
 
-def test_a_limit_below_what_is_done_ends_the_run_where_it_is(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "run", *SMALL)
-    before = digest(whole)
-    assert digest(resume_run(tmp_path / "run", ["limits.steps=12"], quiet=True).directory) == before
+def test_a_limit_below_what_is_done_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    done = trained(tmp_path / "run", *SMALL)
+    before = digest(done), learned(done)
+    with pytest.raises(CheckpointError, match="the run has done 24 steps, the recipe ends after 12"):
+        resume_run(tmp_path / "run", ["limits.steps=12"], quiet=True)
+    assert (digest(resume_run(tmp_path / "run", [], quiet=True).directory), learned(done)) == before

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opsin.data.base import DataFacts
 from opsin.errors import CheckpointError, ConfigError, DataError
-from opsin.export import FORMAT, Encoder, export_encoder, load_export, write_model
+from opsin.export import FORMAT, Encoder, describe_encoder, export_encoder, load_export, write_model
 from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.heads import Classifier
 from opsin.nn.timm_backbone import TimmConfig
@@ -28,17 +28,11 @@ def export(folder: Path, config: ModelConfig = VIT, *, with_head: bool = True) -
     torch.manual_seed(0)
     backbone = config.build(image_size=16, channels=3)
     head = Classifier(backbone.width, len(CLASSES), scale=0.5)
-    export_encoder(
-        folder,
-        backbone,
-        head=head if with_head else None,
-        model=config,
-        facts=FACTS,
-        image_size=16,
-        resize=20,
-        method="supervised",
-        recipe="abc",
+    kept = head if with_head else None
+    card = describe_encoder(
+        backbone, head=kept, model=config, facts=FACTS, resize=20, method="supervised", recipe="abc"
     )
+    export_encoder(folder, card, backbone, kept)
     return backbone.eval(), head.eval()
 
 

@@ -40,7 +40,10 @@ def test_draws_are_uniform_and_independent() -> None:
 def test_the_numbers_are_the_same_for_ever() -> None:
     # Stored values: a change here changes every run ever made from a recipe.
     assert fold_in(0, "order", 3) == 768012916988110333
-    assert uniform(7, 1, torch.tensor([0, 123]), "crop", 2).tolist() == [[0.41888946294784546, 0.25085675716400146], [0.41890865564346313, 0.15992802381515503]]
+    assert uniform(7, 1, torch.tensor([0, 123]), "crop", 2).tolist() == [
+        [0.41888946294784546, 0.25085675716400146],
+        [0.41890865564346313, 0.15992802381515503],
+    ]
     assert permutation(3, 5, 8).tolist() == [5, 1, 7, 6, 2, 0, 4, 3]
 
 

@@ -1,6 +1,7 @@
 """Images that cannot be read: replaced, counted, listed, refused when there are too many."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -94,8 +95,10 @@ class Quarantine:
             return
         lines = (f"{place}\t{reason}\n" for place, reason in sorted(self._reasons.items()))
         new = self.path.with_name(self.path.name + ".new")
-        new.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-        os.replace(new, self.path)
+        # On a full disk they are counted all the same, and written with the next one.
+        with suppress(OSError):
+            new.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+            os.replace(new, self.path)
 
     def _too_many(self) -> str:
         first = ", ".join(f"{place} ({reason})" for place, reason in sorted(self._reasons.items())[:3])

@@ -1,5 +1,6 @@
 """Opening images: from one path, or the word `digits` or `cifar10`, to sources of training and validation images."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def open_sources(
     """
     if kind not in ("auto", *KINDS):
         raise DataError(f"data.kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if path not in WORDS and not place.exists():
         raise DataError(
             f"{path}: no such file or folder; data.path is a folder of images, a .csv list, .parquet files, "

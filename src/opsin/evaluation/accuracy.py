@@ -33,7 +33,7 @@ class AccuracyConfig(EvaluatorConfig):
         if scene.validation is None:
             raise ConfigError(
                 f"evaluators.{prefix}: there are no validation images to score; set data.holdout above 0, "
-                "or remove this score"
+                f"or evaluators.{prefix}=null for no score"
             )
         if not scene.validation.facts.classes:
             raise ConfigError(

@@ -6,10 +6,10 @@ Shapes: B images of a part, C channels, S side in pixels, D width, K classes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from opsin.config import Settings
@@ -33,14 +33,24 @@ from opsin.nn.backbone import ModelConfig
 from opsin.nn.heads import Classifier
 
 
+def _check_range(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounds
+    if not 0 < low <= high:
+        raise ValueError(f"[{low:g}, {high:g}] does not fit; must be two numbers above 0, the smaller one first")
+    return bounds
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
+
+
 class SupervisedViews(Settings):
     """How a training image is cut and coloured."""
 
     crop: Literal["resized", "padded", "center"] = "resized"
     """`resized`: a random rectangle; `padded`: shifted over a padded border; `center`: always the centre."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Range = (0.08, 1.0)
     """Share of the image's area in a `resized` crop, from and to."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
+    ratio: Range = (0.75, 4 / 3)
     """Width over height of a `resized` crop, from and to."""
     padding_px: int = Field(4, ge=0)
     """Border of a `padded` crop in pixels."""

@@ -4,6 +4,7 @@ Shapes: T tokens, D width, C channels, P side of a filter.
 """
 
 import math
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def load_weights(
     Raises:
         CheckpointError: unreadable; a tensor of another shape; fewer than half of the tensors found.
     """
-    return _fill(module, _read(Path(reference)), str(reference), prefix_candidates)
+    return _fill(module, _read(Path(os.path.expanduser(reference))), str(reference), prefix_candidates)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from opsin.cadence import Every, StepEvery, is_due
 from opsin.config import Settings
-from opsin.errors import CheckpointError, RunError, Stopped, TrainingError
+from opsin.errors import CheckpointError, Diverged, RunError, Stopped
 from opsin.reporting import Fact
 from opsin.rundir import write_atomic
 from opsin.timeline import Timeline
@@ -163,10 +163,10 @@ class Checkpoints:
 
     @contextmanager
     def rescue(self, state: TrainState) -> Iterator[None]:
-        """An exception inside writes an emergency checkpoint, if the state is whole; a stop has its own already."""
+        """An exception inside writes an emergency checkpoint, if the state is whole and worth it."""
         try:
             yield
-        except (Stopped, TrainingError):
+        except (Stopped, Diverged):  # a stop has its own already
             raise
         except BaseException:
             self.emergency(state)

@@ -19,7 +19,7 @@ from opsin.cadence import StepEvery, is_due
 from opsin.config import Family
 from opsin.console import Console
 from opsin.data.base import Batch, DataFacts
-from opsin.errors import TrainingError
+from opsin.errors import Diverged
 from opsin.methods.base import Method
 from opsin.reporting import Journal
 from opsin.timeline import Timeline
@@ -125,6 +125,8 @@ class Observations:
         """Start the clock of training time; whatever is still unread at the end is read."""
         epochs = self._timeline.epoch(self._last_step)
         self._console.start(total_steps=self._last_step, first_step=state.step, total_epochs=epochs)
+        # A run that resumes among bad updates is not given more of them.
+        self._cancelled_in_a_row = self._journal.streak("step_cancelled", state.step)
         self._started = time.perf_counter()
         try:
             yield
@@ -143,7 +145,7 @@ class Observations:
         """Note an update; at the end of a window, write a row.
 
         Raises:
-            TrainingError: too many updates in a row were cancelled.
+            Diverged: too many updates in a row were cancelled.
         """
         now = time.perf_counter()
         state.elapsed_s += now - self._started
@@ -177,21 +179,23 @@ class Observations:
         self._journal.log(last.step, epoch, values, time_s=state.elapsed_s)
         self._console.progress(last.step, epoch, values)
         for report, row in zip(reports, table, strict=True):
-            self._judge(report, row[0] > 0, dict(zip(names, row[1:], strict=True)))
+            self._judge(report, row[0] > 0, dict(zip(names, row[1:], strict=True)), scaled=state.loss_scale is not None)
 
-    def _judge(self, report: StepReport, applied: bool, values: Mapping[str, float]) -> None:
+    def _judge(self, report: StepReport, applied: bool, values: Mapping[str, float], *, scaled: bool) -> None:
         if applied:
             self._cancelled_in_a_row = 0
             return
         loss, norm = values["train/loss"], values["train/grad_norm"]
         what = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
-        # Under fp16 a gradient that overflows only tells the loss scale to fall; a bad loss is never normal.
         self._cancelled_in_a_row += 1
+        # Under fp16 a gradient that overflows only tells the loss scale to fall; a bad loss is never normal.
+        if self._cancelled_in_a_row == 1 and not (scaled and math.isfinite(loss)):
+            self._console.warning(f"step {report.step}: {what}: the update was cancelled; events.jsonl lists them all")
         self._journal.event(
             "step_cancelled", report.step, loss=_readable(loss), grad_norm=_readable(norm), ids=report.ids.tolist()
         )
         if self._cancelled_in_a_row >= self._limit:
-            raise TrainingError(
+            raise Diverged(
                 f"step {report.step}: {what}, and so were the {self._cancelled_in_a_row - 1} updates before it; "
                 f"limits.cancelled_in_a_row allows {self._limit}. The weights are those of step "
                 f"{report.step - self._cancelled_in_a_row}. Lower optim.lr, set optim.clip_norm, or try precision=fp32"

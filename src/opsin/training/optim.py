@@ -6,7 +6,7 @@ the answer, and so can `Muon`: the transactional step stands on that.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,9 @@ from opsin.methods.base import Method, ParamGroup
 from opsin.schedule import Cosine, Schedule
 from opsin.timeline import Clock
 from opsin.training.muon import Muon
+
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Family, ABC):
@@ -48,7 +51,7 @@ class AdamW(OptimConfig):
     """Peak learning rate."""
     weight_decay: float = Field(0.05, ge=0)
     """Decay of matrices and filters; biases, norms and all 1-D parameters have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """Decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
@@ -98,9 +101,7 @@ class MuonConfig(OptimConfig):
     """Decay rate of the velocity of first layer, head, biases and norms."""
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        own = [
-            {**group, "momentum": self.momentum if group["hidden"] else self.other_momentum} for group in groups
-        ]
+        own = [{**group, "momentum": self.momentum if group["hidden"] else self.other_momentum} for group in groups]
         return Muon(own, lr=self.lr, momentum=self.momentum, unit_filters=self.unit_filters)
 
     def base_lr(self, group: ParamGroup) -> float:

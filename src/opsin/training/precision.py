@@ -1,6 +1,6 @@
-"""How numbers are computed: device, number format, memory format, attention kernel, compilation.
+"""How numbers are computed: the device, the number format, and torch's switches for both.
 
-Every `choose_*` gives a value and the reason for it, which the run states in its first lines.
+What is decided here is stated in the first lines of a run, with the reason.
 """
 
 import ctypes
@@ -8,13 +8,10 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from opsin.errors import ConfigError
-
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)

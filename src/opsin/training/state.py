@@ -79,7 +79,7 @@ class StepPlan:
     """The method, compiled or wrapped for several processes."""
     clock: Callable[[int], Clock]
     schedules: Callable[[Optimizer, Clock], float]
-    """Sets learning rate, weight decay and momentum of every group; gives the base learning rate."""
+    """Sets what a schedule changes in every group; gives the base learning rate."""
     autocast: Callable[[], AbstractContextManager[None]]
     seed: int
     accumulate: int = 1

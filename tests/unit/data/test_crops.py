@@ -28,7 +28,8 @@ def boxes(crop: Crop, height: int, width: int, count: int = 2000, *, epoch: int 
 
 
 def one_box(top: int, left: int, height: int, width: int, *, flip: bool = False) -> Boxes:
-    return Boxes(*(torch.tensor([value]) for value in (top, left, height, width)), flip=torch.tensor([flip]))
+    sides = [torch.tensor([value]) for value in (top, left, height, width)]
+    return Boxes(sides[0], sides[1], sides[2], sides[3], torch.tensor([flip]))
 
 
 def picture(height: int, width: int, *, seed: int = 0) -> Tensor:

@@ -137,6 +137,8 @@ def test_the_saved_confusion_is_plain_json(tmp_path: Path) -> None:
     assert math.isnan(report.per_class["class 1"])
     save_confusion(tmp_path / "confusion.json", report)
     assert json.loads((tmp_path / "confusion.json").read_text()) == {
+        "top1": 1.0,
+        "loss": pytest.approx(math.log1p(math.exp(-9)), rel=1e-3),  # a float32 next to 1, less 1
         "classes": ["class 0", "class 1"],
         "images": 2,
         "per_class": {"class 0": 1.0, "class 1": None},

@@ -1,5 +1,7 @@
 """One small network of each family of timm, as a backbone."""
 
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError

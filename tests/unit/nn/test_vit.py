@@ -21,7 +21,14 @@ def timm_vit(**options: Any) -> Any:
     import timm
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
+    sizes: dict[str, Any] = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 3,
+        "num_classes": 0,
+    }
     network = timm.create_model("vit_tiny_patch16_224", **sizes, **options)
     for param in network.parameters():
         param.data += 0.1 * torch.randn_like(param)
