@@ -19,7 +19,7 @@ EMPTY_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|misc|core|stuff|tools?)$
 
 # Where code may ask for CUDA by name; everything else is handed a device.
 CUDA_FILES = {
-    "hardware.py",
+    "seeding.py",
     "distributed.py",
     "data/resident.py",
     "monitors/throughput.py",
@@ -72,7 +72,7 @@ def test_cuda_is_named_in_few_places(path: Path) -> None:
     if str(path.relative_to(PACKAGE)) in CUDA_FILES:
         return
     named = [node.lineno for node in nodes(path) if isinstance(node, ast.Attribute) and is_torch_cuda(node)]
-    assert not named, f"torch.cuda at lines {named}; ask hardware.py or take a device"
+    assert not named, f"torch.cuda at lines {named}; ask training/precision.py or take a device"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "training").rglob("*.py")), ids=lambda path: path.name)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from opsin.cadence import is_due
 from opsin.config import to_yaml
 from opsin.console import Console
 from opsin.data.base import DataFacts, Source
@@ -102,10 +101,7 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
         last_step=steps,
         limit=recipe.limits.cancelled_in_a_row,
         monitors=[(monitor.every, monitor.build()) for monitor in recipe.monitors.values()],
-        also_when=lambda state: (
-            checkpoints.is_due(state)
-            or any(is_due(wanted.every, timeline, state.step) for wanted in recipe.evaluators.values())
-        ),
+        also_when=lambda state: checkpoints.is_due(state) or evaluations.is_due(state.step),
     )
     scene = Scene(still_data(recipe, images, numerics, console), plan.autocast, device, directory.path)
     evaluations = Evaluations(

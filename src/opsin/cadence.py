@@ -1,6 +1,7 @@
 """How often something happens during a run: `500 steps`, `1 epoch`, `10 minutes`, `never`."""
 
 import re
+from functools import cache
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator
@@ -11,6 +12,7 @@ Unit = Literal["steps", "epochs", "minutes", "never"]
 _FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?")
 
 
+@cache
 def parse(text: str) -> tuple[float, Unit]:
     """The number and its unit.
 

@@ -13,11 +13,6 @@ class World:
     rank: int = 0
     size: int = 1
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the run directory."""
-        return self.rank == 0
-
 
 def join() -> World:
     """The world that the launcher has started.

@@ -47,7 +47,11 @@ def permutation(seed: int, epoch: int, size: int) -> Tensor:
 
 def seed_layers(seed: int, step: int, rank: int, part: int) -> None:
     """Seed what layers draw in one forward pass (dropout, drop path): every device of this process."""
-    torch.manual_seed(fold_in(seed, "layers", step, rank, part))
+    number = fold_in(seed, "layers", step, rank, part)
+    # Not torch.manual_seed: without a GPU it formats a stack trace for each call, in case one comes up later.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
 
 
 def _mix(values: Tensor) -> Tensor:

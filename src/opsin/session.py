@@ -117,7 +117,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     device = choose_device(recipe.device)
     hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
     directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
-    with _session(directory, journal, console, device), _memory_in_words(recipe):
+    with _session(directory, journal, console, device), _in_words(recipe):
         run = assemble(recipe, directory, journal, console, fingerprint=fingerprint(recipe))
         state = fit(run)
         if run.checkpoints.newest_step != state.step:
@@ -166,18 +166,20 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
 
 
 @contextmanager
-def _memory_in_words(recipe: Recipe) -> Iterator[None]:
-    """The way out where memory runs out, which torch tells in a traceback."""
+def _in_words(recipe: Recipe) -> Iterator[None]:
+    """What torch tells in a traceback although the recipe can change it: no memory left, no compiler."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-        if not known:
-            raise
-        raise TrainingError(
-            f"out of memory at batch_size={recipe.batch_size} and accumulate={recipe.accumulate}: raise accumulate, "
-            f"or lower batch_size, data.image_size or the size of the model"
-        ) from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise TrainingError(
+                f"out of memory at batch_size={recipe.batch_size} and accumulate={recipe.accumulate}: raise "
+                "accumulate, or lower batch_size, data.image_size or the size of the model"
+            ) from error
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"compile: true does not work here: {reason}; use compile=false") from error
+        raise
 
 
 def _write_final(directory: RunDirectory, method: Method) -> None:

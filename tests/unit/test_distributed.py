@@ -7,8 +7,6 @@ from opsin.errors import ConfigError
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join() == World(rank=0, size=1)
-    assert join().is_main
-    assert not World(rank=1, size=2).is_main
 
 
 def test_several_processes_are_refused_before_they_overwrite_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,15 +224,17 @@ class Evaluations:
         self._observations = observations
         self._on_scores = on_scores
 
+    def is_due(self, step: int) -> bool:
+        """Whether any evaluator runs after `step` updates."""
+        return any(self._runs(every, step) for every, _ in self._evaluators.values())
+
     def run_if_due(self, state: TrainState) -> None:
         """Evaluate what is due at this step and has no score yet."""
         known = self._journal.row(state.step)
         scores: dict[str, float] = {}
         with self._observations.paused():
             for prefix, (every, evaluator) in self._evaluators.items():
-                at_end = state.step == self._last_step
-                due = at_end or is_due(every, self._timeline, state.step)
-                if not due or any(name.startswith(f"{prefix}/") for name in known):
+                if not self._runs(every, state.step) or any(name.startswith(f"{prefix}/") for name in known):
                     continue
                 values = evaluator.evaluate(state.method)
                 scores.update({f"{prefix}/{name}": value for name, value in values.items()})
@@ -243,6 +245,9 @@ class Evaluations:
                 self._journal.log(state.step, epoch, scores, time_s=state.elapsed_s)
             if self._timeline.ends_epoch(state.step) or scores:
                 self._summarise_epoch(state)
+
+    def _runs(self, every: str, step: int) -> bool:
+        return step == self._last_step or is_due(every, self._timeline, step)
 
     def _summarise_epoch(self, state: TrainState) -> None:
         row = self._journal.row(state.step)

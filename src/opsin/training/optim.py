@@ -18,7 +18,6 @@ from opsin.schedule import Cosine, Schedule
 from opsin.timeline import Clock
 from opsin.training.muon import Muon
 
-
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsin.errors import RunError
+from opsin.errors import Diverged, RunError, TrainingError
 from opsin.training.checkpoint import best_checkpoint, read_checkpoint
 from opsin.training.state import TrainState
 from tests.unit.training.tiny_run import Story, bits, equal, flip_byte, fresh, train
@@ -242,6 +242,16 @@ def test_an_emergency_saves_a_whole_state_only(story: Story) -> None:
     path = story.checkpoints.emergency(state)
     assert path is not None
     assert read_checkpoint(path).step == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "saved"), [(TrainingError("a worker died"), [3]), (ValueError(), [3]), (Diverged("loss nan"), [])]
+)
+def test_an_exception_saves_a_state_that_is_worth_it(story: Story, error: Exception, saved: list[int]) -> None:
+    for state in (fresh(), train(fresh(), to=3)):
+        with pytest.raises(type(error)), story.checkpoints.rescue(state):
+            raise error
+    assert story.steps() == saved, "a fresh state is none to save"
 
 
 def test_an_emergency_hides_no_exception(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:

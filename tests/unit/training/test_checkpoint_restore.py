@@ -31,6 +31,15 @@ def test_restoring_tells_where_it_goes_on(story: Story) -> None:
     assert again.events == [("resumed", {"step": 3, "elapsed_s": 180.0, "recipe_changed": False})]
 
 
+def test_a_run_that_is_past_the_end_of_its_recipe_is_refused(story: Story) -> None:
+    story.checkpoints.save(train(fresh(), to=3), reason="test")
+    shorter = Story(story.folder, last_step=2)
+    with pytest.raises(CheckpointError, match="the run has done 3 steps, the recipe ends after 2; ask for more epochs"):
+        shorter.checkpoints.restore(fresh())
+    assert shorter.restored_at == []
+    assert Story(story.folder, last_step=3).checkpoints.restore(fresh()).step == 3
+
+
 def test_leftovers_of_killed_writers_are_removed(story: Story) -> None:
     for name in (".writing-3-4711", ".removing-step-00000002-4711"):
         (story.folder / name).mkdir(parents=True)

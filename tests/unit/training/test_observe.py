@@ -142,6 +142,23 @@ def test_cancelled_updates_are_told_and_left_out_of_the_means(scenario: Scenario
     ]
 
 
+def test_the_first_of_cancelled_updates_is_a_warning(scenario: Scenario) -> None:
+    scenario.steps(scenario.observations(every=2), [1.0, math.nan, math.inf, 1.0, math.nan])
+    lines = [line for line in scenario.screen.getvalue().splitlines() if line.startswith("warning: ")]
+    assert lines == [
+        f"warning: step {step}: loss nan: the update was cancelled; events.jsonl lists them all" for step in (2, 5)
+    ]
+
+
+@pytest.mark.parametrize(("scaled", "warnings"), [(True, 0), (False, 1)])
+def test_a_gradient_that_overflows_is_normal_with_a_loss_scale(scenario: Scenario, scaled: bool, warnings: int) -> None:
+    scenario.state = fresh(scaled=scaled)
+    observations = scenario.observations(every=1)
+    with observations.watch(scenario.state):
+        scenario.step(observations, norm=math.inf)
+    assert scenario.screen.getvalue().count("warning: ") == warnings
+
+
 def test_a_window_of_cancelled_updates_has_no_loss(scenario: Scenario) -> None:
     scenario.steps(scenario.observations(every=2), [math.nan, math.nan])
     assert set(scenario.rows()[2]) == {"train/lr", "train/images_per_s"}
