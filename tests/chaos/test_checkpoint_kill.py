@@ -89,7 +89,9 @@ def kill_many(folder: Path) -> None:
         moments = [entry["momentum_buffer"] for entry in state.optimizer.state.values()]
         assert is_whole(state.step, [*state.method.parameters(), *moments])
         assert all(path.name.startswith("step-") for path in folder.iterdir()), list(folder.iterdir())
-        assert len(find_checkpoints(folder)) <= 3
+    # Writers that die between a rename and the removal of old ones leave more; the next whole save clears up.
+    open_checkpoints(folder).save(state_of(state.step + 1), reason="chaos")
+    assert len(find_checkpoints(folder)) == 2
     print(caught)
 
 
