@@ -21,6 +21,20 @@ OVERRIDES = (
     "log.tensorboard=false",
     "log.csv=false",
 )
+BROKEN_UP = (
+    "batch_size=64",
+    "epochs=2",
+    "data.holdout=0.4",
+    "data.workers=0",
+    "accumulate=2",
+    "checkpoints.every=5 steps",
+    "evaluators.val.every=1 epoch",
+    "log.every=4",
+    "log.tensorboard=false",
+)
+"""16 steps make an epoch: most checkpoints fall into the middle of one."""
+VIT = ("model.width=16", "model.depth=2", "model.heads=2", "model.dropout=0.1", "model.drop_path=0.2")
+CONVNET = ("model.name=convnet", "model.widths=[8,8,8]", "data.image_size=10")
 STEPS_PER_EPOCH = 5
 """1,438 training images in batches of 256."""
 

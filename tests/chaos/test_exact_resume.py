@@ -21,25 +21,12 @@ from opsin.session import train_recipe
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, verify
 from tests.chaos.killed_runs import ROOT, Killer
+from tests.digits_run import BROKEN_UP, CONVNET, VIT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
 
 STEPS = 24
-SHORT = (
-    "batch_size=64",
-    "epochs=2",
-    "data.holdout=0.4",
-    "data.workers=0",
-    "accumulate=2",
-    f"limits.steps={STEPS}",
-    "checkpoints.every=5 steps",
-    "evaluators.val.every=1 epoch",
-    "log.every=3",
-    "log.tensorboard=false",
-)
-"""16 steps make an epoch: most checkpoints, and the end, fall into the middle of one."""
-VIT = ("model.width=16", "model.depth=2", "model.heads=2", "model.dropout=0.1", "model.drop_path=0.2")
-CONVNET = ("model.name=convnet", "model.widths=[8,8,8]", "data.image_size=10")
+SHORT = (*BROKEN_UP, f"limits.steps={STEPS}")
 SMALL = (*SHORT, *VIT, "precision=fp32")
 
 

@@ -17,24 +17,13 @@ from opsin.recipe import read
 from opsin.reporting import Journal, read_events, read_rows
 from opsin.rundir import RunDirectory
 from opsin.training.step import train_step
+from tests.digits_run import BROKEN_UP, CONVNET, VIT
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 
 BAD = 7
 STEPS = 14
-SHORT = (
-    "batch_size=64",
-    "epochs=2",
-    "data.workers=0",
-    "accumulate=2",
-    f"limits.steps={STEPS}",
-    "checkpoints.every=5 steps",
-    "log.every=4",
-    "log.tensorboard=false",
-    "method.name=unlucky",
-)
-VIT = ("model.width=16", "model.depth=2", "model.heads=2", "model.dropout=0.1", "model.drop_path=0.2")
-CONVNET = ("model.name=convnet", "model.widths=[8,8,8]", "data.image_size=10")
+SHORT = (*BROKEN_UP, f"limits.steps={STEPS}", "method.name=unlucky")
 
 
 class UnluckyConfig(SupervisedConfig):
