@@ -99,8 +99,8 @@ def opsin_pass(case: Case, stored: Path, folder: Path) -> Callable[[], None]:
     steps = len(source) // BATCH
     data = TrainingData(
         source,
-        SupervisedViews().build(case.crop),
-        Order(seed=0, samples=len(source), timeline=Timeline([Stage(1000, BATCH, steps)]), drop_last=True),
+        [SupervisedViews().build(case.crop)],
+        Order(seed=0, labels=source.labels, timeline=Timeline([Stage(1000, BATCH, steps)]), drop_last=True),
         facts=DataFacts(source.classes, len(source), case.crop, 3, MEAN, STD),
         seed=0,
         device=torch.device("cpu"),

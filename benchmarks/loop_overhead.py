@@ -102,7 +102,9 @@ def plain_loop(recipe: Recipe, run: Run, steps: int) -> Callable[[], None]:
     state = run.fresh()
     method = supervised(state.method)
     optim, total = recipe.optim, run.plan.clock(0).total_steps
-    optimizer = torch.optim.AdamW(method.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        method.parameters(), lr=optim.peak_lr(recipe.batch_size), weight_decay=optim.weight_decay, fused=True
+    )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     smoothing = method.config.label_smoothing
     batches = run.data.batches(0, run.steps)

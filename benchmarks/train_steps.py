@@ -16,7 +16,7 @@ from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.backbone import ModelConfig
 from opsin.timeline import Stage, Timeline
 from opsin.training import precision
-from opsin.training.optim import AdamW, build_optimizer, lr_setter
+from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import LossScale, StepPlan, TrainState
 from opsin.training.step import train_step
 
@@ -97,7 +97,7 @@ def our_step(
     plan = StepPlan(
         forward=torch.compile(method) if compiled else method,
         clock=Timeline([Stage(epochs=100, batch_size=work.batch, steps_per_epoch=1000)]).clock,
-        schedules=lr_setter(optim, method),
+        set_pace=pace_setter(optim, method),
         autocast=precision.autocast(work.device, asked),
         seed=0,
     )

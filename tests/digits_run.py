@@ -47,3 +47,19 @@ def digits_recipe(*overrides: str, model: Sequence[str] = SMALL_VIT) -> Recipe:
 def train_digits(out: Path, *overrides: str, model: Sequence[str] = SMALL_VIT) -> Run:
     """A finished run in `out`."""
     return train_recipe(digits_recipe(*overrides, model=model), out, name="quickstart", quiet=True)
+
+
+def staged(small: int) -> tuple[str, ...]:
+    """Keys for stages that begin with steps 0, 5 and 13 of `BROKEN_UP`, with everything that a stage can change.
+
+    The first has images of `small` pixels.
+    """
+    return (
+        "epochs=null",
+        f"stages=[{{epochs: 1, image_size: {small}, batch_size: 96, data_fraction: 0.5}},"
+        " {epochs: 0.5, train: [head.*]}, {epochs: 1, mix: false, label_smoothing: 0.2, lr_scale: 0.5}]",
+        "method.mix={mixup: 0.4, cutmix: 1.0, until: 0.9}",
+        "ema.decay=0.9",
+        "optim.schedule={name: onecycle, momentum: [0.95, 0.85]}",
+        "optim.layer_decay=0.8",
+    )

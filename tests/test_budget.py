@@ -25,6 +25,7 @@ CUDA_FILES = {
     "monitors/throughput.py",
     "training/memory.py",
     "training/precision.py",
+    "training/stopwatch.py",
 }
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -14,26 +14,29 @@ from opsin.console import Console
 from opsin.data.base import DataFacts, Source
 from opsin.data.holdout import hold_out
 from opsin.data.loading import EvaluationData, TrainingData
-from opsin.data.order import Order, steps_per_epoch
+from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
 from opsin.data.sources import open_sources
 from opsin.distributed import World, join
-from opsin.errors import ConfigError, RunError
+from opsin.errors import RunError
 from opsin.export import CARD_FILE, EncoderCard, describe_encoder, write_card
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
+from opsin.nn.ema import ModelEma, ema_decay
 from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
-from opsin.recipe import DataConfig, Recipe
+from opsin.recipe import DataConfig, EmaConfig, Recipe
 from opsin.reporting import Fact, Journal
 from opsin.rundir import RunDirectory, write_atomic
 from opsin.seeding import fold_in
-from opsin.timeline import Stage, Timeline
+from opsin.stages import announce_stage, plan_stages, plan_time
+from opsin.timeline import Timeline
 from opsin.training import precision
 from opsin.training.checkpoint import Checkpoints, find_checkpoints
+from opsin.training.freeze import LayerFreezer
 from opsin.training.loop import Run
 from opsin.training.observe import Evaluations, Observations, Scene
-from opsin.training.optim import build_optimizer, lr_setter
+from opsin.training.optim import build_optimizer, pace_setter
 from opsin.training.state import LossScale, StepPlan, TrainState
 from opsin.training.stop import Stop
 
@@ -76,13 +79,14 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
     world = join()
     device, number_format = choose_numbers(recipe, console.notice)
     images = open_images(recipe, console.notice)
-    timeline = plan_time(recipe, len(images.train))
+    timeline = plan_time(recipe, images.train, console.notice)
     method = build_method(recipe, images.facts)
+    freezer = plan_stages(recipe, timeline, method)
     numerics = settle_numerics(recipe, method, device, number_format, console.notice)
     method = place(method, numerics)
     card = _card(recipe, images.facts, method, fingerprint)
     data = _training_data(recipe, images, timeline, method, numerics, directory, world)
-    plan = _step_plan(recipe, timeline, method, numerics, world)
+    plan = _step_plan(recipe, timeline, method, freezer, numerics, world)
     steps = min(timeline.total_steps, recipe.limits.steps or timeline.total_steps)
     checkpoints = Checkpoints(
         directory.checkpoints,
@@ -102,6 +106,7 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
         limit=recipe.limits.cancelled_in_a_row,
         monitors=[(monitor.every, monitor.build()) for monitor in recipe.monitors.values()],
         also_when=lambda state: checkpoints.is_due(state) or evaluations.is_due(state.step),
+        on_stage=partial(announce_stage, timeline, freezer, journal, console),
     )
     scene = Scene(still_data(recipe, images, numerics, console), plan.autocast, device, directory.path)
     evaluations = Evaluations(
@@ -133,6 +138,7 @@ def _go_on(
         if step < last_step:
             # The weights of an earlier end: those who read the run would take them for the newest.
             directory.model.unlink(missing_ok=True)
+            directory.averaged.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{directory.path}: cannot be written: {error}; make room, or choose another --out") from error
 
@@ -183,21 +189,6 @@ def open_images(recipe: Recipe, say: Say) -> Images:
         std=wanted.std or std,
     )
     return Images(train, val, facts)
-
-
-def plan_time(recipe: Recipe, samples: int) -> Timeline:
-    """The steps of the run.
-
-    Raises:
-        ConfigError: fewer images than a batch.
-    """
-    if recipe.accumulate > recipe.batch_size:
-        raise ConfigError(
-            f"accumulate={recipe.accumulate}: a batch of {recipe.batch_size} images has no so many parts; "
-            f"use accumulate={recipe.batch_size} or less"
-        )
-    steps = steps_per_epoch(samples, recipe.batch_size, drop_last=recipe.data.drop_last)
-    return Timeline([Stage(recipe.epochs, recipe.batch_size, steps)])
 
 
 def build_method(recipe: Recipe, facts: DataFacts) -> Method:
@@ -254,8 +245,8 @@ def _training_data(
 ) -> TrainingData:
     return TrainingData(
         images.train,
-        method.views(),
-        Order(seed=recipe.seed, samples=len(images.train), timeline=timeline, drop_last=recipe.data.drop_last),
+        [method.views(stage.image_size) for stage in timeline.stages],
+        Order(seed=recipe.seed, labels=images.train.labels, timeline=timeline, drop_last=recipe.data.drop_last),
         facts=images.facts,
         seed=recipe.seed,
         device=numerics.device,
@@ -269,11 +260,16 @@ def _training_data(
     )
 
 
-def _step_plan(recipe: Recipe, timeline: Timeline, method: Method, numerics: Numerics, world: World) -> StepPlan:
+def _step_plan(
+    recipe: Recipe, timeline: Timeline, method: Method, freezer: LayerFreezer, numerics: Numerics, world: World
+) -> StepPlan:
+    ema = recipe.ema or EmaConfig()
     return StepPlan(
         forward=torch.compile(method) if recipe.compile else method,
         clock=timeline.clock,
-        schedules=lr_setter(recipe.optim, method),
+        set_pace=pace_setter(recipe.optim, method),
+        set_layers=freezer,
+        ema_decay=partial(ema_decay, decay=ema.decay, warmup=ema.warmup),
         autocast=precision.autocast(numerics.device, numerics.precision),
         seed=recipe.seed,
         accumulate=recipe.accumulate,
@@ -294,7 +290,8 @@ def _fresh_state(
         method.prepare(lambda: next(iter(data.batches(0, 1))))
     method.train()
     scale = LossScale.start(numerics.device) if numerics.precision == "fp16" else None
-    return TrainState(method, build_optimizer(recipe.optim, method), scale)
+    ema = None if recipe.ema is None else ModelEma(method)
+    return TrainState(method, build_optimizer(recipe.optim, method), scale, ema)
 
 
 def _card(recipe: Recipe, facts: DataFacts, method: Method, fingerprint: str) -> EncoderCard:

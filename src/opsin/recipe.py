@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from opsin import config
 from opsin.config import Settings
@@ -92,6 +92,38 @@ class LimitsConfig(Settings):
     """Updates with a non-finite loss or gradient, one after another, before the run fails."""
 
 
+class StageConfig(Settings):
+    """A stretch of the run with settings of its own; what it leaves out is as in the recipe."""
+
+    name: str | None = None
+    """What logs and plots call it."""
+    epochs: float = Field(gt=0)
+    """Passes over the images of this stage."""
+    image_size: int | None = Field(None, gt=0)
+    """Side of its training images in pixels; scores are always taken at `data.image_size`."""
+    batch_size: int | None = Field(None, gt=0)
+    """Images per update."""
+    data_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the images of each class; those of a smaller share are part of a larger one."""
+    lr_scale: float = Field(1.0, gt=0)
+    """Factor on every learning rate."""
+    mix: bool = True
+    """Whether images are mixed where `method.mix` says so."""
+    label_smoothing: float | None = Field(None, ge=0, lt=1)
+    """Takes the place of `method.label_smoothing`."""
+    train: tuple[str, ...] = ("*",)
+    """Patterns of the parameters that learn (`head.*`, `backbone.blocks.1*`); the others are frozen."""
+
+
+class EmaConfig(Settings):
+    """A moving average of the weights, scored beside them."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    """What is kept of the average at each update."""
+    warmup: bool = True
+    """Begin with a smaller decay, (1 + step) / (10 + step), so that the first weights are soon forgotten."""
+
+
 class LogConfig(Settings):
     """What is written while training."""
 
@@ -101,6 +133,8 @@ class LogConfig(Settings):
     """Write TensorBoard files into the run directory."""
     csv: bool = True
     """Keep log.csv beside metrics.jsonl."""
+    plots: bool = True
+    """Draw curves into plots/ while training."""
 
 
 class Recipe(Settings):
@@ -108,10 +142,12 @@ class Recipe(Settings):
 
     seed: int = Field(0, ge=0)
     """Every random number of the run follows from it."""
-    epochs: float = Field(gt=0)
-    """Passes over the training images."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training images; null takes the sum of the stages, a number stretches them to it."""
     batch_size: int = Field(gt=0)
     """Images per update, over all processes and parts."""
+    stages: list[StageConfig] = []
+    """Stretches of the run with settings of their own, one after the other; none is a run of one piece."""
     accumulate: int = Field(1, gt=0)
     """Parts that a batch is computed in, one after another, to save memory; the update stays the same."""
     device: Annotated[str, AfterValidator(_check_device)] = Field("auto", json_schema_extra={"pattern": _DEVICE})
@@ -134,6 +170,8 @@ class Recipe(Settings):
     """What is learned from the images."""
     optim: OptimConfig = AdamW()
     """The optimizer."""
+    ema: EmaConfig | None = None
+    """A moving average of the weights, scored beside them; null for none."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """When state is saved, and what is kept."""
     limits: LimitsConfig = LimitsConfig()
@@ -144,6 +182,12 @@ class Recipe(Settings):
     """Numbers of the training itself, by name."""
     evaluators: dict[str, EvaluatorConfig] = {"val": AccuracyConfig()}
     """Scores on the validation images; the name is the prefix of the scores."""
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> "Recipe":
+        if self.epochs is None and not self.stages:
+            raise ValueError("epochs is not given; say how many passes over the images, or give stages with epochs")
+        return self
 
 
 def read(reference: str, overrides: Sequence[str] = ()) -> Recipe:

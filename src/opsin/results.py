@@ -6,6 +6,7 @@ one, or an export folder.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,9 +31,14 @@ from opsin.rundir import RunDirectory
 from opsin.training.checkpoint import DamagedCheckpoint, find_checkpoints, read_checkpoint
 from opsin.training.precision import autocast
 
+Weights = Literal["raw", "ema"]
+"""Those that were trained, or their moving average."""
 
-def load(path: str | Path) -> Encoder:
+
+def load(path: str | Path, *, weights: Weights = "raw") -> Encoder:
     """The encoder in an export folder, a run directory or a checkpoint; on the CPU, ready for images.
+
+    `weights` chooses those of a run; an export folder has one kind.
 
     Raises:
         RunError: there is none of these at `path`.
@@ -42,7 +48,7 @@ def load(path: str | Path) -> Encoder:
     if (folder / BACKBONE_FILE).exists():
         return load_export(folder)
     run, checkpoint = _find_run(folder)
-    state, source = _read_weights(run, checkpoint)
+    state, source = _read_weights(run, checkpoint, weights)
     card = read_card(run.path / CARD_FILE)
     backbone, head = build_networks(card)
     _take(backbone, state, "backbone.", source)
@@ -51,7 +57,7 @@ def load(path: str | Path) -> Encoder:
     return Encoder(card, backbone, head)
 
 
-def evaluate_run(path: Path) -> AccuracyReport:
+def evaluate_run(path: Path, *, weights: Weights = "raw") -> AccuracyReport:
     """The accuracy of a run, or of one of its checkpoints, on the validation images of its recipe.
 
     Raises:
@@ -64,7 +70,7 @@ def evaluate_run(path: Path) -> AccuracyReport:
     device, number_format = choose_numbers(recipe, console.notice)
     images = open_images(recipe, console.notice)
     method = build_method(recipe, images.facts)
-    state, source = _read_weights(run, checkpoint)
+    state, source = _read_weights(run, checkpoint, weights)
     _take(method, state, "", source)
     numerics = settle_numerics(recipe, method, device, number_format, console.notice)
     method = place(method, numerics)
@@ -76,13 +82,13 @@ def evaluate_run(path: Path) -> AccuracyReport:
     return evaluate(method, still, autocast=autocast(device, number_format), device=device)
 
 
-def export_run(path: Path, out: Path | None) -> Path:
+def export_run(path: Path, out: Path | None, *, weights: Weights = "raw") -> Path:
     """Write the encoder of a run to `out` (`DIR/export` if None); gives the folder.
 
     Raises:
         RunError: no run at `path`, or `out` cannot be written.
     """
-    encoder = load(path)
+    encoder = load(path, weights=weights)
     folder = out or _find_run(path)[0].path / "export"
     try:
         export_encoder(folder, encoder.card, encoder.backbone, encoder.head)
@@ -101,20 +107,28 @@ def _find_run(path: Path) -> tuple[RunDirectory, Path | None]:
     raise RunError(f"{path}: is no run directory and no checkpoint of one; `opsin runs` lists those in a folder")
 
 
-def _read_weights(run: RunDirectory, checkpoint: Path | None) -> tuple[Mapping[str, Tensor], Path]:
+def _read_weights(run: RunDirectory, checkpoint: Path | None, weights: Weights) -> tuple[Mapping[str, Tensor], Path]:
     """Final weights, else those of the newest valid checkpoint; and where they come from."""
-    if checkpoint is None and run.model.exists():
+    final = run.averaged if weights == "ema" else run.model
+    if checkpoint is None and final.exists():
         try:
-            return load_file(run.model), run.model
+            return load_file(final), final
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{run.model}: is damaged ({error}); delete it to use the checkpoints") from error
+            raise CheckpointError(f"{final}: is damaged ({error}); delete it to use the checkpoints") from error
     paths = [checkpoint] if checkpoint else list(reversed(find_checkpoints(run.checkpoints).values()))
     faults = []
     for path in paths:
         try:
-            return read_checkpoint(path, torch.device("cpu")).method, path
+            stored = read_checkpoint(path, torch.device("cpu"))
         except DamagedCheckpoint as fault:
             faults.append(str(fault))
+            continue
+        if weights == "raw":
+            return stored.method, path
+        if stored.ema is None:
+            raise ConfigError(f"{path}: holds no averaged weights; use --weights raw, or train with ema.decay=0.999")
+        # What is not averaged (counters) is as it was trained.
+        return {**stored.method, **stored.ema}, path
     if not faults:
         raise CheckpointError(f"{run.path}: holds no weights yet; train it first: opsin resume {run.path}")
     way_out = "give the run directory for its other weights" if checkpoint else "train it anew with --fresh"

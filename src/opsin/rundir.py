@@ -78,6 +78,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
         self.model = path / "model.safetensors"
+        self.averaged = path / "model_ema.safetensors"
         self._lock_file = path / ".lock"
         self._unlock: Callable[[], object] = lambda: None
         self._facts: dict[str, Any] = {}

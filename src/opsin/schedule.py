@@ -5,12 +5,14 @@ A `Schedule` in a recipe gives a factor around 1 which multiplies a base value (
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from opsin.config import Family
 from opsin.timeline import Clock
+
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 def linear(progress: float, start: float, end: float) -> float:
@@ -30,13 +32,31 @@ class Schedule(Family, ABC):
     """Length of the rise at the beginning, in epochs."""
     warmup_start: float = Field(0.0, ge=0, le=1)
     """Factor at the first step of the warm-up."""
+    over: Literal["run", "stage"] = "run"
+    """What it spans: the whole run, or each stage anew."""
 
     def __call__(self, clock: Clock) -> float:
         """The factor for the update at `clock`."""
-        if clock.epoch < self.warmup_epochs:
-            return linear(clock.epoch / self.warmup_epochs, self.warmup_start, 1.0)
-        rest = clock.total_epochs - self.warmup_epochs
-        return self.after_warmup((clock.epoch - self.warmup_epochs) / rest if rest > 0 else 1.0)
+        epoch, _ = self._span(clock)
+        if epoch < self.warmup_epochs:
+            return linear(epoch / self.warmup_epochs, self.warmup_start, 1.0)
+        return self.after_warmup(self._progress(clock))
+
+    def momentum_at(self, clock: Clock) -> float | None:
+        """The momentum for the update at `clock`, where the schedule says one."""
+        return None
+
+    def _progress(self, clock: Clock) -> float:
+        """How much of the time after the warm-up has passed, 0 to 1."""
+        epoch, total = self._span(clock)
+        rest = total - self.warmup_epochs
+        return max(epoch - self.warmup_epochs, 0.0) / rest if rest > 0 else 1.0
+
+    def _span(self, clock: Clock) -> tuple[float, float]:
+        """Epochs since the beginning of what it spans, and in all of it."""
+        if self.over == "stage":
+            return clock.stage_epoch, clock.stage.passes
+        return clock.epoch, clock.total_epochs
 
     @abstractmethod
     def after_warmup(self, progress: float) -> float:
@@ -86,9 +106,20 @@ class OneCycle(Schedule):
     """Factor at the end of the run."""
     shape: Literal["cosine", "linear"] = "cosine"
     """How both halves bend."""
+    momentum: tuple[Momentum, Momentum] | None = None
+    """Momentum (beta1 of Adam) at both ends and at the peak of the learning rate, such as [0.95, 0.85]."""
 
     def after_warmup(self, progress: float) -> float:
+        return self._bend(progress, self.start, 1.0, self.end)
+
+    def momentum_at(self, clock: Clock) -> float | None:
+        if self.momentum is None:
+            return None
+        high, low = self.momentum
+        return self._bend(self._progress(clock), high, low, high)
+
+    def _bend(self, progress: float, start: float, middle: float, end: float) -> float:
         bend = cosine if self.shape == "cosine" else linear
         if progress < self.peak:
-            return bend(progress / self.peak, self.start, 1.0)
-        return bend((progress - self.peak) / (1 - self.peak), 1.0, self.end)
+            return bend(progress / self.peak, start, middle)
+        return bend((progress - self.peak) / (1 - self.peak), middle, end)

@@ -1,7 +1,8 @@
 """Steps and epochs: the only clock of a run.
 
-A step is one optimizer update, an epoch one pass over the training images. A `Timeline` is a
-sequence of `Stage`s; each has its own batch size, hence its own number of steps per epoch.
+A step is one optimizer update, an epoch one pass over the images that its stage trains on. A
+`Timeline` is a sequence of `Stage`s; each has its own batch size and images, hence its own number of
+steps per epoch.
 """
 
 import bisect
@@ -10,27 +11,48 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
-    """Where a run stands before an update. `epoch` counts passes over the data, with fraction."""
-
-    step: int
-    total_steps: int
-    epoch: float
-    total_epochs: float
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
-    """A stretch of a run with one batch size. `epochs` may have a fraction."""
+    """A stretch of a run with settings of its own. `epochs` may have a fraction."""
 
     epochs: float
     batch_size: int
     steps_per_epoch: int
+    name: str = "whole run"
+    image_size: int = 0
+    """Side of the training images in pixels."""
+    data_fraction: float = 1.0
+    """Share of the images of each class that it trains on; a smaller share is part of a larger one."""
+    lr_scale: float = 1.0
+    """Factor on every learning rate."""
+    mix: bool = True
+    """Whether images are mixed where the method does so."""
+    label_smoothing: float | None = None
+    """Takes the place of the method's own."""
+    train: tuple[str, ...] = ("*",)
+    """Patterns of the names of the parameters that learn; the others are frozen."""
 
     @property
     def steps(self) -> int:
         """Updates in this stage, at least one."""
         return max(1, round(self.epochs * self.steps_per_epoch))
+
+    @property
+    def passes(self) -> float:
+        """`epochs` as whole steps make them."""
+        return self.steps / self.steps_per_epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where a run stands before an update. Epochs count passes over the data, with fraction."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    total_epochs: float
+    stage: Stage
+    stage_epoch: float
+    """Passes since the stage began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +75,7 @@ class Timeline:
         self._first_epoch = [0.0]
         for stage in self.stages:
             self._first_step.append(self._first_step[-1] + stage.steps)
-            self._first_epoch.append(self._first_epoch[-1] + stage.steps / stage.steps_per_epoch)
+            self._first_epoch.append(self._first_epoch[-1] + stage.passes)
 
     @property
     def total_steps(self) -> int:
@@ -62,12 +84,13 @@ class Timeline:
 
     def clock(self, step: int) -> Clock:
         """The time before update `step`; `total_steps` gives the time at the end."""
-        return Clock(step, self.total_steps, self.epoch(step), self._first_epoch[-1])
+        index, inside = self._find(step)
+        epoch = self._first_epoch[index] + inside
+        return Clock(step, self.total_steps, epoch, self._first_epoch[-1], self.stages[index], inside)
 
     def epoch(self, step: int) -> float:
         """Passes over the data finished before update `step`, with fraction."""
-        index = self._stage_of(step)
-        inside = (step - self._first_step[index]) / self.stages[index].steps_per_epoch
+        index, inside = self._find(step)
         return self._first_epoch[index] + inside
 
     def place(self, step: int) -> Place:
@@ -79,6 +102,10 @@ class Timeline:
         earlier = sum(-(-before.steps // before.steps_per_epoch) for before in self.stages[:index])
         return Place(index, earlier + passes, batch, stage.batch_size)
 
+    def starts_stage(self, step: int) -> int | None:
+        """The number of the stage whose first update comes after `step` updates, if one begins there."""
+        return self._first_step.index(step) if step in self._first_step[:-1] else None
+
     def ends_epoch(self, step: int) -> bool:
         """Whether `step` updates complete a pass over the data or a stage."""
         if step <= 0:
@@ -87,6 +114,11 @@ class Timeline:
         inside = step - self._first_step[index]
         stage = self.stages[index]
         return inside % stage.steps_per_epoch == 0 or inside == stage.steps
+
+    def _find(self, step: int) -> tuple[int, float]:
+        """The stage that `step` lies in, and the passes since its beginning."""
+        index = self._stage_of(step)
+        return index, (step - self._first_step[index]) / self.stages[index].steps_per_epoch
 
     def _stage_of(self, step: int) -> int:
         return min(bisect.bisect_right(self._first_step, step), len(self.stages)) - 1

@@ -145,8 +145,9 @@ def finish(process: Process, name: str) -> None:
 
 
 def digest(run: RunDirectory) -> str:
-    """The sha256 of the final weights."""
-    return hashlib.sha256(run.model.read_bytes()).hexdigest()
+    """The sha256 of the final weights, the averaged ones included where the run keeps them."""
+    files = [path for path in (run.model, run.averaged) if path.exists()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _kill(process: Process, out: RunDirectory, *, after: int, in_write: bool) -> Kill | None:

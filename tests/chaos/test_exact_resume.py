@@ -21,7 +21,7 @@ from opsin.session import train_recipe
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, verify
 from tests.chaos.killed_runs import ROOT, Killer
-from tests.digits_run import BROKEN_UP, CONVNET, VIT
+from tests.digits_run import BROKEN_UP, CONVNET, VIT, staged
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
 
@@ -54,7 +54,8 @@ def learned(run: RunDirectory) -> list[Row]:
     """The rows of the journal without what depends on the speed of the machine."""
     timeless = []
     for row in read_rows(run.metrics):
-        values = {name: value for name, value in row.values.items() if name != "train/images_per_s"}
+        timeless_names = (name for name in row.values if name != "train/images_per_s" and not name.startswith("time/"))
+        values = {name: row.values[name] for name in timeless_names}
         timeless.append(Row(row.step, row.epoch, 0.0, values))
     return timeless
 
@@ -75,8 +76,18 @@ def events(run: RunDirectory, kind: str) -> list[int]:
         (*CONVNET, "precision=fp32", "optim.name=sgd"),
         (*CONVNET, "precision=bf16", "checkpoints.every=0.3 epochs", "checkpoints.keep=1"),
         (*VIT, "precision=bf16", "checkpoints.every=0.0005 minutes"),
+        (*VIT, *staged(6), "precision=fp32", "optim.betas=[0.9,0.99]"),
+        (*CONVNET, *staged(12), "precision=bf16", "optim.name=sgd"),
     ],
-    ids=["vit fp32 adamw", "vit bf16 sgd", "convnet fp32 sgd", "convnet bf16 adamw", "by the minute"],
+    ids=[
+        "vit fp32 adamw",
+        "vit bf16 sgd",
+        "convnet fp32 sgd",
+        "convnet bf16 adamw",
+        "by the minute",
+        "staged vit",
+        "staged convnet",
+    ],
 )
 def test_killed_runs_end_in_the_same_bytes(killer: Killer, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     run = RunDirectory(tmp_path / "killed")

@@ -20,7 +20,7 @@ from opsin.methods.base import Method, MethodConfig
 from opsin.nn.vit import ViTConfig
 from opsin.seeding import uniform
 from opsin.timeline import Stage, Timeline
-from opsin.training.optim import AdamW, build_optimizer, lr_setter
+from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState
 from opsin.training.step import train_step
 
@@ -49,7 +49,7 @@ def build(name: str, facts: DataFacts = FACTS) -> Method:
 def batch_for(method: Method, step: int = 0, size: int = 16) -> Batch:
     ids = torch.arange(size) + 1000 * step
     views: dict[str, Tensor] = {}
-    wanted = method.views()
+    wanted = method.views(FACTS.image_size)
     for view, crop in wanted.crops.items():
         count = crop.count * size * 3 * crop.size**2
         pixels = uniform(0, step, torch.arange(count), view, 1)
@@ -59,7 +59,7 @@ def batch_for(method: Method, step: int = 0, size: int = 16) -> Batch:
 
 
 def plan_for(method: Method, autocast: Callable[[], AbstractContextManager[None]] = nullcontext) -> StepPlan:
-    return StepPlan(method, TIMELINE.clock, lr_setter(OPTIM, method), autocast, seed=3, clip_norm=OPTIM.clip_norm)
+    return StepPlan(method, TIMELINE.clock, pace_setter(OPTIM, method), autocast, seed=3, clip_norm=OPTIM.clip_norm)
 
 
 def fresh(name: str) -> TrainState:
@@ -150,13 +150,13 @@ def test_kept_images_and_workers_give_the_views_of_a_method_alike(name: str) -> 
     digits = load_digits()
     facts = DataFacts(digits.classes, len(digits), image_size=16, channels=3, mean=(0.3,) * 3, std=(0.4,) * 3)
     timeline = Timeline([Stage(epochs=2, batch_size=40, steps_per_epoch=len(digits) // 40)])
-    views = build(name, facts).views()
+    views = build(name, facts).views(facts.image_size)
 
     def batches(residence: bool, workers: int) -> list[Batch]:
         data = TrainingData(
             digits,
-            views,
-            Order(seed=3, samples=len(digits), timeline=timeline, drop_last=True),
+            [views],
+            Order(seed=3, labels=digits.labels, timeline=timeline, drop_last=True),
             facts=facts,
             seed=3,
             device=torch.device("cpu"),

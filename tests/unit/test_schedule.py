@@ -2,6 +2,7 @@ import math
 from typing import Literal
 
 import pytest
+import torch
 
 from opsin.schedule import Constant, Cosine, Linear, OneCycle, Schedule
 from opsin.timeline import Stage, Timeline
@@ -45,3 +46,37 @@ def test_onecycle_touches_start_peak_and_end(shape: Literal["linear", "cosine"])
 def test_a_warmup_longer_than_the_run_never_reaches_the_full_value() -> None:
     values = factors(Cosine(warmup_epochs=20))
     assert max(values[:100]) < 0.5
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_onecycle_with_momentum_is_that_of_torch(shape: Literal["linear", "cosine"]) -> None:
+    own = OneCycle(start=1 / 25, peak=0.3, end=1 / 25 / 1e4, shape=shape, momentum=(0.95, 0.85))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
+    # torch reaches the end at its last step, one step before the end of ours.
+    strategy: Literal["linear", "cos"] = "linear" if shape == "linear" else "cos"
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=101, pct_start=0.3 + 0.7 / 101, anneal_strategy=strategy
+    )
+    for step in range(101):
+        (group,) = optimizer.param_groups
+        # pct_start counts steps from 1: the peaks meet within a hundredth of a step.
+        assert own(TIMELINE.clock(step)) == pytest.approx(group["lr"], abs=2e-3)
+        assert own.momentum_at(TIMELINE.clock(step)) == pytest.approx(group["momentum"], abs=2e-4)
+        optimizer.step()
+        if step < 100:
+            theirs.step()
+
+
+def test_only_onecycle_says_a_momentum_and_only_if_asked() -> None:
+    for schedule in (Constant(), Linear(), Cosine(), OneCycle()):
+        assert schedule.momentum_at(TIMELINE.clock(50)) is None
+
+
+def test_a_schedule_over_stages_begins_anew_in_each() -> None:
+    timeline = Timeline([Stage(2, 1, 10), Stage(4, 1, 5)])
+    values = [Linear(over="stage")(timeline.clock(step)) for step in range(40)]
+    assert values[:20] == pytest.approx([1 - step / 20 for step in range(20)])
+    assert values[20:] == pytest.approx([1 - step / 20 for step in range(20)])
+    warm = [Constant(over="stage", warmup_epochs=1)(timeline.clock(step)) for step in range(40)]
+    assert warm[5] == 0.5
+    assert warm[21] == pytest.approx(1 / 5)

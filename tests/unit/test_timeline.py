@@ -75,3 +75,18 @@ def test_whole_epochs_are_due_exactly_once_whatever_the_rounding(steps_per_epoch
     timeline = Timeline([Stage(epochs=30, batch_size=1, steps_per_epoch=steps_per_epoch)])
     due = [s for s in range(timeline.total_steps + 1) if is_due(f"{every} epochs", timeline, s)]
     assert due == [every * steps_per_epoch * k for k in range(1, 30 // every + 1)]
+
+
+@given(stages)
+def test_the_clock_knows_the_stage_and_the_time_in_it(plan: list[Stage]) -> None:
+    timeline = Timeline(plan)
+    first = 0
+    begins: dict[int, int] = {}
+    for number, stage in enumerate(plan):
+        begins[first] = number
+        for step in range(first, first + stage.steps):
+            clock = timeline.clock(step)
+            assert clock.stage is stage
+            assert clock.stage_epoch == pytest.approx((step - first) / stage.steps_per_epoch)
+        first += stage.steps
+    assert [timeline.starts_stage(step) for step in range(first + 1)] == [begins.get(step) for step in range(first + 1)]

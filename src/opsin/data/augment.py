@@ -43,10 +43,10 @@ class ColorJitter:
         if self.brightness:
             images = (images * _factor(self.brightness, draws[:, 1])).clamp_(0, 1)
         if self.contrast:
-            mean = _grey(images).mean((1, 2, 3), keepdim=True)
-            images = _blend(images, mean, _factor(self.contrast, draws[:, 2]))
+            mean = grey(images).mean((1, 2, 3), keepdim=True)
+            images = blend(images, mean, _factor(self.contrast, draws[:, 2]))
         if self.saturation:
-            images = _blend(images, _grey(images), _factor(self.saturation, draws[:, 3]))
+            images = blend(images, grey(images), _factor(self.saturation, draws[:, 3]))
         if self.hue:
             images = _turn_hue(images, (draws[:, 4] * 2 - 1) * self.hue)
         return images
@@ -60,7 +60,7 @@ class Grayscale:
     num_draws: ClassVar[int] = 1
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        return _where(draws[:, 0] < self.p, lambda chosen, _: _grey(chosen).expand_as(chosen), images, draws)
+        return _where(draws[:, 0] < self.p, lambda chosen, _: grey(chosen).expand_as(chosen), images, draws)
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,13 @@ def _factor(strength: float, draws: Tensor) -> Tensor:
     return (low + (high - low) * draws)[:, None, None, None]
 
 
-def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
+def blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """`share` of the images and the rest of `other`, cut to 0..1; a share above 1 leads away from `other`."""
     return (images * share + other * (1 - share)).clamp_(0, 1)
 
 
-def _grey(images: Tensor) -> Tensor:
+def grey(images: Tensor) -> Tensor:
+    """Luminance of images [B, 3, S, S]: [B, 1, S, S]."""
     red, green, blue = images.unbind(1)
     return (red * _GREY_WEIGHTS[0] + green * _GREY_WEIGHTS[1] + blue * _GREY_WEIGHTS[2])[:, None]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opsin.data.crops import Crop
+from opsin.data.mix import Mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,20 @@ class Views:
     crops: Mapping[str, Crop]
     augment: Mapping[str, Sequence[Augment]] = field(default_factory=dict)
     masks: MaskSampler | None = None
+    mix: Mix | None = None
+    """Mixes the images of the batch; for methods with one crop per image."""
+    mix_until: float = 1.0
+    """Share of the run after which nothing is mixed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """The second label of mixed images."""
+
+    labels: Tensor
+    """int64 [B]"""
+    shares: Tensor
+    """float32 [B]: how much of the target is the image's own label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +106,8 @@ class Batch:
     labels: Tensor
     ids: Tensor
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    blend: Blend | None = None
+    """What was mixed into the images, where something was."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,6 +124,7 @@ class Batch:
             self.labels.to(device, non_blocking=True),
             self.ids.to(device, non_blocking=True),
             {name: mask.to(device, non_blocking=True) for name, mask in self.masks.items()},
+            self.blend and Blend(self.blend.labels.to(device), self.blend.shares.to(device)),
         )
 
     def _cut(self, start: int, stop: int) -> "Batch":
@@ -115,6 +133,7 @@ class Batch:
             self.labels[start:stop],
             self.ids[start:stop],
             {name: mask[start:stop] for name, mask in self.masks.items()},
+            self.blend and Blend(self.blend.labels[start:stop], self.blend.shares[start:stop]),
         )
 
 

@@ -166,7 +166,7 @@ def cut(image: Tensor, boxes: Boxes, index: int, crop: Crop) -> Tensor:
         if crop.padding == "zero":
             region = region * (row_inside.T & column_inside).to(image.device)
     if (height, width) != (crop.size, crop.size):
-        region = _resize(region, crop)
+        region = _resize(region[None], crop)[0]
     return region.flip(-1) if boxes.flip[index] else region
 
 
@@ -176,14 +176,24 @@ def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
     On the CPU equal to `cut` on each image: tests/unit/data/test_crops.py::test_both_executors_agree.
     On a GPU resized boxes are computed in float: pixels may differ by one, more where bicubic filters overshoot.
     """
-    count, channels, tall, wide = images.shape
-    size, device = crop.size, images.device
-    if not bool(((boxes.height == size) & (boxes.width == size)).all()):
-        if device.type != "cpu":
+    height, width = int(boxes.height[0]), int(boxes.width[0])
+    if not bool(((boxes.height == height) & (boxes.width == width)).all()):
+        if images.device.type != "cpu":
             return _resample(images, boxes, crop)
         return torch.stack([cut(image, boxes, index, crop) for index, image in enumerate(images)])
-    rows, row_inside = _indices(boxes.top, size, tall)  # [B, S]
-    columns, column_inside = _indices(boxes.left, size, wide)
+    if (height, width) == (crop.size, crop.size):
+        return _windows(images, boxes, height, width, crop)
+    if images.device.type != "cpu":
+        return _resample(images, boxes, crop)
+    return _resize(_windows(images, boxes, height, width, crop), crop)
+
+
+def _windows(images: Tensor, boxes: Boxes, height: int, width: int, crop: Crop) -> Tensor:
+    """Boxes of one size [h, w] as they are, mirrored as asked: uint8 [B, C, h, w]."""
+    count, channels, tall, wide = images.shape
+    device = images.device
+    rows, row_inside = _indices(boxes.top, height, tall)  # [B, h]
+    columns, column_inside = _indices(boxes.left, width, wide)
     flat, row_starts = images.flatten(2), rows * wide
     over = crop.padding == "zero" and not bool(row_inside.all() & column_inside.all())
     if over:
@@ -191,10 +201,10 @@ def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
         row_starts = torch.where(row_inside, row_starts, tall * wide)
         columns = torch.where(column_inside, columns, tall * wide)
     columns = torch.where(boxes.flip[:, None], columns.flip(1), columns)
-    pixels = row_starts.to(device)[:, :, None] + columns.to(device)[:, None, :]  # [B, S, S]
+    pixels = row_starts.to(device)[:, :, None] + columns.to(device)[:, None, :]  # [B, h, w]
     if over:
         pixels.clamp_(max=tall * wide)
-    return flat.gather(2, pixels.view(count, 1, -1).expand(-1, channels, -1)).view(count, channels, size, size)
+    return flat.gather(2, pixels.view(count, 1, -1).expand(-1, channels, -1)).view(count, channels, height, width)
 
 
 def _below(limits: Tensor, draws: Tensor) -> Tensor:
@@ -214,11 +224,12 @@ def _indices(starts: Tensor, length: int, side: int) -> tuple[Tensor, Tensor]:
     return torch.minimum(folded, period - folded).clamp(max=side - 1), (wanted >= 0) & (wanted < side)
 
 
-def _resize(region: Tensor, crop: Crop) -> Tensor:
+def _resize(regions: Tensor, crop: Crop) -> Tensor:
+    """uint8 [B, C, h, w] to [B, C, S, S]."""
     # The uint8 kernel of the CPU computes in integers: the same pixels for any number of threads.
-    pixels = region[None] if region.device.type == "cpu" else region[None].float()
+    pixels = regions if regions.device.type == "cpu" else regions.float()
     size = (crop.size, crop.size)
-    resized = F.interpolate(pixels, size, mode=crop.interpolation, align_corners=False, antialias=True)[0]
+    resized = F.interpolate(pixels, size, mode=crop.interpolation, align_corners=False, antialias=True)
     return resized if resized.dtype == torch.uint8 else _to_bytes(resized)
 
 

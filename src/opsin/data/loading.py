@@ -13,17 +13,20 @@ from torch import Tensor
 
 from opsin import seeding
 from opsin.data.augment import Normalize
-from opsin.data.base import Augment, Batch, DataFacts, Source, Views
+from opsin.data.base import Augment, Batch, Blend, DataFacts, Source, Views
 from opsin.data.crops import CenterCrop
+from opsin.data.mix import Mix
 from opsin.data.order import Order, share
 from opsin.data.quarantine import Failure, Quarantine
 from opsin.data.resident import Residence, Resident, byte_limit, read_everything
-from opsin.data.workers import RawBatch, Reader, read_batches
+from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError
 
 
 class TrainingData:
     """The batches of a run, addressed by step; implements `Data`.
+
+    `views` has one entry for each stage.
 
     With `world` processes each gives its share of every batch, `rank` after `rank`; the images and
     masks of the whole batch do not depend on `world`.
@@ -32,7 +35,7 @@ class TrainingData:
     def __init__(
         self,
         source: Source,
-        views: Views,
+        views: Sequence[Views],
         order: Order,
         *,
         facts: DataFacts,
@@ -58,7 +61,7 @@ class TrainingData:
         self._residence = resident
         self._rank = rank
         self._world = world
-        self._finish = _Finish(views.augment, facts, seed=seed, device=device, channels_last=channels_last)
+        self._finish = _Finish(facts, seed=seed, device=device, channels_last=channels_last)
         self._resident: Resident | None = None
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -69,17 +72,21 @@ class TrainingData:
             ConfigError: `resident` is true and the images have several sizes.
             TrainingError: a worker process ended by itself.
         """
-        keys = (self._key(step) for step in range(start, stop))
-        for step, raw in enumerate(self._read(keys), start):
+        tasks = (self._task(step) for step in range(start, stop))
+        for step, raw in enumerate(self._read(tasks), start):
             for failure in raw.failures:
                 self._quarantine.add(*failure)
-            epoch, ids = self._order.ids(step)
+            place, ids = self._order.ids(step)
+            views, clock = self._views[place.stage], self._order.timeline.clock(step)
             part = share(len(ids), rank=self._rank, world=self._world)
-            yield self._finish(raw, epoch, self._masks(step, len(ids), part))
+            masks = self._masks(views, step, len(ids), part)
+            mixes = clock.stage.mix and clock.epoch < views.mix_until * clock.total_epochs
+            yield self._finish(raw, place.epoch, views, masks, mix=views.mix if mixes else None)
 
-    def _key(self, step: int) -> tuple[int, Tensor]:
-        epoch, ids = self._order.ids(step)
-        return epoch, ids[share(len(ids), rank=self._rank, world=self._world)]
+    def _task(self, step: int) -> Task:
+        place, ids = self._order.ids(step)
+        own = ids[share(len(ids), rank=self._rank, world=self._world)]
+        return Task(self._views[place.stage].crops, place.epoch, own)
 
     def load(self) -> None:
         """Decode the images that stay in memory now, if they do, instead of with the first batch.
@@ -91,7 +98,6 @@ class TrainingData:
         if self._resident is None and self._residence is not False:
             self._resident = Resident.load(
                 self._source,
-                self._views.crops,
                 seed=self._seed,
                 device=self._device,
                 quarantine=self._quarantine,
@@ -100,22 +106,22 @@ class TrainingData:
             if self._resident is None:
                 self._residence = False  # found too large or of several sizes: not tried again
 
-    def _read(self, keys: Iterator[tuple[int, Tensor]]) -> Iterator[RawBatch]:
+    def _read(self, tasks: Iterator[Task]) -> Iterator[RawBatch]:
         self.load()
         if self._resident is not None:
-            return (self._resident.read(epoch, ids) for epoch, ids in keys)
+            return map(self._resident.read, tasks)
         return read_batches(
-            Reader(self._source, self._views.crops, self._seed),
-            keys,
+            Reader(self._source, self._seed),
+            tasks,
             workers=self._workers,
             prefetch=self._prefetch,
             pin_memory=self._device.type == "cuda",
         )
 
-    def _masks(self, step: int, batch_size: int, part: slice) -> dict[str, Tensor]:
-        if self._views.masks is None:
+    def _masks(self, views: Views, step: int, batch_size: int, part: slice) -> dict[str, Tensor]:
+        if views.masks is None:
             return {}
-        masks = self._views.masks(batch_size, seeding.fold_in(self._seed, "masks", step))
+        masks = views.masks(batch_size, seeding.fold_in(self._seed, "masks", step))
         return {name: mask[part].to(self._device, non_blocking=True) for name, mask in masks.items()}
 
 
@@ -142,15 +148,15 @@ class EvaluationData:
         world: int = 1,
     ) -> None:
         self.facts = facts
-        self._crop = CenterCrop(size=facts.image_size, resize=resize, flip="none")
-        self._reader = Reader(source, {"image": self._crop}, seed=0, unreadable="leave out")
+        self._views = Views({"image": CenterCrop(size=facts.image_size, resize=resize, flip="none")})
+        self._reader = Reader(source, seed=0, unreadable="leave out")
         self._device = device
         self._workers = workers
         self._prefetch = prefetch
         self._resident = resident
         self._warn: Callable[[str], None] | None = warn
         self._part = share(len(source), rank=rank, world=world)
-        self._finish = _Finish({}, facts, seed=0, device=device, channels_last=channels_last)
+        self._finish = _Finish(facts, seed=0, device=device, channels_last=channels_last)
         self._kept: RawBatch | None = None
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -166,7 +172,7 @@ class EvaluationData:
             failures += raw.failures
             images += len(raw.ids)
             if len(raw.ids):
-                yield self._finish(raw, 0, {})
+                yield self._finish(raw, 0, self._views, {})
         if images == 0 and failures:
             raise DataError(f"{self._describe(failures)}; none is left to evaluate on: check data.path")
         if failures and self._warn is not None:
@@ -178,11 +184,11 @@ class EvaluationData:
         cut_bytes = len(ids) * self.facts.channels * self.facts.image_size**2
         if self._resident is True or (self._resident == "auto" and cut_bytes <= byte_limit(self._device)):
             if self._kept is None:
-                self._kept = read_everything(self._reader, ids, self._device)
+                self._kept = read_everything(self._reader, Task(self._views.crops, 0, ids), self._device)
             return self._kept.split(batch_size)
         return read_batches(
             self._reader,
-            ((0, part) for part in torch.split(ids, batch_size)),
+            (Task(self._views.crops, 0, part) for part in torch.split(ids, batch_size)),
             workers=self._workers,
             prefetch=self._prefetch,
             pin_memory=self._device.type == "cuda",
@@ -195,38 +201,43 @@ class EvaluationData:
 
 
 class _Finish:
-    """Moves a raw batch to the device, colours it there and normalises it."""
+    """Moves a raw batch to the device, colours it there, normalises and mixes it."""
 
-    def __init__(
-        self,
-        augment: Mapping[str, Sequence[Augment]],
-        facts: DataFacts,
-        *,
-        seed: int,
-        device: torch.device,
-        channels_last: bool,
-    ) -> None:
-        self._augment = augment
+    def __init__(self, facts: DataFacts, *, seed: int, device: torch.device, channels_last: bool) -> None:
         self._seed = seed
         self._device = device
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._normalize = Normalize(facts.mean, facts.std, device=device)
 
-    def __call__(self, raw: RawBatch, epoch: int, masks: Mapping[str, Tensor]) -> Batch:
+    def __call__(
+        self, raw: RawBatch, epoch: int, wanted: Views, masks: Mapping[str, Tensor], *, mix: Mix | None = None
+    ) -> Batch:
         ids = raw.ids.to(self._device, non_blocking=True)
-        views = {name: self._view(name, view, epoch, ids) for name, view in raw.views.items()}
-        return Batch(views, raw.labels.to(self._device, non_blocking=True), ids, masks)
+        labels = raw.labels.to(self._device, non_blocking=True)
+        views = {
+            name: self._view(name, view, wanted.augment.get(name, ()), epoch, ids) for name, view in raw.views.items()
+        }
+        blend: Blend | None = None
+        if mix is not None:
+            ((name, view),) = views.items()
+            (images,) = view
+            mixed = mix(images, seeding.uniform(self._seed, epoch, ids, "mix", mix.num_draws))
+            views = {name: self._in_format(mixed.images[None])}
+            blend = Blend(labels[mixed.partners], mixed.shares)
+        return Batch(views, labels, ids, masks, blend)
 
-    def _view(self, name: str, view: Tensor, epoch: int, ids: Tensor) -> Tensor:
+    def _view(self, name: str, view: Tensor, ops: Sequence[Augment], epoch: int, ids: Tensor) -> Tensor:
         """Stored pixels, uint8 [count, B, C, S, S], to float of the same shape."""
         view = view.to(self._device, non_blocking=True)
-        ops = self._augment.get(name, ())
         if ops:
             copies = [self._coloured(images, f"{name}.{copy}", ops, epoch, ids) for copy, images in enumerate(view)]
             images = self._normalize(copies[0][None] if len(copies) == 1 else torch.stack(copies))
         else:
             images = self._normalize.bytes(view)
-        return images.flatten(0, 1).contiguous(memory_format=self._memory_format).view(view.shape)
+        return self._in_format(images)
+
+    def _in_format(self, view: Tensor) -> Tensor:
+        return view.flatten(0, 1).contiguous(memory_format=self._memory_format).view(view.shape)
 
     def _coloured(self, images: Tensor, stream: str, ops: Sequence[Augment], epoch: int, ids: Tensor) -> Tensor:
         images = images.float().div_(255)

@@ -4,7 +4,6 @@ Shapes: N images of a source, B of a batch, C channels, H and W sides in pixels.
 """
 
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from opsin.data.base import Source
-from opsin.data.crops import Crop, boxes_for, cut_batch
+from opsin.data.crops import boxes_for, cut_batch
 from opsin.data.quarantine import Failure, Quarantine, read_or_replace
-from opsin.data.workers import RawBatch, Reader
+from opsin.data.workers import RawBatch, Reader, Task
 from opsin.errors import ConfigError
 
 _CHUNK = 64
@@ -26,17 +25,15 @@ Residence = bool | Literal["auto"]
 class Resident:
     """All images of a source, of equal size, as uint8 [N, C, H, W]; cuts batches like `Reader`."""
 
-    def __init__(self, images: Tensor, labels: Tensor, *, crops: Mapping[str, Crop], seed: int) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, *, seed: int) -> None:
         self.images = images
         self.labels = labels
-        self._crops = crops
         self._seed = seed
 
     @classmethod
     def load(
         cls,
         source: Source,
-        crops: Mapping[str, Crop],
         *,
         seed: int,
         device: torch.device,
@@ -80,19 +77,20 @@ class Resident:
                 if residence is True:
                     raise ConfigError(f"data.resident=true: {error}; use data.resident=auto") from error
                 return None
-        return cls(images.to(device), labels, crops=crops, seed=seed)
+        return cls(images.to(device), labels, seed=seed)
 
-    def read(self, epoch: int, ids: Tensor) -> RawBatch:
-        """The batch of `ids`, int64 [B] on the CPU, as it looks in `epoch`; its views are on the device."""
+    def read(self, task: Task) -> RawBatch:
+        """The images of `task`, as they look in its epoch; the views are on the device."""
+        ids = task.ids
         images = self.images.index_select(0, ids.to(self.images.device, non_blocking=True))
         heights = torch.full_like(ids, images.shape[2])
         widths = torch.full_like(ids, images.shape[3])
         views: dict[str, Tensor] = {}
-        for name, crop in self._crops.items():
+        for name, crop in task.crops.items():
             copies = [
                 cut_batch(
                     images,
-                    boxes_for(crop, heights, widths, seed=self._seed, epoch=epoch, ids=ids, view=name, copy=copy),
+                    boxes_for(crop, heights, widths, seed=self._seed, epoch=task.epoch, ids=ids, view=name, copy=copy),
                     crop,
                 )
                 for copy in range(crop.count)
@@ -101,12 +99,13 @@ class Resident:
         return RawBatch(views, self.labels[ids], ids)
 
 
-def read_everything(reader: Reader, ids: Tensor, device: torch.device) -> RawBatch:
-    """The images of `ids` as one batch of epoch 0, cut; views are on `device`."""
+def read_everything(reader: Reader, task: Task, device: torch.device) -> RawBatch:
+    """The images of a `task` of any size as one batch; views are on `device`."""
     with _threads() as pool:
-        parts = list(pool.map(lambda chunk: reader.read(0, chunk), torch.split(ids, _CHUNK)))
+        chunks = [Task(task.crops, task.epoch, ids) for ids in torch.split(task.ids, _CHUNK)]
+        parts = list(pool.map(reader.read, chunks))
     return RawBatch(
-        {name: torch.cat([part.views[name] for part in parts], dim=1).to(device) for name in reader.crops},
+        {name: torch.cat([part.views[name] for part in parts], dim=1).to(device) for name in task.crops},
         torch.cat([part.labels for part in parts]),
         torch.cat([part.ids for part in parts]),
         tuple(failure for part in parts for failure in part.failures),

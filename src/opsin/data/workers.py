@@ -1,6 +1,6 @@
 """Reading, decoding and cutting, in this process or in worker processes.
 
-One task is one batch, addressed by (epoch, ids): whoever computes it, the pixels are the same.
+One task is one batch, addressed by (crops, epoch, ids): whoever computes it, the pixels are the same.
 
 Shapes: B images of a batch, C channels, S side of a crop in pixels.
 """
@@ -56,32 +56,40 @@ class RawBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be cut out of which images. `ids` is int64 [B] on the CPU."""
+
+    crops: Mapping[str, Crop]
+    epoch: int
+    ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Reader:
     """Reads and cuts the images of a batch. Unreadable ones are replaced or left out."""
 
     source: Source
-    crops: Mapping[str, Crop]
     seed: int
     unreadable: Literal["replace", "leave out"] = "replace"
 
-    def read(self, epoch: int, ids: Tensor) -> RawBatch:
-        """The batch of `ids`, int64 [B], as it looks in `epoch`.
+    def read(self, task: Task) -> RawBatch:
+        """The images of `task`, as they look in its epoch.
 
         Raises:
             DataError: an image and all that could replace it are unreadable.
         """
         views = {
-            name: torch.empty(crop.count, len(ids), 3, crop.size, crop.size, dtype=torch.uint8)
-            for name, crop in self.crops.items()
+            name: torch.empty(crop.count, len(task.ids), 3, crop.size, crop.size, dtype=torch.uint8)
+            for name, crop in task.crops.items()
         }
         failures: list[Failure] = []
         kept: list[int] = []
         labels: list[int] = []
-        for group in _groups(self._reads(ids, failures)):
+        for group in _groups(self._reads(task.ids, failures)):
             first = len(kept)
             kept += [wanted for wanted, _ in group]
             labels += [read.label for _, read in group]
-            self._cut(epoch, group, {name: view[:, first : len(kept)] for name, view in views.items()})
+            self._cut(task, group, {name: view[:, first : len(kept)] for name, view in views.items()})
         views = {name: view[:, : len(kept)] for name, view in views.items()}
         return RawBatch(views, _int64(labels), _int64(kept), tuple(failures))
 
@@ -98,22 +106,24 @@ class Reader:
             except UnreadableImage as error:
                 failures.append(Failure(wanted, self.source.place(wanted), str(error)))
 
-    def _cut(self, epoch: int, group: list[tuple[int, Read]], views: Mapping[str, Tensor]) -> None:
+    def _cut(self, task: Task, group: list[tuple[int, Read]], views: Mapping[str, Tensor]) -> None:
         """Fill `views`, uint8 [count, b, C, S, S], from the b images of the group."""
         ids = _int64([wanted for wanted, _ in group])
         heights = _int64([read.image.shape[1] for _, read in group])
         widths = _int64([read.image.shape[2] for _, read in group])
-        for name, crop in self.crops.items():
+        for name, crop in task.crops.items():
             for copy, view in enumerate(views[name]):
-                boxes = boxes_for(crop, heights, widths, seed=self.seed, epoch=epoch, ids=ids, view=name, copy=copy)
+                boxes = boxes_for(
+                    crop, heights, widths, seed=self.seed, epoch=task.epoch, ids=ids, view=name, copy=copy
+                )
                 for index, (_, read) in enumerate(group):
                     view[index] = cut(read.image, boxes, index, crop)
 
 
 def read_batches(
-    reader: Reader, keys: Iterable[tuple[int, Tensor]], *, workers: int, prefetch: int, pin_memory: bool = False
+    reader: Reader, tasks: Iterable[Task], *, workers: int, prefetch: int, pin_memory: bool = False
 ) -> Iterator[RawBatch]:
-    """The batches of `keys` (epoch, ids), in their order, the same for any number of workers.
+    """The batches of `tasks`, in their order, the same for any number of workers.
 
     0 workers reads in this process. Each worker prepares `prefetch` batches ahead. Workers leave
     SIGINT, SIGTERM and SIGUSR1 to this process and end when it ends, however it does.
@@ -123,8 +133,8 @@ def read_batches(
         TrainingError: a worker ended by itself.
     """
     if workers == 0:
-        return (reader.read(epoch, ids) for epoch, ids in keys)
-    batches = _from_workers(reader, keys, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+        return map(reader.read, tasks)
+    batches = _from_workers(reader, tasks, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
     _close_at_exit(batches)
     return batches
 
@@ -154,10 +164,10 @@ class _Tasks(Dataset[RawBatch | _Fault]):
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> RawBatch | _Fault:
-        epoch, ids = key
+    def __getitem__(self, task: tuple[Mapping[str, Crop], int, list[int]]) -> RawBatch | _Fault:
+        crops, epoch, ids = task
         try:
-            return self.reader.read(epoch, _int64(ids))
+            return self.reader.read(Task(crops, epoch, _int64(ids)))
         except OpsinError as error:
             return _Fault(type(error), error.faults)
         except Exception as error:
@@ -166,13 +176,13 @@ class _Tasks(Dataset[RawBatch | _Fault]):
 
 
 def _from_workers(
-    reader: Reader, keys: Iterable[tuple[int, Tensor]], *, workers: int, prefetch: int, pin_memory: bool
+    reader: Reader, tasks: Iterable[Task], *, workers: int, prefetch: int, pin_memory: bool
 ) -> Generator[RawBatch, None, None]:
     # Workers live as long as this end of the pipe is open, and the end of this process closes it too. The loader's
     # own watch looks at the parent of a worker: that is the fork server here, which outlives training.
     ended, alive = _context().Pipe(duplex=False)
     with ended, alive:
-        batches = _start(reader, keys, workers=workers, prefetch=prefetch, pin_memory=pin_memory, ended=ended)
+        batches = _start(reader, tasks, workers=workers, prefetch=prefetch, pin_memory=pin_memory, ended=ended)
         try:
             while (batch := next(batches, None)) is not None:
                 if isinstance(batch, _Fault):
@@ -187,7 +197,7 @@ def _from_workers(
 
 def _start(
     reader: Reader,
-    keys: Iterable[tuple[int, Tensor]],
+    tasks: Iterable[Task],
     *,
     workers: int,
     prefetch: int,
@@ -200,7 +210,7 @@ def _start(
         loader = DataLoader(
             _Tasks(reader),
             batch_size=None,
-            sampler=((epoch, ids.tolist()) for epoch, ids in keys),
+            sampler=((task.crops, task.epoch, task.ids.tolist()) for task in tasks),
             num_workers=workers,
             prefetch_factor=prefetch,
             pin_memory=pin_memory,

@@ -49,8 +49,8 @@ class Method(nn.Module, ABC):
     """The network that `encode` uses: starting weights are loaded into it, and it is what is exported."""
 
     @abstractmethod
-    def views(self) -> Views:
-        """The crops, augmentation and masks that a batch contains."""
+    def views(self, image_size: int) -> Views:
+        """The crops, augmentation and masks that a batch contains, where training images have this side in pixels."""
 
     @abstractmethod
     def forward(self, batch: Batch, clock: Clock) -> Losses:

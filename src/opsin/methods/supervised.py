@@ -6,8 +6,10 @@ Shapes: B images of a part, C channels, S side in pixels, D width, K classes.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import AfterValidator, Field
 from torch import Tensor
@@ -16,6 +18,8 @@ from opsin.config import Settings
 from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
 from opsin.data.base import Augment
 from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop
+from opsin.data.mix import Mix
+from opsin.data.randaugment import RandAugment
 from opsin.errors import ConfigError
 from opsin.methods.base import (
     Batch,
@@ -41,6 +45,23 @@ def _check_range(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
+
+
+class MixConfig(Settings):
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019), drawn for each image."""
+
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution of Mixup's shares; 0 for no Mixup."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of the Beta distribution of CutMix's shares; 0 for no CutMix."""
+    p: float = Field(1.0, ge=0, le=1)
+    """Probability that an image is mixed."""
+    cutmix_share: float = Field(0.5, ge=0, le=1)
+    """Share of CutMix among the mixed images, where both are on."""
+    until: float = Field(1.0, gt=0, le=1)
+    """Share of the run after which nothing is mixed any more."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Takes the place of the method's while images are mixed."""
 
 
 class SupervisedViews(Settings):
@@ -70,14 +91,22 @@ class SupervisedViews(Settings):
     """Strength of the random hue, in turns of the colour circle."""
     grayscale: float = Field(0.0, ge=0, le=1)
     """Probability of a grey image."""
+    randaugment_ops: int = Field(0, ge=0)
+    """Operations of RandAugment that an image goes through; 0 for none."""
+    randaugment_magnitude: int = Field(9, ge=0, le=30)
+    """Strength of each of them, 0 to 30."""
     erasing: float = Field(0.0, ge=0, le=1)
     """Probability that a random rectangle is erased."""
     cutout_px: int = Field(0, ge=0)
     """Side of a square that is blanked out at a random place; 0 for none."""
 
-    def build(self, image_size: int) -> Views:
+    def build(self, image_size: int, mix: MixConfig | None = None) -> Views:
         """One view named `image`."""
-        return Views(crops={"image": self._crop(image_size)}, augment={"image": self._augment()})
+        views = Views(crops={"image": self._crop(image_size)}, augment={"image": self._augment()})
+        if mix is None:
+            return views
+        op = Mix(mixup=mix.mixup, cutmix=mix.cutmix, p=mix.p, cutmix_share=mix.cutmix_share)
+        return replace(views, mix=op, mix_until=mix.until)
 
     def _crop(self, size: int) -> Crop:
         if self.crop == "padded":
@@ -90,6 +119,8 @@ class SupervisedViews(Settings):
 
     def _augment(self) -> list[Augment]:
         ops: list[Augment] = []
+        if self.randaugment_ops:
+            ops.append(RandAugment(num_ops=self.randaugment_ops, magnitude=self.randaugment_magnitude))
         if self.brightness or self.contrast or self.saturation or self.hue:
             ops.append(
                 ColorJitter(
@@ -121,6 +152,8 @@ class SupervisedConfig(MethodConfig):
     """Whether the classifier adds a bias."""
     views: SupervisedViews = SupervisedViews()
     """Crops and colour."""
+    mix: MixConfig | None = None
+    """Images and labels mixed in pairs; null for none."""
 
     def build(self, model: ModelConfig, facts: DataFacts) -> "Supervised":
         if not facts.classes:
@@ -141,7 +174,6 @@ class Supervised(Method):
     def __init__(self, config: SupervisedConfig, model: ModelConfig, facts: DataFacts) -> None:
         super().__init__()
         self.config = config
-        self.image_size = facts.image_size
         self.backbone = model.build(image_size=facts.image_size, channels=facts.channels)
         self.head = Classifier(
             self.backbone.width,
@@ -151,18 +183,34 @@ class Supervised(Method):
             bias=config.head_bias,
         )
 
-    def views(self) -> Views:
-        return self.config.views.build(self.image_size)
+    def views(self, image_size: int) -> Views:
+        return self.config.views.build(image_size, self.config.mix)
 
     def prepare(self, first_batch: Callable[[], Batch]) -> None:
         self.backbone.prepare(lambda: first_batch().views["image"][0])
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:
-        images, labels = batch.views["image"][0], batch.labels  # [B, C, S, S], [B]
-        logits = self.logits(images).float()  # [B, K]
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        logits = self.logits(batch.views["image"][0]).float()  # [B, K]
+        labels, blend = batch.labels, batch.blend
+        smoothing = self._smoothing(clock, mixed=blend is not None)
+        if blend is None:
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        else:
+            # Cross-entropy is linear in its target: that of the mixture is the mixture of both.
+            own, other = (
+                F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+                for target in (labels, blend.labels)
+            )
+            loss = (blend.shares * own + (1 - blend.shares) * other).mean()
+            labels = torch.where(blend.shares >= 0.5, labels, blend.labels)
         correct = (logits.detach().argmax(1) == labels).float().mean()
         return Losses(loss, measures={"top1": correct})
+
+    def _smoothing(self, clock: Clock, *, mixed: bool) -> float:
+        if mixed and self.config.mix is not None:
+            return self.config.mix.label_smoothing
+        own = clock.stage.label_smoothing
+        return self.config.label_smoothing if own is None else own
 
     def param_groups(self) -> Sequence[ParamGroup]:
         return [

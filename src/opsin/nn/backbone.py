@@ -4,12 +4,14 @@ Shapes: B images, C channels, S side in pixels, N patches, D width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from opsin.config import Family
+from opsin.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,43 @@ class Backbone(nn.Module, ABC):
     """D, the size of a feature vector."""
     image_size: int
     """The side in pixels that the weights are laid out for."""
+    channels: int
+    """C, the channels of an image."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tokens:
         """Normalised images [B, C, S, S] to features."""
+
+    def layers(self) -> Mapping[str, int]:
+        """The layer of each parameter by its name, 0 next to the image, without gaps."""
+        return {name: 0 for name, _ in self.named_parameters()}
+
+    def check_size(self, image_size: int, *, key: str) -> None:
+        """See that the network takes images of another side than its own, which the recipe calls `key`.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if image_size == self.image_size:
+            return
+        weight = next(self.parameters())
+        images = torch.zeros(1, self.channels, image_size, image_size, device=weight.device)
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                self(images)
+        except ConfigError as error:
+            raise ConfigError(*(f"{key}={image_size}: {fault}" for fault in error.faults)) from error
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"{key}={image_size}: the network is laid out for images of {self.image_size} pixels and takes no others "
+                f"({reason}); leave the size as it is, or take a network that does"
+            ) from error
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def prepare(self, images: Callable[[], Tensor]) -> None:
         """Initialise from data, where the architecture does: `images` loads some, as `forward` takes them."""

@@ -31,11 +31,7 @@ class ConvNetConfig(ModelConfig):
     """Share of the newest batch in the running statistics."""
 
     def build(self, *, image_size: int, channels: int = 3) -> "ConvNet":
-        if image_size - _PATCH + 1 < _POOLED:
-            raise ConfigError(
-                f"data.image_size={image_size}: model.name=convnet halves the image three times and needs at least "
-                f"{_POOLED + _PATCH - 1} pixels; use a larger image_size"
-            )
+        _check_side(image_size)
         if min(self.widths) < 1:
             raise ConfigError(f"model.widths={list(self.widths)}: each must be at least 1")
         return ConvNet(self, image_size, channels)
@@ -47,6 +43,7 @@ class ConvNet(Backbone):
     def __init__(self, config: ConvNetConfig, image_size: int, channels: int) -> None:
         super().__init__()
         self.image_size = image_size
+        self.channels = channels
         self.width = config.widths[-1]
         whitened = 2 * channels * _PATCH**2
         self.whiten = nn.Conv2d(channels, whitened, _PATCH, bias=False)
@@ -57,8 +54,16 @@ class ConvNet(Backbone):
         )
 
     def forward(self, images: Tensor) -> Tokens:
+        _check_side(images.shape[-1])
         grid = self.blocks(F.gelu(self.whiten(images)))  # [B, D, S/8, S/8]
         return Tokens(pooled=grid.amax((2, 3)), patches=grid.flatten(2).transpose(1, 2))
+
+    def layers(self) -> dict[str, int]:
+        """The whitening is layer 0, block i is layer i + 1."""
+        return {
+            name: int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+            for name, _ in self.named_parameters()
+        }
 
     @torch.no_grad()
     def prepare(self, images: Callable[[], Tensor]) -> None:
@@ -84,6 +89,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         return F.gelu(self.norm2(self.conv2(x)))
+
+
+def _check_side(image_size: int) -> None:
+    if image_size - _PATCH + 1 < _POOLED:
+        raise ConfigError(
+            f"image_size {image_size}: model.name=convnet halves the image three times and needs at least "
+            f"{_POOLED + _PATCH - 1} pixels; use a larger image_size"
+        )
 
 
 def _filter(inputs: int, outputs: int) -> nn.Conv2d:

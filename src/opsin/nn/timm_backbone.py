@@ -78,6 +78,13 @@ class TimmBackbone(Backbone):
             return Tokens(pooled, features.flatten(1, 2))
         return Tokens(pooled, features.flatten(2).transpose(1, 2))
 
+    def layers(self) -> dict[str, int]:
+        """As timm groups them for layer-wise learning rates."""
+        from timm.models import group_parameters
+
+        found = group_parameters(self.network, self.network.group_matcher(coarse=False), reverse=True)
+        return {f"network.{name}": int(layer) for name, layer in found.items()}
+
     def pretrained_state(self) -> dict[str, Tensor]:
         """The published weights for `network`, laid out for this image size and these channels.
 

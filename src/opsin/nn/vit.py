@@ -76,6 +76,7 @@ class VisionTransformer(Backbone):
         super().__init__()
         self.width = config.width
         self.image_size = image_size
+        self.channels = channels
         self.patch = config.patch
         self.grid = image_size // config.patch
         self.pool = config.pool
@@ -92,6 +93,17 @@ class VisionTransformer(Backbone):
     def forward(self, images: Tensor) -> Tokens:
         """Normalised images [B, C, S, S] to features."""
         return self.forward_tokens(images)
+
+    def layers(self) -> dict[str, int]:
+        """Embeddings are layer 0, block i is layer i + 1, the last norm belongs to the last block."""
+        depth = len(self.blocks)
+
+        def layer(name: str) -> int:
+            if name.startswith("blocks."):
+                return int(name.split(".")[1]) + 1
+            return depth if name.startswith("norm.") else 0
+
+        return {name: layer(name) for name, _ in self.named_parameters()}
 
     def forward_tokens(self, images: Tensor, keep: Tensor | None = None, *, class_token_only: bool = False) -> Tokens:
         """Features of a part of each image, or for less work.

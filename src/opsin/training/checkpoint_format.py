@@ -51,6 +51,8 @@ class Checkpoint:
     method: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     loss_scale: Mapping[str, Tensor] | None
+    ema: Mapping[str, Tensor] | None
+    """The averaged weights by name; none where the run keeps none."""
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
@@ -117,6 +119,7 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> Che
             method=content["method"],
             optimizer=content["optimizer"],
             loss_scale=content["loss_scale"],
+            ema=content.get("ema"),
         )
     except OSError as error:
         name = Path(error.filename or _STATE).name
@@ -153,6 +156,10 @@ def load_into(path: Path, state: TrainState) -> Checkpoint:
     if state.loss_scale is not None and stored.loss_scale is not None:
         state.loss_scale.scale.copy_(stored.loss_scale["scale"])
         state.loss_scale.good_steps.copy_(stored.loss_scale["good_steps"])
+    if state.ema is not None:
+        # Weights that were not averaged so far are their own average.
+        averages = state.method.state_dict() if stored.ema is None else stored.ema
+        state.ema.load_state_dict({name: averages[name] for name in state.ema.state_dict()})
     state.step, state.elapsed_s, state.whole = stored.step, stored.elapsed_s, True
     return stored
 
@@ -180,7 +187,12 @@ def remove_leftovers(folder: Path) -> None:
 def size_bytes(state: TrainState) -> int:
     """Bytes that a checkpoint of `state` takes on disk, but for a few KiB."""
     moments = (value for entry in state.optimizer.state.values() for value in entry.values())
-    tensors = [*state.method.state_dict().values(), *(value for value in moments if isinstance(value, Tensor))]
+    averages = {} if state.ema is None else state.ema.state_dict()
+    tensors = [
+        *state.method.state_dict().values(),
+        *averages.values(),
+        *(value for value in moments if isinstance(value, Tensor)),
+    ]
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -233,6 +245,7 @@ def _write_state(path: Path, state: TrainState) -> dict[str, str | int]:
         "method": dict(state.method.state_dict()),
         "optimizer": state.optimizer.state_dict(),
         "loss_scale": None if scale is None else {"scale": scale.scale, "good_steps": scale.good_steps},
+        "ema": None if state.ema is None else state.ema.state_dict(),
     }
     with _SyncedFile(path) as file:
         torch.save(content, file)  # type: ignore[arg-type]  # it asks for `write` and `flush` only

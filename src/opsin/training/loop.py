@@ -41,7 +41,7 @@ def fit(run: Run) -> TrainState:
     state = run.checkpoints.restore(run.fresh())
     with run.stop, run.checkpoints.rescue(state), run.observations.watch(state):
         run.evaluations.run_if_due(state)
-        for batch in run.data.batches(state.step, run.steps):
+        for batch in run.observations.waiting(run.data.batches(state.step, run.steps)):
             report = train_step(state, batch, run.plan)
             run.observations.take(state, report)
             stop = run.stop.requested if state.step < run.steps else None

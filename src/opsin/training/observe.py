@@ -25,7 +25,11 @@ from opsin.reporting import Journal
 from opsin.timeline import Timeline
 from opsin.training.state import StepReport, TrainState
 
+AVERAGED = "_ema"
+"""Behind the prefix of a score: it is one of the averaged weights."""
+
 _SUMMARY = ("train/loss", "train/top1", "train/images_per_s")
+_HIDDEN = ("train/", "loss/", "time/")
 
 
 class Monitor(Protocol):
@@ -105,8 +109,12 @@ class Observations:
         limit: int,
         monitors: Sequence[tuple[str, Monitor]] = (),
         also_when: Callable[[TrainState], bool] = lambda state: False,
+        on_stage: Callable[[int, int], None] = lambda stage, step: None,
     ) -> None:
-        """`every` steps make a window; `limit` cancelled updates in a row end the run, as `last_step` does."""
+        """`every` steps make a window; `limit` cancelled updates in a row end the run, as `last_step` does.
+
+        `on_stage` gets the number of each stage that begins, and the step.
+        """
         self._journal = journal
         self._timeline = timeline
         self._console = console
@@ -115,9 +123,11 @@ class Observations:
         self._limit = limit
         self._monitors = monitors
         self._also_when = also_when
+        self._on_stage = on_stage
         self._window: list[StepReport] = []
         self._started = time.perf_counter()
         self._window_s = 0.0
+        self._waited_s = 0.0
         self._cancelled_in_a_row = 0
 
     @contextmanager
@@ -127,12 +137,24 @@ class Observations:
         self._console.start(total_steps=self._last_step, first_step=state.step, total_epochs=epochs)
         # A run that resumes among bad updates is not given more of them.
         self._cancelled_in_a_row = self._journal.streak("step_cancelled", state.step)
+        if state.step == 0:
+            self._on_stage(0, 0)
         self._started = time.perf_counter()
         try:
             yield
         finally:
             if self._window and state.whole:
                 self._read(state)
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there counts as waiting for data."""
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self._waited_s += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -154,11 +176,15 @@ class Observations:
         self._window.append(report)
         if self._ends_window(state):
             self._read(state)
+        stage = self._timeline.starts_stage(state.step)
+        if stage is not None and state.step < self._last_step:
+            self._on_stage(stage, state.step)
 
     def _ends_window(self, state: TrainState) -> bool:
         return (
             state.step % self._every == 0
             or self._timeline.ends_epoch(state.step)
+            or self._timeline.starts_stage(state.step) is not None
             or any(is_due(every, self._timeline, state.step) for every, _ in self._monitors)
             or self._also_when(state)
         )
@@ -169,9 +195,11 @@ class Observations:
         names = list(last.values)
         table = torch.stack([torch.stack([r.applied, *(r.values[name] for name in names)]) for r in reports]).tolist()
         values = _means(names, [row[1:] for row in table if row[0] > 0])
-        values["train/lr"] = last.lr
+        values["train/lr"] = last.pace.lr
+        values["train/momentum"] = last.pace.momentum
         values["train/images_per_s"] = sum(r.images for r in reports) / self._window_s
-        self._window_s = 0.0
+        values.update(self._split_time(reports))
+        self._window_s = self._waited_s = 0.0
         for every, monitor in self._monitors:
             if is_due(every, self._timeline, last.step):
                 values.update(monitor.measure(state, last))
@@ -180,6 +208,14 @@ class Observations:
         self._console.progress(last.step, epoch, values)
         for report, row in zip(reports, table, strict=True):
             self._judge(report, row[0] > 0, dict(zip(names, row[1:], strict=True)), scaled=state.loss_scale is not None)
+
+    def _split_time(self, reports: Sequence[StepReport]) -> dict[str, float]:
+        """Where the time of a mean step went, in milliseconds."""
+        totals = {"data": self._waited_s}
+        for report in reports:
+            for name, seconds in report.times.seconds().items():
+                totals[name] = totals.get(name, 0.0) + seconds
+        return {f"time/{name}_ms": 1000 * seconds / len(reports) for name, seconds in totals.items()}
 
     def _judge(self, report: StepReport, applied: bool, values: Mapping[str, float], *, scaled: bool) -> None:
         if applied:
@@ -236,6 +272,11 @@ class Evaluations:
             for prefix, (every, evaluator) in self._evaluators.items():
                 if not self._runs(every, state.step) or any(name.startswith(f"{prefix}/") for name in known):
                     continue
+                if state.ema is not None:
+                    # First, so that what an evaluator leaves in a file is of the weights that train.
+                    with state.ema.in_place():
+                        averaged = evaluator.evaluate(state.method)
+                    scores.update({f"{prefix}{AVERAGED}/{name}": value for name, value in averaged.items()})
                 values = evaluator.evaluate(state.method)
                 scores.update({f"{prefix}/{name}": value for name, value in values.items()})
             if scores:
@@ -251,7 +292,7 @@ class Evaluations:
 
     def _summarise_epoch(self, state: TrainState) -> None:
         row = self._journal.row(state.step)
-        shown = {name: row[name] for name in row if name in _SUMMARY or not name.startswith(("train/", "loss/"))}
+        shown = {name: row[name] for name in row if name in _SUMMARY or not name.startswith(_HIDDEN)}
         scores = [name for name in shown if name.endswith("/top1") and name not in _SUMMARY]
         best = {name: value for name in scores if (value := self._journal.best(name)) is not None}
         epoch = round(self._timeline.epoch(state.step), 2)

@@ -6,36 +6,56 @@ the answer, and so can `Muon`: the transactional step stands on that.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 from torch.optim import Optimizer
 
 from opsin.config import Family
 from opsin.methods.base import Method, ParamGroup
-from opsin.schedule import Cosine, Schedule
+from opsin.schedule import Cosine, Momentum, Schedule
 from opsin.timeline import Clock
 from opsin.training.muon import Muon
+from opsin.training.state import Pace
 
-Momentum = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0)]
+_LINEAR_RATE, _LINEAR_BATCH, _LINEAR_LIMIT = 0.1, 256, 0.4
 
 
 class OptimConfig(Family, ABC):
     """The optimizer, its learning rate over time, and the clip of the gradient."""
 
-    lr: float = Field(gt=0)
-    """Peak learning rate."""
+    lr: Rate | str
+    """Peak learning rate; `auto` finds it before the run begins (`opsin tune lr`)."""
     weight_decay: float = Field(0.0, ge=0)
     """Decay of matrices and filters; biases, norms and all 1-D parameters have none."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate from each layer of the backbone to the one before it; 1 for none."""
     clip_norm: float | None = Field(None, gt=0)
     """Scale the whole gradient down to this norm where it is larger; null for no clip."""
     schedule: Schedule = Cosine()
     """Factor on the learning rate over the run."""
 
-    def base_lr(self, group: ParamGroup) -> float:
-        """The learning rate that the schedule multiplies for this group, before the group's own factor."""
+    def peak_lr(self, batch_size: int) -> float:
+        """The learning rate that the schedule multiplies, for batches of this size."""
+        assert not isinstance(self.lr, str), "found before the run is built"
         return self.lr
+
+    def base_lr(self, group: ParamGroup, batch_size: int) -> float:
+        """The same for one group, before the group's own factor."""
+        return self.peak_lr(batch_size)
+
+    @property
+    @abstractmethod
+    def resting_momentum(self) -> float:
+        """The momentum (beta1) where no schedule sets it."""
+
+    def set_momentum(self, group: dict[str, Any], momentum: float) -> None:
+        """Write a scheduled momentum into one of torch's parameter groups."""
+        group["momentum"] = momentum
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
@@ -46,8 +66,8 @@ class AdamW(OptimConfig):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    """Peak learning rate."""
+    lr: Rate | Literal["auto"] = 1e-3
+    """Peak learning rate; `auto` finds it before the run begins (`opsin tune lr`)."""
     weight_decay: float = Field(0.05, ge=0)
     """Decay of matrices and filters; biases, norms and all 1-D parameters have none."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
@@ -55,16 +75,23 @@ class AdamW(OptimConfig):
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
 
+    @property
+    def resting_momentum(self) -> float:
+        return self.betas[0]
+
+    def set_momentum(self, group: dict[str, Any], momentum: float) -> None:
+        group["betas"] = (momentum, self.betas[1])
+
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=True)
 
 
 class SGD(OptimConfig):
     """Stochastic gradient descent with momentum."""
 
     name: Literal["sgd"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    """Peak learning rate."""
+    lr: Rate | Literal["auto", "linear"] = 0.1
+    """Peak learning rate; `auto` finds it before the run begins, `linear` is min(0.1 x batch size / 256, 0.4)."""
     weight_decay: float = Field(5e-4, ge=0)
     """Decay of matrices and filters; biases, norms and all 1-D parameters have none."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -72,9 +99,19 @@ class SGD(OptimConfig):
     nesterov: bool = True
     """Look ahead along the velocity."""
 
+    def peak_lr(self, batch_size: int) -> float:
+        if self.lr == "linear":
+            # Goyal et al. 2017, section 2.1, with a ceiling.
+            return min(_LINEAR_RATE * batch_size / _LINEAR_BATCH, _LINEAR_LIMIT)
+        return super().peak_lr(batch_size)
+
+    @property
+    def resting_momentum(self) -> float:
+        return self.momentum
+
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         nesterov = self.nesterov and self.momentum > 0
-        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=nesterov, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=self.momentum, nesterov=nesterov, fused=True)
         if self.momentum > 0:
             # torch leaves the velocity unset until the first step and would take uninitialised memory
             # for it if that step were cancelled. Zero is the same start: velocity = 0.9 * 0 + gradient.
@@ -88,8 +125,8 @@ class MuonConfig(OptimConfig):
     """Orthogonalised momentum inside the network, plain momentum elsewhere (Jordan et al. 2024)."""
 
     name: Literal["muon"] = "muon"
-    lr: float = Field(0.02, gt=0)
-    """Peak learning rate of hidden filters and matrices."""
+    lr: Rate | Literal["auto"] = 0.02
+    """Peak learning rate of hidden filters and matrices; `auto` finds it (and scales `other_lr` along)."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """Decay rate of the velocity of hidden filters and matrices."""
     unit_filters: bool = False
@@ -101,15 +138,19 @@ class MuonConfig(OptimConfig):
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         own = [{**group, "momentum": self.momentum if group["hidden"] else self.other_momentum} for group in groups]
-        return Muon(own, lr=self.lr, momentum=self.momentum, unit_filters=self.unit_filters)
+        return Muon(own, lr=0.0, momentum=self.momentum, unit_filters=self.unit_filters)
 
-    def base_lr(self, group: ParamGroup) -> float:
-        return self.lr if group.hidden else self.other_lr
+    @property
+    def resting_momentum(self) -> float:
+        return self.momentum
+
+    def base_lr(self, group: ParamGroup, batch_size: int) -> float:
+        return self.peak_lr(batch_size) if group.hidden else self.other_lr
 
 
 def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
     """The optimizer over the groups of `method`; every trainable parameter stands in exactly one."""
-    groups = method.param_groups()
+    groups = _groups(config, method)
     _check_groups(method, groups)
     return config.build(
         [
@@ -124,17 +165,46 @@ def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
     )
 
 
-def lr_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer, Clock], float]:
-    """A function that sets every group's learning rate for a clock and gives the base rate."""
-    bases = [(config.base_lr(group), group.lr_factor) for group in method.param_groups()]
+def pace_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer, Clock], Pace]:
+    """A function that sets every group's learning rate and momentum for a clock, and gives the base values."""
+    groups = _groups(config, method)
 
-    def set_lr(optimizer: Optimizer, clock: Clock) -> float:
-        height = config.schedule(clock)
-        for group, (base, factor) in zip(optimizer.param_groups, bases, strict=True):
-            group["lr"] = base * height * (factor(clock) if callable(factor) else factor)
-        return config.lr * height
+    def set_pace(optimizer: Optimizer, clock: Clock) -> Pace:
+        height = config.schedule(clock) * clock.stage.lr_scale
+        momentum = config.schedule.momentum_at(clock)
+        for settings, group in zip(optimizer.param_groups, groups, strict=True):
+            factor = group.lr_factor(clock) if callable(group.lr_factor) else group.lr_factor
+            settings["lr"] = config.base_lr(group, clock.stage.batch_size) * height * factor
+            if momentum is not None:
+                config.set_momentum(settings, momentum)
+        return Pace(
+            config.peak_lr(clock.stage.batch_size) * height,
+            config.resting_momentum if momentum is None else momentum,
+        )
 
-    return set_lr
+    return set_pace
+
+
+def _groups(config: OptimConfig, method: Method) -> list[ParamGroup]:
+    """The groups of the method, cut by layers of the backbone where those learn at different rates."""
+    if config.layer_decay == 1:
+        return list(method.param_groups())
+    layers = method.backbone.layers()
+    last = max(layers.values()) + 1
+    layer_of = {id(param): layers[name] for name, param in method.backbone.named_parameters()}
+    found: list[ParamGroup] = []
+    for group in method.param_groups():
+        members: dict[int, list[nn.Parameter]] = {}
+        for param in group.params:
+            members.setdefault(layer_of.get(id(param), last), []).append(param)
+        for layer, params in sorted(members.items()):
+            factor = _times(group.lr_factor, config.layer_decay ** (last - layer))
+            found.append(replace(group, name=f"{group.name}.{layer}", params=params, lr_factor=factor))
+    return found
+
+
+def _times(factor: float | Callable[[Clock], float], other: float) -> float | Callable[[Clock], float]:
+    return (lambda clock: factor(clock) * other) if callable(factor) else factor * other
 
 
 def _check_groups(method: Method, groups: Sequence[ParamGroup]) -> None:

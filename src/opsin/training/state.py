@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from opsin.data.base import Batch
 from opsin.methods.base import Losses, Method
+from opsin.nn.ema import ModelEma
 from opsin.timeline import Clock
+from opsin.training.stopwatch import Stopwatch
 
 
 @dataclass
@@ -48,10 +50,19 @@ class TrainState:
     method: Method
     optimizer: Optimizer
     loss_scale: LossScale | None = None
+    ema: ModelEma | None = None
     step: int = 0
     elapsed_s: float = 0.0
     whole: bool = True
     """False in the middle of an update, when weights and moments belong to different steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What the schedule set: the base learning rate, and the momentum (beta1 of Adam)."""
+
+    lr: float
+    momentum: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +73,15 @@ class StepReport:
     """Updates made, this one included."""
     clock: Clock
     """The time before the update."""
-    lr: float
+    pace: Pace
     values: Mapping[str, Tensor]
     """Scalars: `train/loss`, `train/grad_norm`, `loss/<name>`, `train/<name>`."""
     applied: Tensor
     """1 when weights changed, 0 when a non-finite loss or gradient cancelled the update."""
     ids: Tensor
     images: int
+    times: Stopwatch
+    """Laps `forward`, `backward` and `optimizer`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +91,14 @@ class StepPlan:
     forward: Callable[[Batch, Clock], Losses]
     """The method, compiled or wrapped for several processes."""
     clock: Callable[[int], Clock]
-    schedules: Callable[[Optimizer, Clock], float]
-    """Sets what a schedule changes in every group; gives the base learning rate."""
+    set_pace: Callable[[Optimizer, Clock], Pace]
+    """Sets what a schedule changes in every group."""
     autocast: Callable[[], AbstractContextManager[None]]
     seed: int
+    set_layers: Callable[[Clock], None] = lambda clock: None
+    """Sets which layers learn."""
+    ema_decay: Callable[[int], float] = lambda step: 0.0
+    """The decay of the averaged weights at a step."""
     accumulate: int = 1
     clip_norm: float | None = None
     rank: int = 0

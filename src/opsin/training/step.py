@@ -15,6 +15,7 @@ from opsin.methods.base import Losses
 from opsin.seeding import seed_layers
 from opsin.timeline import Clock
 from opsin.training.state import StepPlan, StepReport, TrainState
+from opsin.training.stopwatch import Stopwatch
 
 
 def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
@@ -24,11 +25,13 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
     statistics (batch norm) see one part at a time; everything else is equal to the undivided batch.
     """
     clock = plan.clock(state.step)
-    lr = plan.schedules(state.optimizer, clock)
+    pace = plan.set_pace(state.optimizer, clock)
+    plan.set_layers(clock)
+    times = Stopwatch(batch.ids.device)
     buffers = list(state.method.buffers())
     before = [buffer.clone() for buffer in buffers]
     try:
-        values = _accumulate(state, batch, clock, plan)
+        values = _accumulate(state, batch, clock, plan, times)
     except BaseException:
         _restore(buffers, before)
         state.optimizer.zero_grad()
@@ -42,24 +45,29 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
     for buffer, old in zip(buffers, before, strict=True):
         buffer.copy_(torch.where(applied > 0, buffer, old))
     state.method.after_update(clock, applied)
+    if state.ema is not None:
+        state.ema.update(plan.ema_decay(state.step), applied)
     if state.loss_scale is not None:
         state.loss_scale.update(applied)
     state.step += 1
     state.whole = True
     values["train/grad_norm"] = norm
-    return StepReport(state.step, clock, lr, values, applied, batch.ids, len(batch))
+    times.lap("optimizer")
+    return StepReport(state.step, clock, pace, values, applied, batch.ids, len(batch), times)
 
 
-def _accumulate(state: TrainState, batch: Batch, clock: Clock, plan: StepPlan) -> dict[str, Tensor]:
+def _accumulate(state: TrainState, batch: Batch, clock: Clock, plan: StepPlan, times: Stopwatch) -> dict[str, Tensor]:
     """Gradients of the mean loss over the batch, left on the parameters; the mean of what was said."""
     total: dict[str, Tensor] = {}
     for index, part in enumerate(batch.split(plan.accumulate)):
         seed_layers(plan.seed, state.step, plan.rank, index)
         with plan.autocast():
             losses = plan.forward(part, clock)
+        times.lap("forward")
         weight = len(part) / len(batch)
         loss = losses.total * weight
         (loss if state.loss_scale is None else loss * state.loss_scale.scale).backward()
+        times.lap("backward")
         for name, value in _named(losses).items():
             share = value.detach().float() * weight
             total[name] = total[name] + share if name in total else share

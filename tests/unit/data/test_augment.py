@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +115,27 @@ def test_erasing_fills_one_rectangle_of_the_asked_size() -> None:
     reached = erased[:, 0].any(0)
     assert reached.any(0).all()
     assert reached.any(1).all()
+
+
+def test_erasing_is_that_of_torchvision_for_the_first_rectangle_that_fits(images: Tensor) -> None:
+    op = RandomErasing(p=0.7, scale=(0.1, 0.9), ratio=(0.3, 3.3), fill=0.25)
+    numbers = draws(op)
+    erased = op(images, numbers)
+    later = 0
+    for index, (chosen, top, left, *rest) in enumerate(numbers.double().tolist()):
+        sizes = []
+        for area, shape in zip(rest[:10], rest[10:], strict=True):
+            pixels = SIDE**2 * (0.1 + 0.8 * area)
+            ratio = math.exp(math.log(0.3) + shape * (math.log(3.3) - math.log(0.3)))
+            sizes.append((round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))))
+        height, width = next((h, w) for h, w in sizes if 0 < h <= SIDE and 0 < w <= SIDE)
+        later += (height, width) != sizes[0]
+        if chosen >= 0.7:
+            height = 0
+        i, j = int(top * (SIDE - height + 1)), int(left * (SIDE - width + 1))
+        alone = reference.erase(images[index], i, j, height, width, torch.tensor(0.25))
+        assert torch.equal(erased[index], alone)
+    assert later, "every first proposal fits"
 
 
 def test_cutout_fills_a_square_that_may_lie_partly_outside() -> None:

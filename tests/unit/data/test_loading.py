@@ -12,6 +12,7 @@ from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop
 from opsin.data.digits import load_digits
 from opsin.data.folder import open_folder
 from opsin.data.loading import EvaluationData, TrainingData
+from opsin.data.mix import Mix
 from opsin.data.order import Order, steps_per_epoch
 from opsin.data.quarantine import Quarantine
 from opsin.data.resident import Residence
@@ -49,8 +50,8 @@ def training(
     timeline = Timeline([Stage(4, batch_size, steps_per_epoch(samples, batch_size, drop_last=drop_last))])
     return TrainingData(
         source,
-        views,
-        Order(seed=1, samples=samples, timeline=timeline, drop_last=drop_last),
+        [views],
+        Order(seed=1, labels=source.labels, timeline=timeline, drop_last=drop_last),
         facts=facts(source),
         seed=1,
         device=CPU,
@@ -222,3 +223,61 @@ def test_evaluation_without_a_readable_image_is_an_error(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"30 of 30 evaluation images are unreadable.*none is left"):
         list(evaluation(open_folder(tmp_path).train, []).batches(8))
+
+
+STAGES = [Stage(1, 8, 3, image_size=8), Stage(2, 12, 2, image_size=6, mix=False), Stage(1, 8, 3, image_size=10)]
+
+
+def staged(source: Source, *, workers: int = 0, resident: Residence = False, mix_until: float = 1.0) -> TrainingData:
+    """Three stages of several sizes, mixed but for the second."""
+    op = Mix(mixup=1.0, cutmix=0.0)
+    views = [
+        Views({"image": RandomResizedCrop(size=stage.image_size)}, mix=op, mix_until=mix_until) for stage in STAGES
+    ]
+    return TrainingData(
+        source,
+        views,
+        Order(seed=1, labels=source.labels, timeline=Timeline(STAGES), drop_last=True),
+        facts=facts(source),
+        seed=1,
+        device=CPU,
+        quarantine=Quarantine(None, total=len(source), limit=0.1),
+        workers=workers,
+        resident=resident,
+    )
+
+
+@pytest.mark.parametrize(("workers", "resident"), [(2, False), (0, True)])
+def test_every_stage_has_its_own_size_and_is_the_same_from_any_step_on(
+    pictures: Source, workers: int, resident: Residence
+) -> None:
+    whole = list(staged(pictures).batches(0, 10))
+    assert [tuple(batch.views["image"].shape[1:3]) for batch in whole] == [(8, 3)] * 3 + [(12, 3)] * 4 + [(8, 3)] * 3
+    assert [batch.views["image"].shape[-1] for batch in whole] == [8] * 3 + [6] * 4 + [10] * 3
+    for first in (0, 2, 3, 5, 7, 9):
+        again = list(staged(pictures, workers=workers, resident=resident).batches(first, 10))
+        for batch, same in zip(again, whole[first:], strict=True):
+            assert_equal(batch, same)
+
+
+def test_images_are_mixed_where_the_stage_and_the_time_say_so(pictures: Source) -> None:
+    # Four epochs in all: half of the run ends with the second epoch, within a stage that does not mix anyway.
+    for until, expected in ((1.0, [True] * 3 + [False] * 4 + [True] * 3), (0.5, [True] * 3 + [False] * 7)):
+        batches = list(staged(pictures, mix_until=until).batches(0, 10))
+        assert [batch.blend is not None for batch in batches] == expected
+        plain = training(pictures, Views({"image": RandomResizedCrop(size=8)})).batches(0, 3)
+        for batch, unmixed in zip(batches[:3], plain, strict=True):
+            blend = batch.blend
+            assert blend is not None
+            # Each image is its own share of itself and the rest of one other image of the batch, by their labels.
+            own = blend.shares[:, None, None, None] * unmixed.views["image"][0]
+            rest = batch.views["image"][0] - own
+            matches = [
+                any(
+                    torch.allclose(rest[image], (1 - blend.shares[image]) * unmixed.views["image"][0, other], atol=1e-5)
+                    and blend.labels[image] == unmixed.labels[other]
+                    for other in range(8)
+                )
+                for image in range(8)
+            ]
+            assert all(matches)

@@ -1,21 +1,28 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from opsin.data.order import Order, share, steps_per_epoch
+from opsin.data.order import Order, check_share, class_share, share, steps_per_epoch
 from opsin.errors import ConfigError
 from opsin.timeline import Stage, Timeline
 
 
 def order(samples: int, batch_size: int, *, epochs: float = 3, drop_last: bool = True, seed: int = 0) -> Order:
     steps = steps_per_epoch(samples, batch_size, drop_last=drop_last)
-    return Order(seed=seed, samples=samples, timeline=Timeline([Stage(epochs, batch_size, steps)]), drop_last=drop_last)
+    return Order(
+        seed=seed,
+        labels=torch.zeros(samples, dtype=torch.int64),
+        timeline=Timeline([Stage(epochs, batch_size, steps)]),
+        drop_last=drop_last,
+    )
 
 
 def test_an_epoch_shows_every_image_once() -> None:
     whole = order(30, 10)
     for epoch in range(3):
         batches = [whole.ids(3 * epoch + batch) for batch in range(3)]
-        assert [place for place, _ in batches] == [epoch] * 3
+        assert [place.epoch for place, _ in batches] == [epoch] * 3
         assert sorted(torch.cat([ids for _, ids in batches]).tolist()) == list(range(30))
 
 
@@ -47,9 +54,9 @@ def test_without_drop_last_the_last_batch_is_short() -> None:
 
 def test_a_stage_with_another_batch_size_starts_a_new_epoch() -> None:
     timeline = Timeline([Stage(1, 10, 3), Stage(1, 15, 2)])
-    staged = Order(seed=0, samples=30, timeline=timeline, drop_last=True)
+    staged = Order(seed=0, labels=torch.zeros(30, dtype=torch.int64), timeline=timeline, drop_last=True)
     assert [len(staged.ids(step)[1]) for step in range(5)] == [10, 10, 10, 15, 15]
-    assert [staged.ids(step)[0] for step in range(5)] == [0, 0, 0, 1, 1]
+    assert [staged.ids(step)[0].epoch for step in range(5)] == [0, 0, 0, 1, 1]
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_the_way_out() -> None:
@@ -69,3 +76,41 @@ def test_shares_make_up_the_batch_and_are_even(world: int) -> None:
     parts = [ids[share(20, rank=rank, world=world)] for rank in range(world)]
     assert torch.equal(torch.cat(parts), ids)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+LABELS = torch.tensor([0] * 60 + [1] * 25 + [-1] * 15)[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+
+
+def test_a_share_takes_its_part_of_every_class() -> None:
+    kept = LABELS[class_share(LABELS, 0.5, seed=0)]
+    assert [(kept == label).sum().item() for label in (0, 1, -1)] == [30, 13, 8]  # halves are rounded up
+    assert torch.equal(class_share(LABELS, 1.0, seed=0), torch.arange(100))
+    assert not torch.equal(class_share(LABELS, 0.5, seed=0), class_share(LABELS, 0.5, seed=1))
+
+
+@given(st.floats(0.01, 1), st.floats(0.01, 1))
+def test_a_smaller_share_is_part_of_a_larger_one(one: float, other: float) -> None:
+    small, large = (set(class_share(LABELS, share, seed=3).tolist()) for share in sorted((one, other)))
+    assert small <= large
+
+
+def test_a_stage_shows_its_share_of_the_images_once_an_epoch() -> None:
+    timeline = Timeline([Stage(2, 10, 5, data_fraction=0.5), Stage(1, 20, 5)])
+    staged = Order(seed=0, labels=LABELS, timeline=timeline, drop_last=True)
+    epochs = [torch.cat([staged.ids(5 * epoch + batch)[1] for batch in range(5)]) for epoch in range(3)]
+    half = class_share(LABELS, 0.5, seed=0).tolist()
+    assert len(half) == 51
+    for epoch in epochs[:2]:
+        assert len(set(epoch.tolist())) == 50
+        assert set(epoch.tolist()) <= set(half)
+    assert sorted(epochs[2].tolist()) == list(range(100))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_share_that_leaves_a_class_empty_names_it_and_the_least_that_serves() -> None:
+    check_share(LABELS, 0.04, ("cat", "dog"), key="stages.0.data_fraction")
+    with pytest.raises(ConfigError, match=r"stages.0.data_fraction=0.03: of the 15 images of class without a label"):
+        check_share(LABELS, 0.03, ("cat", "dog"), key="stages.0.data_fraction")
+    known = LABELS[LABELS >= 0]
+    with pytest.raises(ConfigError, match=r"of the 25 images of class 'dog' none would be left; use at least 0.02$"):
+        check_share(known, 0.01, ("cat", "dog"), key="stages.0.data_fraction")

@@ -10,7 +10,7 @@ from opsin.data.crops import Crop, PadCrop, RandomResizedCrop
 from opsin.data.folder import open_folder
 from opsin.data.quarantine import Quarantine
 from opsin.data.resident import Residence, Resident, read_everything
-from opsin.data.workers import Reader
+from opsin.data.workers import Reader, Task
 from opsin.errors import ConfigError, DataError
 from tests.unit.data.pictures import fill
 
@@ -21,7 +21,7 @@ NAMES = [f"{kind}/{number:02}.png" for kind in ("cat", "dog") for number in rang
 
 def load(source: Source, *, limit: float = 0.5, residence: Residence = "auto") -> Resident | None:
     quarantine = Quarantine(None, total=len(source), limit=limit)
-    return Resident.load(source, CROPS, seed=3, device=CPU, quarantine=quarantine, residence=residence)
+    return Resident.load(source, seed=3, device=CPU, quarantine=quarantine, residence=residence)
 
 
 def test_batches_are_those_that_are_read_one_by_one(tmp_path: Path) -> None:
@@ -30,9 +30,10 @@ def test_batches_are_those_that_are_read_one_by_one(tmp_path: Path) -> None:
     source = open_folder(tmp_path).train
     resident = load(source)
     assert resident is not None
-    reader = Reader(source, CROPS, seed=3)
+    reader = Reader(source, seed=3)
     for epoch, ids in enumerate(torch.randperm(80, generator=torch.Generator().manual_seed(0)).view(4, 20)):
-        batch, expected = resident.read(epoch, ids), reader.read(epoch, ids)
+        task = Task(CROPS, epoch, ids)
+        batch, expected = resident.read(task), reader.read(task)
         assert torch.equal(batch.labels, expected.labels)
         assert torch.equal(batch.ids, expected.ids)
         for name in CROPS:
@@ -44,7 +45,7 @@ def test_unreadable_images_are_listed_while_loading(tmp_path: Path) -> None:
     (tmp_path / "cat/03.png").write_bytes(b"")
     source = open_folder(tmp_path).train
     quarantine = Quarantine(tmp_path / "quarantine.txt", total=80, limit=0.1)
-    Resident.load(source, CROPS, seed=3, device=CPU, quarantine=quarantine)
+    Resident.load(source, seed=3, device=CPU, quarantine=quarantine)
     [line] = (tmp_path / "quarantine.txt").read_text().splitlines()
     assert "cat/03.png" in line
 
@@ -77,9 +78,10 @@ def test_large_sets_stay_on_disk_unless_asked_for(tmp_path: Path, monkeypatch: p
 def test_everything_is_read_in_order(tmp_path: Path) -> None:
     fill(tmp_path, *NAMES)
     (tmp_path / "cat/03.png").write_bytes(b"")
-    reader = Reader(open_folder(tmp_path).train, CROPS, seed=3, unreadable="leave out")
-    whole = read_everything(reader, torch.arange(80), CPU)
+    reader = Reader(open_folder(tmp_path).train, seed=3, unreadable="leave out")
+    task = Task(CROPS, 0, torch.arange(80))
+    whole = read_everything(reader, task, CPU)
     assert whole.ids.tolist() == [index for index in range(80) if index != 3]
     assert [failure.place for failure in whole.failures] == [reader.source.place(3)]
-    expected = reader.read(0, torch.arange(80))
+    expected = reader.read(task)
     assert all(torch.equal(whole.views[name], expected.views[name]) for name in CROPS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opsin.data.base import UnreadableImage
 from opsin.data.crops import RandomResizedCrop
-from opsin.data.workers import RawBatch, Reader, read_batches
+from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError, TrainingError
 
 SAMPLES = 40
@@ -65,13 +65,18 @@ class Fatal(Plain):
         return super().read(index)
 
 
+CROPS = {"image": RandomResizedCrop(size=8), "small": RandomResizedCrop(size=4, count=3)}
+
+
 def reader(source: Plain) -> Reader:
-    return Reader(source, {"image": RandomResizedCrop(size=8), "small": RandomResizedCrop(size=4, count=3)}, seed=5)
+    return Reader(source, seed=5)
 
 
 def batches(source: Plain, workers: int) -> Iterator[RawBatch]:
-    keys = [(epoch, torch.arange(first, first + 10)) for epoch in range(2) for first in range(0, SAMPLES, 10)]
-    return read_batches(reader(source), keys, workers=workers, prefetch=2)
+    tasks = [
+        Task(CROPS, epoch, torch.arange(first, first + 10)) for epoch in range(2) for first in range(0, SAMPLES, 10)
+    ]
+    return read_batches(reader(source), tasks, workers=workers, prefetch=2)
 
 
 def wait_until(happened: Callable[[], bool], *, timeout_s: float = 15) -> None:

@@ -2,19 +2,21 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
-from opsin.data.base import Batch, DataFacts
+from opsin.data.base import Batch, Blend, DataFacts
 from opsin.data.crops import CenterCrop, PadCrop, RandomResizedCrop
+from opsin.data.randaugment import RandAugment
 from opsin.errors import ConfigError
-from opsin.methods.base import Clock
 from opsin.methods.supervised import Supervised, SupervisedConfig, SupervisedViews
 from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.vit import ViTConfig
+from opsin.timeline import Stage, Timeline
 
 VIT = ViTConfig(width=16, depth=1, heads=2, patch=4)
-CLOCK = Clock(step=0, total_steps=10, epoch=0.0, total_epochs=1.0)
+CLOCK = Timeline([Stage(epochs=1, batch_size=5, steps_per_epoch=10)]).clock(0)
 
 
 def facts(*classes: str) -> DataFacts:
@@ -91,16 +93,16 @@ def test_the_head_learns_at_its_own_rate() -> None:
     ids=["padded", "resized", "center"],
 )
 def test_the_crop_is_the_one_asked_for(settings: dict[str, object], crop: object) -> None:
-    views = build(views=settings).views()
+    views = build(views=settings).views(16)
     assert views.crops == {"image": crop}
     assert views.masks is None
 
 
 def test_only_the_colour_operations_asked_for_are_done() -> None:
     assert SupervisedViews().build(16).augment == {"image": []}
-    everything = SupervisedViews(brightness=0.4, hue=0.1, grayscale=0.2, erasing=0.25, cutout_px=4)
+    everything = SupervisedViews(randaugment_ops=2, brightness=0.4, hue=0.1, grayscale=0.2, erasing=0.25, cutout_px=4)
     operations = everything.build(16).augment["image"]
-    assert [type(operation) for operation in operations] == [ColorJitter, Grayscale, RandomErasing, Cutout]
+    assert [type(operation) for operation in operations] == [RandAugment, ColorJitter, Grayscale, RandomErasing, Cutout]
 
 
 def test_images_without_labels_are_refused_with_the_way_out() -> None:
@@ -121,3 +123,33 @@ def test_a_backbone_that_starts_from_data_gets_the_images_of_the_first_batch() -
     changed = [not torch.equal(a, b) for a, b in zip(method.backbone.state_dict().values(), before, strict=True)]
     assert changed[0]
     assert sum(changed) == 1
+
+
+def test_the_loss_of_mixed_images_is_cross_entropy_against_both_labels() -> None:
+    method, batch = build(label_smoothing=0.1, mix={"mixup": 0.2, "label_smoothing": 0.05}), batch_of()
+    blend = Blend(torch.tensor([1, 1, 0, 2, 2]), torch.tensor([0.9, 0.3, 0.5, 1.0, 0.0]))
+    mixed = Batch(batch.views, batch.labels, batch.ids, blend=blend)
+    logits = method.logits(batch.views["image"][0]).double()
+    targets = torch.zeros(5, 3, dtype=torch.float64)
+    for image, (own, other, share) in enumerate(
+        zip(batch.labels.tolist(), blend.labels.tolist(), blend.shares.tolist(), strict=True)
+    ):
+        targets[image, own] += share
+        targets[image, other] += 1 - share
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.05)
+    losses = method(mixed, CLOCK)
+    # Float32 against float64: about 1e-7 of a loss around 1.
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    main = torch.tensor([0, 1, 2, 0, 2])
+    assert losses.measures["top1"].item() == pytest.approx((logits.argmax(1) == main).float().mean().item())
+    whole = method(batch, CLOCK).total.item()
+    assert whole == pytest.approx(smoothed_cross_entropy(logits, batch.labels, 0.1), rel=1e-5)
+
+
+def test_a_stage_may_have_a_label_smoothing_of_its_own() -> None:
+    method, batch = build(label_smoothing=0.3), batch_of()
+    clock = Timeline([Stage(epochs=1, batch_size=5, steps_per_epoch=10, label_smoothing=0.1)]).clock(0)
+    logits = method.logits(batch.views["image"][0])
+    assert method(batch, clock).total.item() == pytest.approx(
+        smoothed_cross_entropy(logits, batch.labels, 0.1), rel=1e-5
+    )

@@ -21,7 +21,7 @@ from opsin.timeline import Stage, Timeline
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
 from opsin.training.loop import Run, fit
 from opsin.training.observe import Evaluations, Evaluator, Observations
-from opsin.training.state import StepPlan, TrainState
+from opsin.training.state import Pace, StepPlan, TrainState
 from opsin.training.stop import Stop
 from tests.unit.training.tiny_run import Tiny, equal
 
@@ -83,7 +83,7 @@ def run_in(folder: Path, data: Numbers, evaluator: Evaluator | None = None, *, e
         on_scores=checkpoints.note_scores,
     )
     state = fresh()
-    plan = StepPlan(state.method, TIMELINE.clock, lambda optimizer, clock: 0.01, nullcontext, seed=0)
+    plan = StepPlan(state.method, TIMELINE.clock, lambda optimizer, clock: Pace(0.01, 0.9), nullcontext, seed=0)
     return Run(lambda: state, data, plan, LAST, checkpoints, observations, evaluations, Stop(), directory)
 
 

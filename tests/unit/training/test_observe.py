@@ -20,7 +20,8 @@ from opsin.methods.base import Method
 from opsin.reporting import Journal, read_events
 from opsin.timeline import Stage, Timeline
 from opsin.training.observe import Evaluations, Monitor, Observations
-from opsin.training.state import StepReport, TrainState
+from opsin.training.state import Pace, StepReport, TrainState
+from opsin.training.stopwatch import Stopwatch
 from tests.unit.training.tiny_run import fresh
 
 TIMELINE = Timeline([Stage(epochs=10, batch_size=4, steps_per_epoch=5)])
@@ -66,7 +67,9 @@ class Scenario:
         values = {"train/loss": torch.tensor(loss), "train/grad_norm": torch.tensor(norm)}
         applied = torch.tensor(float(math.isfinite(loss) and math.isfinite(norm)))
         ids = torch.tensor([7, 8, 9, 10])
-        observations.take(self.state, StepReport(self.state.step, clock, 0.1, values, applied, ids, 4))
+        times = Stopwatch(torch.device("cpu"))
+        report = StepReport(self.state.step, clock, Pace(0.1, 0.9), values, applied, ids, 4, times)
+        observations.take(self.state, report)
 
     def steps(self, observations: Observations, losses: Iterable[float]) -> None:
         with observations.watch(self.state):
@@ -107,7 +110,14 @@ def test_a_row_holds_the_mean_of_its_window(scenario: Scenario) -> None:
     scenario.steps(scenario.observations(every=3), [1.0, 2.0, 6.0, 4.0])
     rows = scenario.rows()
     assert list(rows) == [3, 4], "the last window is read when the run ends"
-    assert rows[3] == {"train/loss": 3.0, "train/grad_norm": 1.0, "train/lr": 0.1, "train/images_per_s": 4.0}
+    assert rows[3] == {
+        "train/loss": 3.0,
+        "train/grad_norm": 1.0,
+        "train/lr": 0.1,
+        "train/momentum": 0.9,
+        "train/images_per_s": 4.0,
+        "time/data_ms": 0.0,
+    }
     assert rows[4]["train/loss"] == 4.0
 
 
@@ -161,7 +171,7 @@ def test_a_gradient_that_overflows_is_normal_with_a_loss_scale(scenario: Scenari
 
 def test_a_window_of_cancelled_updates_has_no_loss(scenario: Scenario) -> None:
     scenario.steps(scenario.observations(every=2), [math.nan, math.nan])
-    assert set(scenario.rows()[2]) == {"train/lr", "train/images_per_s"}
+    assert set(scenario.rows()[2]) == {"train/lr", "train/momentum", "train/images_per_s", "time/data_ms"}
 
 
 def test_too_many_cancelled_updates_in_a_row_end_the_run(scenario: Scenario) -> None:

@@ -12,7 +12,7 @@ from opsin.data.base import Batch
 from opsin.methods.base import Clock, Losses, Method, ParamGroup, Tokens, Views, split_by_decay
 from opsin.schedule import Constant
 from opsin.timeline import Stage, Timeline
-from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, lr_setter
+from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, pace_setter
 from opsin.training.state import LossScale, StepPlan, TrainState
 from opsin.training.step import train_step
 
@@ -31,7 +31,7 @@ class Small(Method):
         self.second = nn.Linear(8, 3)
         self.average = nn.Buffer(torch.zeros(3, 8))
 
-    def views(self) -> Views:
+    def views(self, image_size: int) -> Views:
         return Views({})
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:
@@ -57,7 +57,7 @@ def batch_of(size: int, seed: int = 0) -> Batch:
 
 def plan_for(method: Small, config: OptimConfig, **changes: object) -> StepPlan:
     settings = {"accumulate": 1, "clip_norm": config.clip_norm, **changes}
-    return StepPlan(method, TIMELINE.clock, lr_setter(config, method), nullcontext, seed=0, **settings)  # type: ignore[arg-type]
+    return StepPlan(method, TIMELINE.clock, pace_setter(config, method), nullcontext, seed=0, **settings)  # type: ignore[arg-type]
 
 
 def copy_of(state: TrainState) -> list[Tensor]:

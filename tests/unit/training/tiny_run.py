@@ -23,7 +23,7 @@ class Tiny(Method):
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
 
-    def views(self) -> Views:
+    def views(self, image_size: int) -> Views:
         raise NotImplementedError
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:

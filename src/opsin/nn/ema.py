@@ -1,0 +1,59 @@
+"""An average of the weights over time, kept beside the weights that train.
+
+Polyak and Juditsky 1992; the form with a decay and its warm-up as in Tarvainen and Valpola 2017, section 3.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelEma:
+    """The moving average of every floating-point parameter and buffer of a network, under its own name."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._live = {name: tensor for name, tensor in _tensors(network).items() if tensor.is_floating_point()}
+        self.average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, decay: float, applied: Tensor) -> None:
+        """`average = decay * average + (1 - decay) * weights`; nothing where the scalar `applied` is 0."""
+        averages, weights = list(self.average.values()), list(self._live.values())
+        steps = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(steps, applied * (1 - decay))
+        torch._foreach_add_(averages, steps)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the network has the average for weights; after, its own, bit for bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by name."""
+        return dict(self.average)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over an average with the same names and shapes."""
+        assert state.keys() == self.average.keys(), "the average of another network"
+        with torch.no_grad():
+            for name, tensor in self.average.items():
+                tensor.copy_(state[name])
+
+    def _exchange(self) -> None:
+        for name, live in self._live.items():
+            live.data, self.average[name] = self.average[name], live.data
+
+
+def ema_decay(step: int, *, decay: float, warmup: bool) -> float:
+    """The decay of update `step`, counted from 0; with `warmup` it rises from 0.1 so that early weights are forgotten."""
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return dict(network.state_dict(keep_vars=True))

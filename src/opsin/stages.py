@@ -1,0 +1,89 @@
+"""From the stages of a recipe to those of a run."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from opsin.console import Console
+from opsin.data.base import Source
+from opsin.data.order import check_share, class_share, steps_per_epoch
+from opsin.errors import ConfigError
+from opsin.methods.base import Method
+from opsin.recipe import Recipe, StageConfig
+from opsin.reporting import Journal
+from opsin.timeline import Stage, Timeline
+from opsin.training.freeze import LayerFreezer
+
+
+def plan_time(recipe: Recipe, source: Source, say: Callable[[str], None]) -> Timeline:
+    """The stages of the run, and with them its steps.
+
+    Raises:
+        ConfigError: fewer images than a batch, or a share of the data that leaves a class empty.
+    """
+    wanted = recipe.stages
+    if not wanted:
+        assert recipe.epochs is not None, "the recipe checks it"
+        wanted = [StageConfig(name="whole run", epochs=recipe.epochs)]
+    total = sum(stage.epochs for stage in wanted)
+    stretch = 1.0 if recipe.epochs is None else recipe.epochs / total
+    if stretch != 1:
+        say(f"stages: {total:g} epochs in all, stretched to {recipe.epochs:g} (epochs)")
+    return Timeline([_stage(recipe, number, stage, stretch, source) for number, stage in enumerate(wanted)])
+
+
+def _stage(recipe: Recipe, number: int, wanted: StageConfig, stretch: float, source: Source) -> Stage:
+    place = f"stages.{number}." if recipe.stages else ""
+    batch_size = wanted.batch_size or recipe.batch_size
+    size_key = f"{place if wanted.batch_size else ''}batch_size"
+    if recipe.accumulate > batch_size:
+        raise ConfigError(
+            f"accumulate={recipe.accumulate}: a batch of {batch_size} images ({size_key}) has no so many parts; "
+            f"use accumulate={batch_size} or less"
+        )
+    check_share(source.labels, wanted.data_fraction, source.classes, key=f"{place}data_fraction")
+    samples = len(class_share(source.labels, wanted.data_fraction, recipe.seed))
+    return Stage(
+        epochs=wanted.epochs * stretch,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch(samples, batch_size, drop_last=recipe.data.drop_last, key=size_key),
+        name=wanted.name or f"stage {number + 1}",
+        image_size=wanted.image_size or recipe.data.image_size,
+        data_fraction=wanted.data_fraction,
+        lr_scale=wanted.lr_scale,
+        mix=wanted.mix,
+        label_smoothing=wanted.label_smoothing,
+        train=wanted.train,
+    )
+
+
+def plan_stages(recipe: Recipe, timeline: Timeline, method: Method) -> LayerFreezer:
+    """What freezes the layers of each stage.
+
+    Raises:
+        ConfigError: the network cannot take a stage's images, or a pattern matches no layer.
+    """
+    freezer = LayerFreezer(method)
+    for number, stage in enumerate(timeline.stages):
+        method.backbone.check_size(stage.image_size, key=f"stages.{number}.image_size")
+        freezer.check(stage.train, key=f"stages.{number}.train")
+    return freezer
+
+
+def announce_stage(
+    timeline: Timeline, freezer: LayerFreezer, journal: Journal, console: Console, number: int, step: int
+) -> None:
+    """Write down that a stage begins; for a reader, where there are several or layers are frozen."""
+    stage = timeline.stages[number]
+    frozen = freezer.frozen(stage.train)
+    facts = {name: value for name, value in asdict(stage).items() if name != "name"}
+    journal.event("stage", step, number=number, name=stage.name, **{**facts, "train": list(stage.train)}, frozen=frozen)
+    if len(timeline.stages) == 1 and not frozen:
+        return
+    words = [f"{stage.passes:.3g} epochs", f"{stage.image_size} px", f"batches of {stage.batch_size}"]
+    if stage.data_fraction < 1:
+        words.append(f"{stage.data_fraction:.0%} of the images")
+    if stage.lr_scale != 1:
+        words.append(f"learning rate x {stage.lr_scale:g}")
+    if frozen:
+        words.append(f"{len(frozen)} of {len(freezer.learnable)} tensors frozen (events.jsonl names them)")
+    console.notice(f"stage {number + 1} of {len(timeline.stages)}, {stage.name!r}: {', '.join(words)}")

@@ -1,0 +1,71 @@
+"""Which layers learn in a stage, by patterns of parameter names.
+
+A frozen parameter gets no gradient and its optimizer state is not touched. A norm whose parameters are
+frozen keeps its running statistics too.
+"""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from opsin.errors import ConfigError
+from opsin.timeline import Clock
+
+
+class LayerFreezer:
+    """Sets which parameters of `method` learn; those that never learn by construction stay as they are."""
+
+    def __init__(self, method: nn.Module) -> None:
+        self._method = method
+        self.learnable = tuple(name for name, param in method.named_parameters() if param.requires_grad)
+        self._current: tuple[str, ...] | None = None
+
+    def __call__(self, clock: Clock) -> None:
+        """What the stage of `clock` asks for; costs nothing within a stage."""
+        if clock.stage.train != self._current:
+            self.set_trainable(clock.stage.train)
+
+    def set_trainable(self, patterns: tuple[str, ...]) -> None:
+        """Let the parameters learn whose names match one of `patterns` (`head.*`), and freeze the others."""
+        learning = set(matches(self.learnable, patterns))
+        for name, param in self._method.named_parameters():
+            if name in self.learnable:
+                param.requires_grad = name in learning
+                if name not in learning:
+                    param.grad = None
+        for name, module in self._method.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(bool(matches([f"{name}.running_mean"], patterns)))
+        self._current = patterns
+
+    def frozen(self, patterns: Sequence[str]) -> list[str]:
+        """The names of the parameters that `patterns` freeze."""
+        learning = set(matches(self.learnable, patterns))
+        return [name for name in self.learnable if name not in learning]
+
+    def check(self, patterns: Sequence[str], *, key: str) -> None:
+        """See that each pattern means something; the recipe calls the list `key`.
+
+        Raises:
+            ConfigError: a pattern matches no parameter that can learn, or there is none.
+        """
+        if not patterns:
+            raise ConfigError(f"{key}: no pattern, so that nothing would learn; ['*'] lets all layers learn")
+        for pattern in patterns:
+            if not matches(self.learnable, [pattern]):
+                raise ConfigError(
+                    f"{key}: {pattern!r} matches no parameter; names begin with {_beginnings(self.learnable)}"
+                )
+
+
+def matches(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match one of the patterns; `*` stands for any letters, dots included."""
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _beginnings(names: Sequence[str]) -> str:
+    """The first levels of the names, for a reader: `backbone.blocks.0`, `head.linear`."""
+    found = dict.fromkeys(".".join(name.split(".")[:-1][:3]) or name for name in names)
+    shown = list(found)
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-3:]])

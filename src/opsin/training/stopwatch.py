@@ -1,0 +1,42 @@
+"""Where the time of an update goes, measured without waiting for the device."""
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Moments of one update. On a GPU they are events in its queue, read when the values of the update are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._start = self._now()
+        self._laps: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def lap(self, name: str) -> None:
+        """What was done since the lap before was `name`."""
+        self._laps.append((name, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """The time of each name. On a GPU the update must have been waited for."""
+        found: dict[str, float] = {}
+        before = self._start
+        for name, now in self._laps:
+            found[name] = found.get(name, 0.0) + _between(before, now)
+            before = now
+        return found
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _between(before: "float | torch.cuda.Event", now: "float | torch.cuda.Event") -> float:
+    if isinstance(before, float) and isinstance(now, float):
+        return now - before
+    assert not isinstance(before, float)
+    assert not isinstance(now, float)
+    return float(before.elapsed_time(now)) / 1000
