@@ -38,6 +38,7 @@ SETTINGS = (
     "evaluators.val.every=1 epoch",
     "log.every=1",
     "log.tensorboard=false",
+    "log.plots=false",
 )
 BLIND = ("evaluators.val=null", "log.every=1000000", "log.csv=false", "checkpoints.every=never")
 

@@ -34,7 +34,14 @@ from opsin.rundir import RunDirectory
 from opsin.training.loop import Run, fit
 
 NETWORK = ["model.width=192", "model.depth=6", "model.heads=3", "model.patch=1"]
-QUIET = ["evaluators.val=null", "checkpoints.every=never", "data.workers=0", "log.tensorboard=false", "log.csv=false"]
+QUIET = [
+    "evaluators.val=null",
+    "checkpoints.every=never",
+    "data.workers=0",
+    "log.tensorboard=false",
+    "log.csv=false",
+    "log.plots=false",
+]
 
 
 def main() -> None:

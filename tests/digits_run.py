@@ -20,6 +20,7 @@ OVERRIDES = (
     "evaluators.val.every=1 epoch",
     "log.tensorboard=false",
     "log.csv=false",
+    "log.plots=false",
 )
 BROKEN_UP = (
     "batch_size=64",
@@ -31,6 +32,7 @@ BROKEN_UP = (
     "evaluators.val.every=1 epoch",
     "log.every=4",
     "log.tensorboard=false",
+    "log.plots=false",
 )
 """16 steps make an epoch: most checkpoints fall into the middle of one."""
 VIT = ("model.width=16", "model.depth=2", "model.heads=2", "model.dropout=0.1", "model.drop_path=0.2")

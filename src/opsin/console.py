@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-_SHOWN = ("train/loss", "train/top1", "train/images_per_s", "train/lr")
+_SHOWN = ("train/loss", "train/top1", "train/images_per_s", "train/lr", "gpu/peak_memory_gib")
 _BAR_EVERY_S = 0.25
 
 

@@ -5,8 +5,9 @@ A run may take several sessions. Each opens the directory, trains, and leaves it
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -18,14 +19,16 @@ from opsin.config import diff, flatten, to_yaml
 from opsin.console import Console, describe, duration, open_console
 from opsin.errors import ConfigError, RunError, Stopped, TrainingError
 from opsin.export import write_model
-from opsin.methods.base import Method
+from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory
+from opsin.rundir import RunDirectory, write_atomic
 from opsin.sinks import SinkName, TextLog, open_sinks
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit
+from opsin.training.observe import AVERAGED
 from opsin.training.precision import choose_device, describe_device, peak_memory_bytes
+from opsin.training.state import TrainState
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
 """Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""
@@ -65,6 +68,7 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
         has_weights = find_checkpoints(out / "checkpoints") or (out / "model.safetensors").exists()
         return diff(read(str(out / "recipe.yaml")), recipe) if has_weights else ()
 
+    recipe = _with_rates(recipe, out, quiet=quiet)
     notes: list[str] = []
     with RunDirectory.prepare(
         out, to_yaml(recipe, comments=False), fresh=fresh, differences=differences, notice=notes.append
@@ -85,6 +89,7 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
             f"{path}: holds no run to resume (no recipe.yaml); start one with opsin train RECIPE --out {path}"
         )
     before, after = read(str(directory.recipe)), read(str(directory.recipe), overrides)
+    after = _with_rates(after, path, quiet=quiet)
     changed = diff(before, after)
     refused = [line for line in changed if line.startswith(FIXED)]
     if refused:
@@ -96,6 +101,25 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
         path, to_yaml(before, comments=False), fresh=False, differences=lambda text: (), notice=notes.append
     ) as locked:
         return _train_in(locked, after, name, notes, quiet=quiet)
+
+
+def _with_rates(recipe: Recipe, out: Path, *, quiet: bool) -> Recipe:
+    """The recipe with the learning rates that a sweep finds, where it asks for that; kept beside `out`.
+
+    Raises:
+        OpsinError: the sweep found none.
+    """
+    if recipe.optim.lr != "auto":
+        return recipe
+    folder = out.with_name(f"{out.name}-lr")
+    wanted = folder / ".wanted.yaml"  # hidden: the sweep wants the folder for itself
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(wanted, to_yaml(recipe, comments=False).encode())
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from error
+    rates = find_lr(wanted, (), folder, say=open_console(quiet=quiet).notice)
+    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update=dict(rates))})
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -113,11 +137,14 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
         sinks.append("csv")
     if recipe.log.tensorboard:
         sinks.append("tensorboard")
-    journal = Journal(directory.path, open_sinks(directory.path, sinks, notice=console.notice), warn=console.warning)
+    if recipe.log.plots:
+        sinks.append("plots")
+    copies = open_sinks(directory.path, sinks, notice=console.notice, warn=console.warning)
+    journal = Journal(directory.path, copies, warn=console.warning)
     device = choose_device(recipe.device)
     hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
     directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
-    with _session(directory, journal, console, device), _in_words(recipe):
+    with _session(directory, journal, console, device), in_words(recipe):
         run = assemble(recipe, directory, journal, console, fingerprint=fingerprint(recipe))
         state = fit(run)
         if run.checkpoints.newest_step != state.step:
@@ -125,7 +152,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
                 f"{directory.path}: training is done, but its last checkpoint could not be written (see above): "
                 f"make room, then opsin resume {directory.path} does again what was not saved"
             )
-        _write_final(directory, state.method)
+        _write_final(directory, state)
     console.finish(_last_words(directory, journal))
     return run
 
@@ -137,7 +164,16 @@ def _last_words(directory: RunDirectory, journal: Journal) -> str:
         return f"{directory.path}: done"
     scores = {name: value for name, value in last.values.items() if name.endswith("/top1") and name != "train/top1"}
     words = [f"{directory.path}: done, {last.step} steps in {duration(last.time_s)}", describe(scores)]
+    words += [_better(name, scores) for name in scores if f"{AVERAGED}/" in name]
     return "  ".join(word for word in words if word)
+
+
+def _better(averaged: str, scores: Mapping[str, float]) -> str:
+    """Which weights score better, the averaged ones or those that were trained."""
+    raw = averaged.replace(f"{AVERAGED}/", "/")
+    if scores[averaged] > scores.get(raw, -math.inf):
+        return f"better by {raw}: the averaged weights (opsin export DIR --weights ema)"
+    return f"better by {raw}: the weights as trained"
 
 
 @contextmanager
@@ -158,15 +194,15 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
         step, seconds = (0, 0.0) if last is None else (last.step, last.time_s)
         journal.event(status, step, reason=reason)
         journal.summarize(steps=step, seconds=seconds, peak_memory_bytes=peak_memory_bytes(device))
-        journal.close()
         try:
             directory.end_session(status, reason)
         except RunError as error:  # a full disk must not hide how training ended
             console.warning(str(error))
+        journal.close()  # waits for the last pictures: training is over before
 
 
 @contextmanager
-def _in_words(recipe: Recipe) -> Iterator[None]:
+def in_words(recipe: Recipe) -> Iterator[None]:
     """What torch tells in a traceback although the recipe can change it: no memory left, no compiler."""
     try:
         yield
@@ -182,9 +218,14 @@ def _in_words(recipe: Recipe) -> Iterator[None]:
         raise
 
 
-def _write_final(directory: RunDirectory, method: Method) -> None:
+def _write_final(directory: RunDirectory, state: TrainState) -> None:
     try:
-        write_model(directory.model, method)
+        # The averaged weights first: a directory with model.safetensors is whole.
+        directory.averaged.unlink(missing_ok=True)
+        if state.ema is not None:
+            with state.ema.in_place():
+                write_model(directory.averaged, state.method)
+        write_model(directory.model, state.method)
     except OSError as error:
         raise RunError(
             f"{directory.model}: cannot be written: {error.strerror or error}; the last checkpoint holds the weights: "

@@ -22,6 +22,7 @@ TINY = (
     "model.heads=2",
     "checkpoints.every=1 epoch",
     "log.tensorboard=false",
+    "log.plots=false",
 )
 """Keys that make `quickstart` a training of a moment on the folder `pictures`."""
 

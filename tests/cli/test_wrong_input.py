@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from opsin.rundir import RunDirectory
 from tests.cli.commands import Answer, deviation, pictures, run_several, train
@@ -98,6 +100,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path,
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no weights")
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04")
+    save_file({"conv1.weight": torch.zeros(8, 3, 7, 7)}, tmp_path / "other.safetensors")
     cases: Cases = {
         train("data.path=nowhere"): ("nowhere: no such file or folder; .*check the path",),
         train("data.path=~/nowhere"): ("~/nowhere: no such file or folder",),
@@ -123,6 +126,15 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path,
         train("model.weights=no.pt"): ("no.pt: does not exist; give a .safetensors, .pt or .pth file",),
         train("model.weights=notes.txt"): ("notes.txt: ",),
         train("model.weights=cut.pt"): ("cut.pt: ",),
+        train("model.weights=other.safetensors"): ("other.safetensors: has 0 of the .* give weights of the same model",),
+        train("stages=[{epochs: 1, image_size: 7}]"): (r"stages.0.image_size=7: model.patch = 2: images of 7 x 7 pixels",),
+        train("stages=[{epochs: 1, train: [heads.*]}]"): (r"stages.0.train: 'heads.\*' matches no parameter; .*head",),
+        train("stages=[{epochs: 1, data_fraction: 0.01}]"): (
+            "stages.0.data_fraction=0.01: of the .* images of class '.' none would be left; use at least 0.0",
+        ),
+        train("stages=[{epochs: 1}, {epochs: 1, batch_size: 100}]"): (
+            "stages.1.batch_size=100: there are only 20 training images, .*use stages.1.batch_size=20 or less",
+        ),
         train("device=cuda:99"): ("device: 'cuda:99' (was asked for, but torch .* sees no GPU; use|does not exist)",),
         train("precision=tf32"): ("precision: 'tf32' exists on CUDA only; use precision=fp32",),
     }

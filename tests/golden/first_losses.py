@@ -32,6 +32,7 @@ _EVERYWHERE = (
     f"limits.steps={STEPS}",
     "log.every=1",
     "log.tensorboard=false",
+    "log.plots=false",
     "log.csv=false",
     "checkpoints.every=never",
     "evaluators.val=null",
@@ -39,15 +40,40 @@ _EVERYWHERE = (
 _SMALL_VIT = ("model.width=16", "model.depth=2", "model.heads=2")
 # torch draws the masks of dropout with a library that other builds do not have.
 _NO_DROPOUT = ("model.dropout=0", "model.attention_dropout=0", "model.drop_path=0")
-VARIANTS = {
+_SMALL_CONVNET = ("model.widths=[8,16,16]", "optim.lr=0.02")
+_SMALL_RESNET = ("model.name=resnet10t", "data.image_size=32", "data.eval_resize=32", "optim.lr=0.001")
+_WHOLE_RUN = ("epochs=0.008",)
+"""All stages within the first updates."""
+
+
+def _sizes(*image_sizes: int) -> tuple[str, ...]:
+    return tuple(
+        text
+        for number, size in enumerate(image_sizes)
+        for text in (f"stages.{number}.image_size={size}", f"stages.{number}.batch_size=32")
+    )
+
+
+_HYBRID = (*_WHOLE_RUN, "stages.0.batch_size=32", "stages.3.batch_size=32")
+VARIANTS: dict[str, tuple[str, ...]] = {
     "quickstart": (*_SMALL_VIT, *_NO_DROPOUT, "optim.lr=0.01"),
     "cifar10-vit": (*_SMALL_VIT, *_NO_DROPOUT, "data.image_size=16", "optim.lr=0.01"),
     "cifar10-vit-strong": (*_SMALL_VIT, *_NO_DROPOUT, "data.image_size=16", "optim.lr=0.01"),
     # Batch norm and Muon's bf16 carry roundings on: at these rates by a factor of two per update, not ten.
-    "cifar10-cpu": ("model.widths=[8,16,16]", "optim.lr=0.02"),
-    "imagenet-resnet50": ("model.name=resnet10t", "data.image_size=32", "data.eval_resize=32", "optim.lr=0.001"),
+    "cifar10-cpu": _SMALL_CONVNET,
+    "cifar10-standard": _SMALL_CONVNET,
+    "cifar10-finetune": (*_SMALL_CONVNET, *_WHOLE_RUN, "model.weights=null"),
+    "cifar10-progressive": (*_SMALL_CONVNET, *_WHOLE_RUN),
+    "cifar10-hybrid": (*_SMALL_CONVNET, *_HYBRID),
+    "cifar10-hybrid-freeze": (*_SMALL_CONVNET, *_HYBRID),
+    "imagenet-resnet50": _SMALL_RESNET,
+    "imagenet-standard": _SMALL_RESNET,
+    "imagenet-finetune": (*_SMALL_RESNET, *_WHOLE_RUN, "model.weights=null"),
+    "imagenet-progressive": (*_SMALL_RESNET, *_WHOLE_RUN, *_sizes(16, 24, 32)),
+    "imagenet-hybrid": (*_SMALL_RESNET, *_WHOLE_RUN, *_sizes(16, 24, 32, 32)),
+    "imagenet-hybrid-freeze": (*_SMALL_RESNET, *_WHOLE_RUN, *_sizes(16, 24, 32, 32)),
 }
-NEEDS_COLOUR = {"cifar10-cpu", "imagenet-resnet50"}
+NEEDS_COLOUR = {name for name in VARIANTS if name.startswith("imagenet") or VARIANTS[name][:1] == _SMALL_CONVNET[:1]}
 """Variants trained on CIFAR-10: whitening and batch norm of grey images amplify roundings. The others scale digits."""
 
 

@@ -1,20 +1,26 @@
 """Copies of the journal: the same rows, and after a resume no step twice."""
 
 import csv
+import itertools
+import os
+import select
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from opsin.plots import draw_run
 from opsin.reporting import Journal, read_rows
-from opsin.sinks import CsvTable, SinkName, TensorBoard, open_sinks
+from opsin.sinks import CsvTable, Plots, SinkName, TensorBoard, open_sinks
 
-ALL: tuple[SinkName, ...] = ("csv", "tensorboard", "text")
+ALL: tuple[SinkName, ...] = ("csv", "tensorboard", "plots", "text")
 
 
 def open_journal(folder: Path, *names: SinkName) -> Journal:
     faults: list[str] = []
-    journal = Journal(folder, open_sinks(folder, names, notice=faults.append), warn=faults.append)
+    journal = Journal(folder, open_sinks(folder, names, notice=faults.append, warn=faults.append), warn=faults.append)
     assert not faults
     return journal
 
@@ -83,10 +89,11 @@ def test_the_text_log_is_plain_and_only_grows(tmp_path: Path) -> None:
 def test_a_missing_package_is_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     notices: list[str] = []
-    sinks = open_sinks(tmp_path, ALL, notice=notices.append)
+    sinks = open_sinks(tmp_path, ALL, notice=notices.append, warn=pytest.fail)
     assert [sink.name for sink in sinks] == ["log.csv", "log.txt"]
-    assert len(notices) == 1
+    assert len(notices) == 2
     assert "pip install tensorboard" in notices[0]
+    assert "pip install matplotlib" in notices[1]
 
 
 def test_tensorboard_goes_on_after_a_folder_could_not_be_written(tmp_path: Path) -> None:
@@ -99,3 +106,128 @@ def test_tensorboard_goes_on_after_a_folder_could_not_be_written(tmp_path: Path)
     journal.close()
     assert len(warnings) == 1
     assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 0.5)]
+
+
+VALUES = {"train/loss": 1.0, "train/lr": 0.1}
+
+
+def painter(sink: Plots) -> int:
+    """The process that draws."""
+    assert sink._painter is not None
+    return sink._painter.pid
+
+
+def is_drawn_again(picture: Path, journal: Journal, steps: Iterator[int]) -> bool:
+    """Whether rows alone, as training writes them, bring a new picture (at most a minute is waited)."""
+    picture.unlink(missing_ok=True)
+    for _ in range(600):
+        step = next(steps)
+        journal.log(step, step / 10, {"val/loss": 1.0 / step}, time_s=step)
+        if picture.exists():
+            return True
+        select.select([], [], [], 0.1)
+    return False
+
+
+def test_pictures_are_made_while_training_and_anew(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, [Plots(tmp_path, warn=pytest.fail, every_s=0.0)], warn=pytest.fail)
+    steps = itertools.count(1)
+    assert is_drawn_again(tmp_path / "plots" / "loss.png", journal, steps)
+    journal.close()
+
+
+def test_at_the_end_the_pictures_show_the_whole_run(tmp_path: Path) -> None:
+    sink = Plots(tmp_path, warn=pytest.fail)
+    journal = Journal(tmp_path, [sink], warn=pytest.fail)
+    for step in range(1, 40):
+        journal.log(step, step / 10, VALUES, time_s=step)
+    assert sink._painter is None  # a short run is not disturbed
+    journal.close()
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    assert set(pictures) == {"loss.png", "schedule.png"}
+    assert pictures == {path.name: path.read_bytes() for path in draw_run(tmp_path)}
+
+
+def test_after_a_resume_the_pictures_are_those_of_an_unbroken_run(tmp_path: Path) -> None:
+    broken, straight = tmp_path / "broken" / "run", tmp_path / "straight" / "run"
+    broken.mkdir(parents=True)
+    straight.mkdir(parents=True)
+    journal = open_journal(broken, "plots")
+    for step in range(1, 30):
+        journal.log(step, step / 10, VALUES if step < 20 else {"train/loss": 9.0}, time_s=step)
+    journal.close()
+    for folder, first in ((broken, 20), (straight, 1)):
+        journal = open_journal(folder, "plots")
+        journal.rewind(first - 1)
+        for step in range(first, 40):
+            journal.log(step, step / 10, VALUES, time_s=step)
+        journal.close()
+    for name in ("loss.png", "schedule.png"):
+        assert (broken / "plots" / name).read_bytes() == (straight / "plots" / name).read_bytes()
+
+
+def test_a_drawing_is_not_asked_for_while_one_is_made(tmp_path: Path) -> None:
+    sink = Plots(tmp_path, warn=pytest.fail, every_s=0.0)
+    journal = Journal(tmp_path, [sink], warn=pytest.fail)
+    journal.log(1, 0.1, {"val/loss": 1.0}, time_s=1.0)
+    os.kill(painter(sink), signal.SIGSTOP)  # a very slow drawing
+    for step in range(2, 2000):
+        journal.log(step, step / 10, {"val/loss": 1.0}, time_s=step)
+    process = sink._painter
+    assert process is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.send_signal(signal.SIGCONT)
+    process.stdin.close()  # as when training was killed: it answers what it was asked, and ends
+    assert len(process.stdout.readlines()) == 1
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
+
+
+def test_a_drawing_that_hangs_does_not_hold_the_end(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    sink = Plots(tmp_path, warn=warnings.append, every_s=0.0, patience_s=0.2)
+    journal = Journal(tmp_path, [sink], warn=pytest.fail)
+    journal.log(1, 0.1, {"val/loss": 1.0}, time_s=1.0)
+    process = painter(sink)
+    os.kill(process, signal.SIGSTOP)
+    journal.close()
+    assert len(warnings) == 1
+    assert "not ready after 0.2 s" in warnings[0]
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_what_cannot_be_drawn_is_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "plots").touch()  # a file where the folder should be
+    warnings: list[str] = []
+    sink = Plots(tmp_path, warn=warnings.append, every_s=0.0)
+    journal = Journal(tmp_path, [sink], warn=pytest.fail)
+    for step in (1, 2, 3):
+        journal.log(step, step / 10, {"val/loss": 1.0}, time_s=step)
+        sink._hear(wait_s=60.0)
+        sink._next_s = 0.0
+    (tmp_path / "plots").unlink()
+    journal.close()
+    assert len(warnings) == 1
+    assert "plots: cannot be written" in warnings[0]
+    assert (tmp_path / "plots" / "loss.png").exists()  # there is room again
+
+
+def test_a_killed_painter_is_one_warning_and_the_end_is_drawn_by_another(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    sink = Plots(tmp_path, warn=warnings.append, every_s=0.0)
+    journal = Journal(tmp_path, [sink], warn=pytest.fail)
+    journal.log(1, 0.1, {"val/loss": 1.0}, time_s=1.0)
+    os.kill(painter(sink), signal.SIGKILL)
+    sink._hear(wait_s=60.0)
+    assert len(warnings) == 1
+    assert "has ended" in warnings[0]
+    journal.close()
+    assert (tmp_path / "plots" / "loss.png").exists()
+
+
+def test_a_run_without_rows_starts_no_process(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path, "plots")
+    journal.close()
+    assert not (tmp_path / "plots").exists()

@@ -22,7 +22,7 @@ class Pictures:
     """Sixty pictures of two classes, of which only the labels are asked for."""
 
     name = "sixty pictures"
-    classes = ("cat", "dog")
+    classes: tuple[str, ...] = ("cat", "dog")
     labels = torch.tensor([0] * 40 + [1] * 20)
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ def test_averaged_weights_are_scored_beside_the_others_and_can_be_used(run: Path
     for weights, prefix in (("raw", "val"), ("ema", "val_ema")):
         values = evaluate_run(run, weights=weights).values  # type: ignore[arg-type]  # a loop over both choices
         assert values["top1"] == last[f"{prefix}/top1"]
-    raw, averaged = (opsin.load(run, weights=weights) for weights in ("raw", "ema"))  # type: ignore[arg-type]
+    raw, averaged = (opsin.load(run, weights=weights) for weights in ("raw", "ema"))
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(raw(images), averaged(images))
     (newest,) = list(find_checkpoints(run / "checkpoints").values())[-1:]

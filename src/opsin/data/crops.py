@@ -74,6 +74,23 @@ class PadCrop(Crop):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WindowCrop(Crop):
+    """A square of `size` pixels of the image, not resized, anywhere over the image and a padded border.
+
+    An image of `size` pixels is cut as by `PadCrop`; of a larger one a part is seen, at the scale that it has.
+    """
+
+    padding_px: int = 0
+    num_draws: ClassVar[int] = 2
+
+    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+        side = torch.full_like(heights, self.size)
+        top = _window_start(heights, self, draws[:, 0])
+        left = _window_start(widths, self, draws[:, 1])
+        return _unflipped(top, left, side, side)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop(Crop):
     """A rectangle of random area and shape inside the image; Szegedy et al. 2015, section 6.
 
@@ -205,6 +222,12 @@ def _windows(images: Tensor, boxes: Boxes, height: int, width: int, crop: Crop) 
     if over:
         pixels.clamp_(max=tall * wide)
     return flat.gather(2, pixels.view(count, 1, -1).expand(-1, channels, -1)).view(count, channels, height, width)
+
+
+def _window_start(sides: Tensor, crop: WindowCrop, draws: Tensor) -> Tensor:
+    """Where the window begins along one axis; an image that is too small for it lies in its middle."""
+    room = sides + 2 * crop.padding_px - crop.size
+    return torch.where(room >= 0, _below(room + 1, draws) - crop.padding_px, (sides - crop.size) // 2)
 
 
 def _below(limits: Tensor, draws: Tensor) -> Tensor:

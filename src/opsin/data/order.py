@@ -48,9 +48,9 @@ class Order:
 
 
 def class_share(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """The ids of the rounded `fraction` of each class, int64 [n], ascending; those of a smaller fraction are among them.
+    """The ids of the rounded `fraction` of each class, int64 [n], ascending.
 
-    `labels` is int64 [N]; unlabelled images (-1) count as one class.
+    Those of a smaller fraction are among them. `labels` is int64 [N]; unlabelled images (-1) count as one class.
     """
     ids = torch.arange(len(labels))
     if fraction == 1:
@@ -77,7 +77,8 @@ def check_share(labels: Tensor, fraction: float, classes: Sequence[str], *, key:
     if count * fraction + 0.5 < 1:
         name = repr(classes[smallest - 1]) if smallest else "without a label"
         raise ConfigError(
-            f"{key}={fraction:g}: of the {count} images of class {name} none would be left; use at least {0.5 / count:.2g}"
+            f"{key}={fraction:g}: of the {count} images of class {name} none would be left; "
+            f"use at least {0.5 / count:.2g}"
         )
 
 

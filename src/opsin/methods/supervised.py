@@ -17,7 +17,7 @@ from torch import Tensor
 from opsin.config import Settings
 from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
 from opsin.data.base import Augment
-from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop
+from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop, WindowCrop
 from opsin.data.mix import Mix
 from opsin.data.randaugment import RandAugment
 from opsin.errors import ConfigError
@@ -67,16 +67,17 @@ class MixConfig(Settings):
 class SupervisedViews(Settings):
     """How a training image is cut and coloured."""
 
-    crop: Literal["resized", "padded", "center"] = "resized"
-    """`resized`: a random rectangle; `padded`: shifted over a padded border; `center`: always the centre."""
+    crop: Literal["resized", "padded", "window", "center"] = "resized"
+    """`resized`: a random rectangle; `padded`: shifted over a padded border; `window`: the same, never resized, so that
+    smaller training images show a part; `center`: always the centre."""
     scale: Range = (0.08, 1.0)
     """Share of the image's area in a `resized` crop, from and to."""
     ratio: Range = (0.75, 4 / 3)
     """Width over height of a `resized` crop, from and to."""
     padding_px: int = Field(4, ge=0)
-    """Border of a `padded` crop in pixels."""
+    """Border of a `padded` or `window` crop in pixels."""
     padding: Literal["zero", "reflect"] = "zero"
-    """What the border of a `padded` crop shows."""
+    """What this border shows."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How a crop is resized."""
     flip: Literal["none", "random", "alternate"] = "random"
@@ -111,6 +112,8 @@ class SupervisedViews(Settings):
     def _crop(self, size: int) -> Crop:
         if self.crop == "padded":
             return PadCrop(size=size, flip=self.flip, padding=self.padding, padding_px=self.padding_px)
+        if self.crop == "window":
+            return WindowCrop(size=size, flip=self.flip, padding=self.padding, padding_px=self.padding_px)
         if self.crop == "center":
             return CenterCrop(size=size, flip=self.flip, resize=size, interpolation=self.interpolation)
         return RandomResizedCrop(

@@ -62,8 +62,8 @@ class Backbone(nn.Module, ABC):
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"{key}={image_size}: the network is laid out for images of {self.image_size} pixels and takes no others "
-                f"({reason}); leave the size as it is, or take a network that does"
+                f"{key}={image_size}: the network is laid out for images of {self.image_size} pixels and takes no "
+                f"others ({reason}); leave the size as it is, or take a network that does"
             ) from error
         finally:
             for module, training in modes:

@@ -23,6 +23,7 @@ from opsin.errors import Diverged
 from opsin.methods.base import Method
 from opsin.reporting import Journal
 from opsin.timeline import Timeline
+from opsin.training.precision import peak_memory_bytes
 from opsin.training.state import StepReport, TrainState
 
 AVERAGED = "_ema"
@@ -199,6 +200,8 @@ class Observations:
         values["train/momentum"] = last.pace.momentum
         values["train/images_per_s"] = sum(r.images for r in reports) / self._window_s
         values.update(self._split_time(reports))
+        if (device := last.ids.device).type == "cuda":
+            values["gpu/peak_memory_gib"] = peak_memory_bytes(device) / 2**30
         self._window_s = self._waited_s = 0.0
         for every, monitor in self._monitors:
             if is_due(every, self._timeline, last.step):

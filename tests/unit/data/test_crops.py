@@ -14,6 +14,7 @@ from opsin.data.crops import (
     PadCrop,
     RandomResizedCrop,
     Squash,
+    WindowCrop,
     _resample,
     boxes_for,
     cut,
@@ -40,12 +41,13 @@ def picture(height: int, width: int, *, seed: int = 0) -> Tensor:
 crops = st.builds(
     lambda kind, size, flip, padding, interpolation, amount: {
         "pad": PadCrop(size=size, flip=flip, padding=padding, interpolation=interpolation, padding_px=amount),
+        "window": WindowCrop(size=size, flip=flip, padding=padding, padding_px=amount),
         "resized": RandomResizedCrop(size=size, flip=flip, interpolation=interpolation),
         "center": CenterCrop(size=size, flip=flip, padding=padding, interpolation=interpolation, resize=size + amount),
         "wide": CenterCrop(size=size + amount, flip=flip, padding=padding, interpolation=interpolation, resize=size),
         "squash": Squash(size=size, flip=flip, interpolation=interpolation),
     }[kind],
-    st.sampled_from(["pad", "resized", "center", "wide", "squash"]),
+    st.sampled_from(["pad", "window", "resized", "center", "wide", "squash"]),
     st.integers(2, 12),
     st.sampled_from(["none", "random", "alternate"]),
     st.sampled_from(["zero", "reflect"]),
@@ -126,6 +128,18 @@ def test_a_padded_crop_of_a_larger_image_scales_with_its_shorter_side() -> None:
     assert placed.height.unique().tolist() == placed.width.unique().tolist() == [64]
     assert (int(placed.top.min()), int(placed.top.max())) == (-8, 8)
     assert (int(placed.left.min()), int(placed.left.max())) == (-8, 40)
+
+
+def test_a_window_keeps_the_scale_of_the_image_and_reaches_every_place() -> None:
+    placed = boxes(WindowCrop(size=24, padding_px=2), 32, 40, 9000)
+    assert (placed.height.unique().tolist(), placed.width.unique().tolist()) == ([24], [24])
+    assert placed.top.unique().tolist() == list(range(-2, 11))
+    assert placed.left.unique().tolist() == list(range(-2, 19))
+    whole, padded = (boxes(kind(size=32, padding_px=3), 32, 32) for kind in (WindowCrop, PadCrop))
+    assert torch.equal(whole.top, padded.top)
+    assert torch.equal(whole.left, padded.left)
+    small = boxes(WindowCrop(size=24, padding_px=2), 16, 16, 3)
+    assert small.top.tolist() == [-4] * 3, "an image that fills no window lies in its middle"
 
 
 def test_a_random_resized_crop_stays_inside_with_the_allowed_area_and_ratio() -> None:

@@ -1,0 +1,329 @@
+"""Pictures of a run: accuracy, loss, schedule and speed, drawn from `metrics.jsonl` and `events.jsonl`.
+
+`draw_run` draws once. While a run trains, the sink of `sinks.py` keeps `python -m opsin.plots DIR` beside it.
+
+However long the run, a curve has at most 2,000 points (`curves.py`): rows that share one are drawn as
+their mean, inside a light band from the lowest to the highest of them.
+"""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from opsin.curves import EPOCH, HIGH, LOW, MEAN, MINUTES, History, Table
+from opsin.errors import RunError
+from opsin.reporting import read_events
+from opsin.rundir import RunDirectory, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SCORES = ("/top1", "/loss")
+_SCHEDULE = {"train/lr": "learning rate", "train/momentum": "momentum"}
+_SPEED = "train/images_per_s"
+_TIMES = {
+    "time/data_ms": "waiting for data",
+    "time/forward_ms": "forward",
+    "time/backward_ms": "backward",
+    "time/optimizer_ms": "optimizer",
+}
+
+# Okabe and Ito (2008): eight colours that people with any colour vision tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_FEW_POINTS = 30
+_MAX_NAME_LINES = 4
+_MAX_NAME = 40
+_PANEL_INCHES = (4.4, 3.2)
+_DOTS_PER_INCH = 160
+_TEXT, _SMALL = 9.0, 7.5
+_GRID, _GREY = "#E8E8E8", "#606060"
+
+
+def draw_run(directory: Path) -> list[Path]:
+    """The pictures in `directory`/plots, drawn anew; those without numbers are left out.
+
+    Raises:
+        RunError: matplotlib is missing, or a picture cannot be written.
+    """
+    return RunPlots(directory).draw()
+
+
+class RunPlots:
+    """Draws one run again and again, reading each time only what was added."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._history = History(directory / "metrics.jsonl", wanted=_is_drawn)
+
+    def draw(self) -> list[Path]:
+        """As `draw_run`."""
+        pictures: dict[str, Callable[[_Sheet, History], Figure | None]] = {
+            "accuracy.png": _accuracy,
+            "loss.png": _loss,
+            "schedule.png": _schedule,
+            "speed.png": _speed,
+        }
+        self._history.refresh()
+        stages = [(name, *self._history.place(step)) for name, step in _stages(self._directory / "events.jsonl")]
+        sheet = _Sheet(self._name(), stages)
+        folder = self._directory / "plots"
+        drawn: list[Path] = []
+        try:
+            for name, picture in pictures.items():
+                figure = picture(sheet, self._history)
+                if figure is not None:
+                    folder.mkdir(exist_ok=True)
+                    write_atomic(folder / name, _png(figure))
+                    drawn.append(folder / name)
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be written: {error.strerror or error}; make room there") from error
+        except ImportError as error:
+            raise RunError(
+                f"plots need matplotlib, which cannot be imported ({error}): pip install matplotlib"
+            ) from error
+        return drawn
+
+    def _name(self) -> str:
+        place = self._directory.resolve().name
+        try:
+            return RunDirectory(self._directory).recipe_name() or place
+        except RunError:  # a damaged run.json is told where the run is begun
+            return place
+
+
+class _Sheet:
+    """Figures of one look: the run's name, up to two panels, and its stages."""
+
+    def __init__(self, name: str, stages: Sequence[tuple[str, float, float]]) -> None:
+        self._name = name
+        self._stages = stages
+
+    def panels(self, what: str, count: int, *, same_height: bool = False) -> "tuple[Figure, list[Axes]]":
+        """An empty figure about `what`, and its panels from left to right."""
+        from matplotlib.figure import Figure
+
+        width, height = _PANEL_INCHES
+        figure = Figure(figsize=(width * count, height), dpi=_DOTS_PER_INCH, layout="constrained")
+        figure.suptitle(f"{self._name}: {what}", x=0.01, ha="left", fontsize=_TEXT + 1, parse_math=False)
+        panels = list(figure.subplots(1, count, squeeze=False, sharey=same_height)[0])
+        for axes in panels:
+            axes.grid(color=_GRID, linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.margins(x=0.02)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.spines[["left", "bottom"]].set_color(_GREY)
+            axes.tick_params(labelsize=_TEXT - 1, colors=_GREY, labelcolor="black", labelleft=True)
+        return figure, panels
+
+    def finish(self, axes: "Axes", column: int, *, label: str = "") -> None:
+        """Name the axes and mark where stages begin."""
+        axes.set_xlabel("epoch" if column == EPOCH else "training time (minutes)", fontsize=_TEXT)
+        axes.set_ylabel(label, fontsize=_TEXT)
+        axes.set_xlim(left=0)
+        # Names stand above the panel, each in the lowest line that is free where it begins; where
+        # four lines are full, the mark must do.
+        right = axes.get_xlim()[1]
+        per_letter = 0.55 * _SMALL * right / (72 * 0.85 * _PANEL_INCHES[0])
+        ends: list[float] = []
+        for name, *place in self._stages if len(self._stages) > 1 else ():
+            begin = place[0 if column == EPOCH else 1]
+            if begin > 0:
+                axes.axvline(begin, color=_GREY, linewidth=0.7, linestyle=(0, (4, 3)))
+            at = max(0.0, min(begin, right - per_letter * len(name)))
+            line = next((index for index, end in enumerate(ends) if end <= at), len(ends))
+            if line == _MAX_NAME_LINES:
+                continue
+            ends[line : line + 1] = [at + per_letter * (len(name) + 1)]
+            axes.text(
+                at,
+                1.01 + 0.055 * line,
+                name,
+                transform=axes.get_xaxis_transform(),
+                ha="left",
+                va="bottom",
+                fontsize=_SMALL,
+                color=_GREY,
+                parse_math=False,
+            )
+
+
+def _accuracy(sheet: _Sheet, history: History) -> "Figure | None":
+    def label(who: str, table: Table) -> str:
+        return who if who == "train" else f"{who}, best {100 * np.nanmax(table[:, HIGH]):.2f} %"
+
+    return _over_epochs_and_minutes(sheet, history, "/top1", "top-1 accuracy (%)", label, scale=100.0)
+
+
+def _loss(sheet: _Sheet, history: History) -> "Figure | None":
+    def label(who: str, table: Table) -> str:
+        return who if who == "train" else f"{who}, lowest {np.nanmin(table[:, LOW]):.4g}"
+
+    return _over_epochs_and_minutes(sheet, history, "/loss", "loss", label, scale=1.0)
+
+
+def _over_epochs_and_minutes(
+    sheet: _Sheet,
+    history: History,
+    ending: str,
+    what: str,
+    label: Callable[[str, Table], str],
+    *,
+    scale: float,
+) -> "Figure | None":
+    tables = {_who(name): history.table(name) for name in history.names(ending)}
+    shown = {who: table for who, table in tables.items() if table is not None}
+    if not shown:
+        return None
+    figure, panels = sheet.panels(what.partition(" (")[0], 2, same_height=True)
+    for axes, column in zip(panels, (EPOCH, MINUTES), strict=True):
+        for index, (who, table) in enumerate(shown.items()):
+            _line(axes, table, column, index, label(who, table), scale=scale)
+        if ending == "/loss" and _spans_decades([table[:, MEAN] for table in shown.values()]):
+            axes.set_yscale("log")
+        sheet.finish(axes, column, label=what if column == EPOCH else "")
+    _legend(panels[0])
+    return figure
+
+
+def _schedule(sheet: _Sheet, history: History) -> "Figure | None":
+    tables = {name: table for name in _SCHEDULE if (table := history.table(name)) is not None}
+    if not tables:
+        return None
+    figure, panels = sheet.panels(" and ".join(_SCHEDULE[name] for name in tables), len(tables))
+    for axes, (name, table) in zip(panels, tables.items(), strict=True):
+        _line(axes, table, EPOCH)
+        values = table[:, MEAN]
+        # A cosine ends near zero, too: only what is small for most of the run wants a logarithmic axis.
+        if np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmedian(values):
+            axes.set_yscale("log")
+        elif name == "train/lr":
+            axes.set_ylim(bottom=0)
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+            axes.yaxis.get_offset_text().set_fontsize(_TEXT - 1)
+        sheet.finish(axes, EPOCH, label=_SCHEDULE[name])
+    return figure
+
+
+def _speed(sheet: _Sheet, history: History) -> "Figure | None":
+    speed = history.table(_SPEED)
+    times = {text: table for name, text in _TIMES.items() if (table := history.table(name)) is not None}
+    count = (speed is not None) + bool(times)
+    if not count:
+        return None
+    figure, panels = sheet.panels("speed", count)
+    if speed is not None:
+        _line(panels[0], speed, EPOCH)
+        panels[0].set_ylim(bottom=0)
+        sheet.finish(panels[0], EPOCH, label="images per second")
+    if times:
+        _stack(panels[-1], times)
+        sheet.finish(panels[-1], EPOCH, label="time per step (ms)")
+    return figure
+
+
+def _stack(axes: "Axes", times: dict[str, Table]) -> None:
+    epochs = next(iter(times.values()))[:, EPOCH]
+    layers = np.array([np.interp(epochs, *_finite(table)) for table in times.values()])  # [parts, P]
+    # The first steps may take many times as long (kernels are chosen, compiled): they may leave the panel.
+    usual = layers[:, min(layers.shape[1] - 1, 1 + layers.shape[1] // 50) :]
+    shares = usual.sum(axis=1) / max(float(usual.sum()), 1e-9)
+    labels = [f"{text}, {share:.0%}".replace("%", " %") for text, share in zip(times, shares, strict=True)]
+    colours = [_colour(list(_TIMES.values()).index(text) + 1) for text in times]
+    axes.stackplot(epochs, layers, labels=labels, colors=colours, linewidth=0)
+    axes.set_ylim(0, 1.45 * max(float(usual.sum(axis=0).max()), 1e-3))
+    _legend(axes, reverse=True)
+
+
+def _line(
+    axes: "Axes", table: Table, column: int, index: int = 0, label: str | None = None, *, scale: float = 1.0
+) -> None:
+    x, values = table[:, column], scale * table[:, MEAN:]
+    few = len(x) <= _FEW_POINTS
+    axes.plot(
+        x,
+        values[:, 0],
+        color=_colour(index),
+        linewidth=1.3 if few or index else 1.0,
+        marker=_MARKERS[index % len(_MARKERS)] if few else None,
+        markersize=3.5,
+        label=label,
+        zorder=2 + 0.1 * index,
+    )
+    if (table[:, HIGH] > table[:, LOW]).any():
+        axes.fill_between(x, values[:, 1], values[:, 2], color=_colour(index), alpha=0.2, linewidth=0)
+
+
+def _legend(axes: "Axes", *, reverse: bool = False) -> None:
+    place: Literal["best", "upper right"] = "upper right" if reverse else "best"
+    legend = axes.legend(loc=place, reverse=reverse, fontsize=_TEXT - 1, framealpha=0.8, edgecolor="none")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _png(figure: "Figure") -> bytes:
+    # The canvas itself, not pyplot: no window, no state that outlives the picture.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(picture, format="png", dpi=_DOTS_PER_INCH)
+    return picture.getvalue()
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def _spans_decades(columns: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> bool:
+    values = np.concatenate(columns)
+    return bool(np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values))
+
+
+def _finite(table: Table) -> tuple[Any, Any]:
+    whole = np.isfinite(table[:, MEAN])
+    return table[whole, EPOCH], table[whole, MEAN]
+
+
+def _who(name: str) -> str:
+    return name.rpartition("/")[0].replace("_ema", " (EMA)").replace("_", " ")
+
+
+def _is_drawn(name: str) -> bool:
+    return name.endswith(_SCORES) or name in _SCHEDULE or name in _TIMES or name == _SPEED
+
+
+def _stages(path: Path) -> list[tuple[str, int]]:
+    """Name and first step of every stage. A resume may tell again which stage it is in."""
+    told = [(str(event.facts.get("name", "")), event.step) for event in read_events(path) if event.kind == "stage"]
+    stages = [(name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…", step) for name, step in told]
+    return [stage for index, stage in enumerate(stages) if index == 0 or stage[0] != stages[index - 1][0]]
+
+
+def main() -> None:
+    """Draw the run of the command line once for every line of standard input.
+
+    Each is answered by a line: the seconds it took, a space, and what went wrong if anything did.
+    """
+    os.nice(10)
+    plots = RunPlots(Path(sys.argv[1]))
+    for leftover in Path(sys.argv[1], "plots").glob(".*.writing"):
+        leftover.unlink()
+    while sys.stdin.readline():
+        started = time.monotonic()
+        try:
+            plots.draw()
+            fault = ""
+        except Exception as error:  # no picture is worth more than a word
+            fault = " ".join(str(error).split()) or type(error).__name__
+        print(f"{time.monotonic() - started:.3f} {fault}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
