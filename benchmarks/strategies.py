@@ -59,7 +59,7 @@ def outcome_of(name: str, data: str, folder: Path, seed: int) -> Outcome:
     keys = [f"data.path={data}", f"seed={seed}", "evaluators.val.every=never", "checkpoints.every=never"]
     if name != "cifar10-finetune":
         return train(name, folder / f"{name}-{seed}", *keys)
-    before = train("cifar10-standard", folder / f"before-finetune-{seed}", *keys, "epochs=2")
+    before = train("cifar10-standard", folder / f"before-finetune-{seed}", *keys, "epochs=1")
     weights = folder / f"before-finetune-{seed}" / "model.safetensors"
     after = train(name, folder / f"{name}-{seed}", *keys, f"model.weights={weights}")
     return Outcome(after.top1, before.seconds + after.seconds)

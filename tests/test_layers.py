@@ -11,13 +11,26 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "opsin"
 # From the bottom up. Folders of one layer do not know each other; a file may know the files named before it.
 LAYERS = [
     ["errors", "yaml_tree", "settings", "config_faults", "recipe_text", "config", "rundir"],
-    ["timeline", "cadence", "schedule", "seeding", "distributed", "hardware", "reporting", "sinks", "console"],
+    [
+        "timeline",
+        "cadence",
+        "schedule",
+        "seeding",
+        "distributed",
+        "hardware",
+        "reporting",
+        "sinks",
+        "curves",
+        "plots",
+        "console",
+    ],
     ["nn", "data"],
     ["methods"],
     ["training"],
     ["evaluation", "monitors"],
-    ["recipe", "export", "assembly", "results", "session"],
-    ["verify", "report", "tuning", "dashboard", "cli"],
+    ["recipe", "export", "stages", "assembly", "results", "lr_search", "session"],
+    ["verify", "report", "tuning", "datasets", "dashboard"],
+    ["cli"],
     ["__init__", "__main__"],
 ]
 

@@ -15,6 +15,7 @@ from types import FrameType
 from opsin import __version__
 from opsin.errors import ConfigError, OpsinError
 
+_WEIGHTS = "as trained, or their moving average where the recipe has `ema` (default: raw)"
 _OVERRIDES = "recipe keys to change, as key=value (optim.lr=0.001)"
 
 
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="score a run on its validation images")
     evaluate.add_argument("directory", type=_path, metavar="DIR", help="run directory, or a checkpoint inside it")
     evaluate.add_argument("scores", nargs="*", metavar="SCORE", help="accuracy (the default)")
+    evaluate.add_argument("--weights", choices=("raw", "ema"), default="raw", help=_WEIGHTS)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_eval)
 
@@ -142,9 +144,68 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write the encoder as safetensors and JSON")
     export.add_argument("directory", type=_path, metavar="DIR", help="run directory, or a checkpoint inside it")
+    export.add_argument("--weights", choices=("raw", "ema"), default="raw", help=_WEIGHTS)
     export.add_argument("--out", type=_path, metavar="FOLDER", help="where to write (default: DIR/export)")
     export.set_defaults(run=_export)
+    _add_tune(commands.add_parser("tune", help="measure good settings: `tune lr` for the learning rate"))
+    _add_data(commands.add_parser("data", help="look at images, or split them, before training"))
     return parser
+
+
+def _add_tune(tune: argparse.ArgumentParser) -> None:
+    subjects = tune.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    lr = subjects.add_parser("lr", help="sweep the learning rate; write its curve and a recipe with the best one")
+    lr.add_argument("recipe", help="a shipped recipe or a YAML file")
+    lr.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    lr.add_argument("--out", type=_path, metavar="DIR", help="where to write (default: runs/RECIPE-lr)")
+    ends = "(default: 1e-5 to 1 for AdamW, else 1e-4 to 10)"
+    lr.add_argument("--from", dest="first", type=float, metavar="LR", help=f"first learning rate {ends}")
+    lr.add_argument("--to", dest="last", type=float, metavar="LR", help="last learning rate")
+    lr.add_argument("--steps", type=int, default=200, help="updates to make (default: 200)")
+    lr.add_argument("--quiet", action="store_true", help="print warnings only")
+    lr.set_defaults(run=_tune_lr)
+
+    loader = subjects.add_parser("loader", help="find out whether training waits for the data, and the best settings")
+    loader.add_argument("recipe", help="a shipped recipe or a YAML file")
+    loader.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    loader.add_argument("--seconds", type=float, default=2.0, help="time for each measurement (default: 2)")
+    loader.add_argument("--json", action="store_true", help="print one JSON object")
+    loader.set_defaults(run=_tune_loader)
+
+
+def _add_data(data: argparse.ArgumentParser) -> None:
+    subjects = data.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    split = subjects.add_parser("split", help="divide images into train, val and test; copies of one stay together")
+    stats = subjects.add_parser("stats", help="count, measure and check images: sizes, colours, copies, faults")
+    for command in (split, stats):
+        command.add_argument("path", metavar="PATH", help="a folder, list or file, as in data.path")
+        command.add_argument("--labels", choices=("auto", "folders", "none"), default="auto", help="as in data.labels")
+        command.add_argument("--image-column", metavar="NAME", help="as in data.image_column")
+        command.add_argument("--label-column", metavar="NAME", help="as in data.label_column")
+        bits = "bits of 128 in which hashes of near-duplicates differ at most, or off (default: 8)"
+        command.add_argument("--near-duplicates", type=_bits, default=8, metavar="N", help=bits)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    split.add_argument("--out", type=_path, metavar="DIR", required=True, help="the new folder")
+    split.add_argument("--val", type=float, default=0.1, help="share that validates (default: 0.1)")
+    split.add_argument("--test", type=float, default=0.1, help="share that tests (default: 0.1)")
+    split.add_argument("--seed", type=int, default=0, help="another seed gives another split (default: 0)")
+    split.add_argument("--as", dest="layout", choices=("folders", "lists"), default="folders", help="what to write")
+    how = split.add_mutually_exclusive_group()
+    how.add_argument("--link", action="store_true", help="hard links to the files, where that is possible (default)")
+    how.add_argument("--copy", action="store_true", help="copies of the files")
+    split.add_argument("--merge", action="store_true", help="take images together that are in splits already")
+    split.set_defaults(run=_data_split)
+    stats.add_argument("--out", type=_path, metavar="DIR", help="write stats.html, pictures and lists into DIR")
+    stats.set_defaults(run=_data_stats)
+
+
+def _bits(text: str) -> int | None:
+    if text == "off":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor off") from error
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -174,7 +235,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"command line: unknown score {score!r}; known: {', '.join(known)}")
     from opsin.results import evaluate_run
 
-    report = evaluate_run(arguments.directory)
+    report = evaluate_run(arguments.directory, weights=arguments.weights)
     print(json.dumps(report.as_dict()) if arguments.json else "\n".join(report.lines()))
     return 0
 
@@ -183,6 +244,75 @@ def _verify(arguments: argparse.Namespace) -> int:
     from opsin.verify import verify
 
     return verify(arguments.recipe, arguments.overrides, steps=arguments.steps, kills=arguments.kills)
+
+
+def _tune_lr(arguments: argparse.Namespace) -> int:
+    with _signals_interrupt():
+        from opsin.tuning.lr import tune_lr
+
+        tune_lr(
+            arguments.recipe,
+            arguments.overrides,
+            out=arguments.out,
+            first=arguments.first,
+            last=arguments.last,
+            steps=arguments.steps,
+            quiet=arguments.quiet,
+        )
+    return 0
+
+
+def _tune_loader(arguments: argparse.Namespace) -> int:
+    with _signals_interrupt():
+        from opsin.recipe import read
+        from opsin.tuning.loader import tune_loader
+
+        recipe = read(arguments.recipe, arguments.overrides)
+        report = tune_loader(recipe, seconds=arguments.seconds, say=_aside)
+    print(json.dumps(report.as_dict()) if arguments.json else "\n".join(report.lines()))
+    return 0
+
+
+def _data_split(arguments: argparse.Namespace) -> int:
+    with _signals_interrupt():
+        from opsin.datasets.assignment import Fractions
+        from opsin.datasets.collection import open_collection
+        from opsin.datasets.split import SplitSettings, split
+
+        settings = SplitSettings(
+            Fractions(arguments.val, arguments.test),
+            seed=arguments.seed,
+            layout=arguments.layout,
+            copy=arguments.copy,
+            max_bits=arguments.near_duplicates,
+            merge=arguments.merge,
+        )
+        columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+        collection = open_collection(arguments.path, labels=arguments.labels, **columns)
+        _aside(f"data: {collection.said}")
+        report = split(collection, arguments.out, settings, say=_aside)
+    print(json.dumps(report.as_dict()) if arguments.json else "\n".join(report.lines()))
+    return 0
+
+
+def _data_stats(arguments: argparse.Namespace) -> int:
+    with _signals_interrupt():
+        from opsin.datasets.collection import open_collection
+        from opsin.datasets.stats_page import report_stats
+
+        columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+        collection = open_collection(arguments.path, labels=arguments.labels, **columns)
+        _aside(f"data: {collection.said}")
+        stats = report_stats(collection, out=arguments.out, max_bits=arguments.near_duplicates, say=_aside)
+    print(json.dumps(stats.as_dict()) if arguments.json else "\n".join(stats.lines()))
+    if arguments.out is not None and not arguments.json:
+        print(f"wrote {arguments.out / 'stats.html'}")
+    return 0
+
+
+def _aside(text: str) -> None:
+    """What is worth knowing while a command works; its result alone goes to standard output."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
@@ -226,5 +356,5 @@ def _runs(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from opsin.results import export_run
 
-    print(f"wrote {export_run(arguments.directory, arguments.out)}")
+    print(f"wrote {export_run(arguments.directory, arguments.out, weights=arguments.weights)}")
     return 0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from opsin import config
 from opsin.config import Settings
@@ -142,12 +142,12 @@ class Recipe(Settings):
 
     seed: int = Field(0, ge=0)
     """Every random number of the run follows from it."""
-    epochs: float | None = Field(None, gt=0)
+    stages: list[StageConfig] = []
+    """Stretches of the run with settings of their own, one after the other; none is a run of one piece."""
+    epochs: float | None = Field(None, gt=0, validate_default=True)
     """Passes over the training images; null takes the sum of the stages, a number stretches them to it."""
     batch_size: int = Field(gt=0)
     """Images per update, over all processes and parts."""
-    stages: list[StageConfig] = []
-    """Stretches of the run with settings of their own, one after the other; none is a run of one piece."""
     accumulate: int = Field(1, gt=0)
     """Parts that a batch is computed in, one after another, to save memory; the update stays the same."""
     device: Annotated[str, AfterValidator(_check_device)] = Field("auto", json_schema_extra={"pattern": _DEVICE})
@@ -183,11 +183,12 @@ class Recipe(Settings):
     evaluators: dict[str, EvaluatorConfig] = {"val": AccuracyConfig()}
     """Scores on the validation images; the name is the prefix of the scores."""
 
-    @model_validator(mode="after")
-    def _has_a_length(self) -> "Recipe":
-        if self.epochs is None and not self.stages:
-            raise ValueError("epochs is not given; say how many passes over the images, or give stages with epochs")
-        return self
+    @field_validator("epochs", mode="after")
+    @classmethod
+    def _is_given_without_stages(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+        if epochs is None and info.data.get("stages") == []:
+            raise ValueError("epochs is missing; give the passes over the images as epochs=VALUE, or stages")
+        return epochs
 
 
 def read(reference: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -36,8 +36,9 @@ def _stage(recipe: Recipe, number: int, wanted: StageConfig, stretch: float, sou
     batch_size = wanted.batch_size or recipe.batch_size
     size_key = f"{place if wanted.batch_size else ''}batch_size"
     if recipe.accumulate > batch_size:
+        where = f" ({size_key})" if wanted.batch_size else ""
         raise ConfigError(
-            f"accumulate={recipe.accumulate}: a batch of {batch_size} images ({size_key}) has no so many parts; "
+            f"accumulate={recipe.accumulate}: a batch of {batch_size} images{where} has no so many parts; "
             f"use accumulate={batch_size} or less"
         )
     check_share(source.labels, wanted.data_fraction, source.classes, key=f"{place}data_fraction")

@@ -62,6 +62,7 @@ def test_an_exception_in_training_leaves_a_checkpoint(tmp_path: Path, opsin_env:
     assert "ValueError: a fault of my own" in done.stderr, "the author of a method needs the place"
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["kind"], event.get("reason")) for event in events] == [
+        (0, "stage", None),
         (3, "checkpoint", "emergency"),
         (3, "failed", "a fault of my own"),
         (3, "resumed", None),

@@ -44,7 +44,8 @@ def learned(run: RunDirectory) -> dict[int, Row]:
     rows = {}
     for row in read_rows(run.metrics):
         assert row.step not in rows, "no step stands twice"
-        values = {name: value for name, value in row.values.items() if name != "train/images_per_s"}
+        timeless_names = (name for name in row.values if name != "train/images_per_s" and not name.startswith("time/"))
+        values = {name: row.values[name] for name in timeless_names}
         rows[row.step] = Row(row.step, row.epoch, 0.0, values)
     return rows
 

@@ -68,7 +68,9 @@ def test_a_recipe_without_stages_is_one_stage() -> None:
 
 
 def test_a_run_has_some_length() -> None:
-    with pytest.raises(ConfigError, match="epochs is not given; say how many passes over the images, or give stages"):
+    with pytest.raises(
+        ConfigError, match="epochs is missing; give the passes over the images as epochs=VALUE, or stages"
+    ):
         digits_recipe("epochs=null")
 
 
@@ -155,7 +157,7 @@ def test_averaged_weights_are_scored_beside_the_others_and_can_be_used(run: Path
 
 def test_weights_that_were_never_averaged_cannot_be_asked_for(tmp_path: Path) -> None:
     train_digits(tmp_path / "run", "epochs=0.2")
-    with pytest.raises(ConfigError, match="holds no averaged weights; use --weights raw, or train with ema.decay"):
+    with pytest.raises(ConfigError, match=r"holds no averaged weights; use --weights raw, or train with ema.decay"):
         opsin.load(tmp_path / "run", weights="ema")
 
 

@@ -31,6 +31,10 @@ class Boxes:
     flip: Tensor
     """bool [B]: mirror left to right after cutting."""
 
+    def at(self, index: Tensor) -> "Boxes":
+        """Those with the numbers int64 [b]."""
+        return Boxes(self.top[index], self.left[index], self.height[index], self.width[index], self.flip[index])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Crop(ABC):
@@ -193,16 +197,18 @@ def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
     On the CPU equal to `cut` on each image: tests/unit/data/test_crops.py::test_both_executors_agree.
     On a GPU resized boxes are computed in float: pixels may differ by one, more where bicubic filters overshoot.
     """
-    height, width = int(boxes.height[0]), int(boxes.width[0])
-    if not bool(((boxes.height == height) & (boxes.width == width)).all()):
-        if images.device.type != "cpu":
-            return _resample(images, boxes, crop)
-        return torch.stack([cut(image, boxes, index, crop) for index, image in enumerate(images)])
-    if (height, width) == (crop.size, crop.size):
-        return _windows(images, boxes, height, width, crop)
+    if bool(((boxes.height == crop.size) & (boxes.width == crop.size)).all()):
+        return _windows(images, boxes, crop.size, crop.size, crop)
     if images.device.type != "cpu":
         return _resample(images, boxes, crop)
-    return _resize(_windows(images, boxes, height, width, crop), crop)
+    # Boxes of one size at a time: a resize costs more to begin than to do, where images are small.
+    sizes, group_of = torch.stack([boxes.height, boxes.width], 1).unique(dim=0, return_inverse=True)
+    cuts = torch.empty(*images.shape[:2], crop.size, crop.size, dtype=torch.uint8)
+    for group, (height, width) in enumerate(sizes.tolist()):
+        index = (group_of == group).nonzero()[:, 0]
+        region = _windows(images[index], boxes.at(index), height, width, crop)
+        cuts[index] = region if (height, width) == (crop.size, crop.size) else _resize(region, crop)
+    return cuts
 
 
 def _windows(images: Tensor, boxes: Boxes, height: int, width: int, crop: Crop) -> Tensor:

@@ -51,7 +51,7 @@ class ModelEma:
 
 
 def ema_decay(step: int, *, decay: float, warmup: bool) -> float:
-    """The decay of update `step`, counted from 0; with `warmup` it rises from 0.1 so that early weights are forgotten."""
+    """The decay of update `step`, counted from 0; with `warmup` it rises from 0.1: early weights are soon forgotten."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 

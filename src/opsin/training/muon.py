@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_STEPS = 5
-
 
 class Muon(Optimizer):
     """Updates groups marked `hidden` along orthogonal directions, the others along their velocity.
@@ -26,9 +24,18 @@ class Muon(Optimizer):
     found_inf: Tensor | None = None
     """Set from outside before `step`: 1 on the device cancels it, without the host knowing."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float, unit_filters: bool) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float,
+        unit_filters: bool,
+        newton_schulz_steps: int = 5,
+    ) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "hidden": False, "weight_decay": 0.0})
         self.unit_filters = unit_filters
+        self.newton_schulz_steps = newton_schulz_steps
         for group in self.param_groups:
             for param in group["params"]:
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param)
@@ -55,20 +62,21 @@ class Muon(Optimizer):
         velocity: Tensor = self.state[param]["momentum_buffer"]
         velocity.mul_(torch.where(applied > 0, group["momentum"], 1.0)).add_(gradient)
         ahead = gradient + group["momentum"] * velocity
-        return orthogonal(ahead) if group["hidden"] else ahead
+        return orthogonal(ahead, self.newton_schulz_steps) if group["hidden"] else ahead
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrix with (nearly) orthonormal rows or columns, of the same shape.
 
-    A filter [O, ...] counts as a matrix [O, I]. Singular values end between 0.7 and 1.2, after five
-    steps of a quintic Newton-Schulz iteration, in bf16 as published; times sqrt(O / I) where O > I.
+    A filter [O, ...] counts as a matrix [O, I]. Singular values end between 0.7 and 1.2 after five
+    steps of a quintic Newton-Schulz iteration, in bf16 as published; with fewer steps the smallest
+    stay smaller. Times sqrt(O / I) where O > I.
     """
     rows, columns = len(matrix), matrix[0].numel()
     x = matrix.reshape(rows, columns).bfloat16()
     x = x / (x.norm() + 1e-7)
     x = x.T if rows > columns else x
-    for _ in range(_STEPS):
+    for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     x = x.T if rows > columns else x

@@ -131,6 +131,8 @@ class MuonConfig(OptimConfig):
     """Decay rate of the velocity of hidden filters and matrices."""
     unit_filters: bool = False
     """Scale hidden weights to a fixed length after each update; for networks with a norm after each layer."""
+    newton_schulz_steps: int = Field(5, ge=1)
+    """Steps of the iteration that makes a direction orthogonal; three are enough for small networks."""
     other_lr: float = Field(0.05, gt=0)
     """Peak learning rate of first layer, head, biases and norms."""
     other_momentum: float = Field(0.85, ge=0, lt=1)
@@ -138,7 +140,13 @@ class MuonConfig(OptimConfig):
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         own = [{**group, "momentum": self.momentum if group["hidden"] else self.other_momentum} for group in groups]
-        return Muon(own, lr=0.0, momentum=self.momentum, unit_filters=self.unit_filters)
+        return Muon(
+            own,
+            lr=0.0,
+            momentum=self.momentum,
+            unit_filters=self.unit_filters,
+            newton_schulz_steps=self.newton_schulz_steps,
+        )
 
     @property
     def resting_momentum(self) -> float:

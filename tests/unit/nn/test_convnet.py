@@ -78,7 +78,7 @@ def test_norms_learn_an_offset_only() -> None:
 
 
 def test_images_too_small_for_three_halvings_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.image_size=8: .* at least 9 pixels; use a larger image_size"):
+    with pytest.raises(ConfigError, match=r"image_size 8: .* at least 9 pixels; use a larger image_size"):
         build(8)
 
 

@@ -27,6 +27,18 @@ def test_the_direction_keeps_the_singular_vectors() -> None:
     assert (aligned - torch.diag(aligned.diagonal())).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_iteration_acts_on_each_singular_value_as_published(steps: int) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(12, 30)
+    values = torch.linalg.svdvals(matrix.double()) / matrix.double().norm()
+    for _ in range(steps):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    found = torch.linalg.svdvals(orthogonal(matrix, steps).double())
+    # bf16 has two to three digits.
+    torch.testing.assert_close(found.sort().values, values.sort().values, rtol=0.03, atol=0.01)
+
+
 def _parameters() -> tuple[nn.Parameter, nn.Parameter]:
     torch.manual_seed(0)
     return nn.Parameter(torch.randn(6, 10)), nn.Parameter(torch.randn(4))

@@ -1,0 +1,347 @@
+"""`opsin tune loader`: does training wait for the data, and with which settings does it wait least?
+
+For every setting the data path is measured alone and together with training, the training step also on one batch that
+stays on the device. What counts is training with the data; the other two say who waits for whom.
+"""
+
+import io
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from opsin.assembly import assemble, build_method, open_images
+from opsin.console import Console
+from opsin.data.base import Batch
+from opsin.data.quarantine import read_or_replace
+from opsin.data.resident import byte_limit
+from opsin.data.workers import RawBatch, Reader, Task, read_batches
+from opsin.errors import ConfigError
+from opsin.recipe import Recipe
+from opsin.reporting import Journal
+from opsin.rundir import RunDirectory
+from opsin.training.loop import Run
+from opsin.training.precision import choose_device
+from opsin.training.state import TrainState
+from opsin.training.step import train_step
+
+_PREFETCH = (2, 4)
+_MAX_WORKERS = 32
+_ENDLESS_EPOCHS = 1e6
+_WARM_UP = 1
+_STEPS_AT_ONCE = 2
+_EQUAL = 0.03
+"""Rates that differ by less are taken as equal."""
+_UNSTEADY = 1.25
+_WAITS = 0.05
+"""Share of the time from which on training is said to wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A way to feed the device. `prefetch` is per worker, and without meaning where there is none."""
+
+    workers: int
+    prefetch: int
+    resident: bool = False
+
+    @property
+    def keys(self) -> str:
+        """The setting as keys of a recipe."""
+        if self.resident:
+            return "data.resident=true"
+        return f"data.workers={self.workers} data.prefetch={self.prefetch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What a setting achieves, in images per second."""
+
+    setting: Setting
+    pinned: bool
+    data: float
+    """The data path alone: read, decoded, cut, on the device, augmented."""
+    training: float
+    """Training with this data."""
+    start_s: float
+    """Until the first batch: workers start, or all images are decoded."""
+
+
+@dataclass(frozen=True)
+class LoaderReport:
+    """All that was measured, and what follows from it."""
+
+    device: str
+    stage: str
+    batch_size: int
+    steps: tuple[float, float]
+    """Images per second of the training step on one resident batch, measured before and after all others."""
+    rates: tuple[Rate, ...]
+    best: Setting
+    not_resident: str
+    """Why images cannot stay in memory; empty if they can."""
+    unpinned: float | None
+    """Copies to the GPU from memory that is not pinned; None without a GPU."""
+    pinned: float | None
+
+    @property
+    def best_keys(self) -> str:
+        """The best setting as keys of a recipe."""
+        is_slower = not self.best.resident and any(rate.setting.resident for rate in self.rates)
+        return f"{self.best.keys} data.resident=false" if is_slower else self.best.keys
+
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain values."""
+        return {**asdict(self), "best": self.best_keys, "verdict": self.verdict()}
+
+    def lines(self) -> list[str]:
+        """The table and the verdict for a terminal."""
+        rows = [("workers", "prefetch", "pinned", "data alone", "training", "start")]
+        for rate in self.rates:
+            known = rate.setting
+            what = (
+                ("resident", "-")
+                if known.resident
+                else (str(known.workers), str(known.prefetch if known.workers else "-"))
+            )
+            pinned = "yes" if rate.pinned else "no"
+            rows.append((*what, pinned, f"{rate.data:,.0f}", f"{rate.training:,.0f}", f"{rate.start_s:.1f} s"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        where = f"{self.stage}, batches of {self.batch_size} on {self.device}"
+        return [f"images per second in {where}:", *table, f"the step alone: {self.step:,.0f}", *self.verdict()]
+
+    @property
+    def step(self) -> float:
+        """Images per second of the training step; other work on the machine can only make it less."""
+        return max(self.steps)
+
+    def verdict(self) -> list[str]:
+        """Who waits for whom, the best setting, and what residence would bring; a line each."""
+        best = next(rate for rate in self.rates if rate.setting == self.best)
+        lost = max(0.0, 1 - best.training / self.step)
+        lines = []
+        if max(self.steps) > _UNSTEADY * min(self.steps):
+            lines.append(
+                f"unsteady: the step alone did {self.steps[0]:,.0f} images/s at first, {self.steps[1]:,.0f} at the "
+                "end; something else uses this machine, so repeat this when it is idle"
+            )
+        if lost < _WAITS:
+            lines.append("the data waits for the step: with the best setting training is as fast as the step alone")
+        else:
+            lines.append(f"training waits for the data: {lost:.0%} of its time even with the best setting")
+            if self.device == "cpu":
+                lines.append("(on the CPU workers and the step share the cores, so that some of it cannot be won back)")
+            elif not self.best.resident:
+                lines.append("smaller image files, fewer operations before the crop, or more cores would help")
+        lines.append(f"best: {self.best_keys}")
+        resident = next((rate for rate in self.rates if rate.setting.resident), None)
+        if resident is None:
+            lines.append(f"data.resident=true is not possible: {self.not_resident}")
+        else:
+            others = max(rate.training for rate in self.rates if not rate.setting.resident)
+            lines.append(f"data.resident=true: {resident.training / others:.2f} times the best of the others")
+        if self.pinned is not None and self.unpinned is not None:
+            rates = f"{self.pinned:,.0f} images/s from pinned memory (as in training), {self.unpinned:,.0f} without"
+            lines.append(f"data path up to the GPU: {rates}")
+        return lines
+
+
+def tune_loader(recipe: Recipe, *, seconds: float, say: Callable[[str], None]) -> LoaderReport:
+    """Measure the settings of the data path on the first stage of `recipe`, each for twice `seconds`.
+
+    Raises:
+        ConfigError: the recipe does not fit its data or this machine, or `seconds` is not above 0.
+        DataError: the images cannot be used.
+        TrainingError: a worker process ended by itself.
+    """
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ConfigError(f"command line: --seconds {seconds:g}: must be above 0; use --seconds 2")
+    endless = _endless(recipe)
+    device = choose_device(recipe.device)
+    not_resident = _why_not_resident(endless, device, say)
+    settings = list(_settings(os.cpu_count() or 1))
+    if not not_resident:
+        settings.append(Setting(0, 1, resident=True))
+    before = _measure_step(endless, seconds)
+    rates: list[Rate] = []
+    for setting in settings:
+        say(f"measuring {setting.keys}")
+        try:
+            rates.append(_measure(endless, setting, seconds, device))
+        except ConfigError:
+            # What else it may be, the settings before would have met.
+            if not setting.resident:
+                raise
+            not_resident = "the images have several sizes"
+    best = choose_best(rates)
+    report = LoaderReport(
+        device=device.type,
+        stage=endless.stages[0].name if endless.stages and endless.stages[0].name else "the whole run",
+        batch_size=_batch_size(endless),
+        steps=(before, _measure_step(endless, seconds)),
+        rates=tuple(rates),
+        best=best,
+        not_resident=not_resident,
+        unpinned=None,
+        pinned=None,
+    )
+    if device.type != "cuda":
+        return report
+    copying = max(rates, key=lambda rate: (rate.setting.workers, rate.data)).setting
+    measured = [measure_copies(endless, copying, seconds, device, pin=pin) for pin in (False, True)]
+    return replace(report, unpinned=measured[0], pinned=measured[1])
+
+
+def choose_best(rates: Sequence[Rate]) -> Setting:
+    """The setting that trains fastest; of those within 3 % the one with fewest workers, then least prefetch."""
+    fastest = max(rate.training for rate in rates)
+    good = [rate.setting for rate in rates if rate.training >= (1 - _EQUAL) * fastest]
+    return min(good, key=lambda setting: (setting.workers, setting.resident, setting.prefetch))
+
+
+def measure_copies(recipe: Recipe, setting: Setting, seconds: float, device: torch.device, *, pin: bool) -> float:
+    """Images per second that workers read and cut and that are copied to `device`, from pinned memory or not."""
+    images = open_images(recipe, lambda text: None)
+    size = (recipe.stages[0].image_size if recipe.stages else None) or recipe.data.image_size
+    crops = build_method(recipe, images.facts).views(size).crops
+    batch_size = _batch_size(recipe)
+
+    def tasks() -> Iterator[Task]:
+        first = 0
+        while True:
+            yield Task(crops, 0, (torch.arange(batch_size) + first) % len(images.train))
+            first += batch_size
+
+    def copy(raw: RawBatch) -> int:
+        copied = [view.to(device, non_blocking=True) for view in raw.views.values()]
+        int(copied[-1].view(-1)[-1])
+        return len(raw.ids)
+
+    batches = read_batches(
+        Reader(images.train, recipe.seed), tasks(), workers=setting.workers, prefetch=setting.prefetch, pin_memory=pin
+    )
+    for _ in range(max(1, setting.workers)):
+        copy(next(batches))
+    rate = _rate(lambda: sum(copy(next(batches)) for _ in range(max(1, setting.workers))), seconds)
+    if isinstance(batches, Generator):
+        batches.close()  # ends the workers
+    return rate
+
+
+def _settings(cores: int) -> Iterator[Setting]:
+    """No workers; then one, two, four and so on up to the number of cores, with little and more prefetch."""
+    yield Setting(0, _PREFETCH[0])
+    workers = 1
+    while workers <= min(cores, _MAX_WORKERS):
+        yield from (Setting(workers, prefetch) for prefetch in _PREFETCH)
+        workers *= 2
+
+
+def _endless(recipe: Recipe) -> Recipe:
+    """The first stage of the recipe, so long that its end does not matter, with nothing but training."""
+    changes: dict[str, object] = {
+        "stages": recipe.stages[:1],
+        "epochs": _ENDLESS_EPOCHS,
+        "evaluators": {},
+        "monitors": {},
+        "limits": recipe.limits.model_copy(update={"steps": None}),
+    }
+    if isinstance(recipe.optim.lr, str):
+        # Words for a rate that is found elsewhere; no time depends on it.
+        changes["optim"] = recipe.optim.model_copy(update={"lr": 1e-3})
+    return recipe.model_copy(update=changes)
+
+
+def _batch_size(recipe: Recipe) -> int:
+    return (recipe.stages[0].batch_size if recipe.stages else None) or recipe.batch_size
+
+
+def _with(recipe: Recipe, setting: Setting) -> Recipe:
+    changed = {"workers": setting.workers, "prefetch": setting.prefetch, "resident": setting.resident}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
+
+
+def _why_not_resident(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> str:
+    """Why not all images can stay in memory, as far as the first one tells; empty if they can."""
+    train = open_images(recipe, say).train
+    num_bytes = len(train) * read_or_replace(train, 0, recipe.seed).image.nbytes
+    limit = byte_limit(device)
+    if num_bytes <= limit:
+        return ""
+    return f"the images take about {num_bytes / 2**30:.1f} GiB decoded, {limit / 2**30:.1f} GiB may be used"
+
+
+@contextmanager
+def _assembled(recipe: Recipe) -> Iterator[Run]:
+    """A run in a directory of its own, which is removed."""
+    console = Console(io.StringIO(), quiet=True)
+    with tempfile.TemporaryDirectory(prefix="opsin-loader-", ignore_cleanup_errors=True) as folder:
+        directory = RunDirectory(Path(folder))
+        with closing(Journal(directory.path, warn=console.warning)) as journal:
+            yield assemble(recipe, directory, journal, console, fingerprint="")
+
+
+def _measure_step(recipe: Recipe, seconds: float) -> float:
+    """Images per second of the step on one batch that is on the device already."""
+    with _assembled(_with(recipe, Setting(0, 1))) as run:
+        state = run.fresh()
+        with closing(_batches(run)) as batches:
+            batch = next(batches)
+        _train(state, run, [batch] * _WARM_UP)
+        return _rate(lambda: _train(state, run, [batch] * _STEPS_AT_ONCE), seconds)
+
+
+def _measure(recipe: Recipe, setting: Setting, seconds: float, device: torch.device) -> Rate:
+    # Batches arrive in rounds, one from each worker: whole rounds are counted.
+    together = max(1, setting.workers)
+    with _assembled(_with(recipe, setting)) as run:
+        started = time.perf_counter()
+        state = run.fresh()
+        with closing(_batches(run)) as batches:
+            _take(batches, 1)
+            start_s = time.perf_counter() - started
+            _take(batches, together)
+            data = _rate(lambda: _take(batches, together), seconds)
+        with closing(_batches(run)) as batches:
+            _train(state, run, [next(batches) for _ in range(together)])
+            _train(state, run, [next(batches) for _ in range(_WARM_UP)])
+            number = max(together, _STEPS_AT_ONCE)
+            training = _rate(lambda: _train(state, run, (next(batches) for _ in range(number))), seconds)
+    pinned = device.type == "cuda" and setting.workers > 0
+    return Rate(setting, pinned, data, training, start_s)
+
+
+def _batches(run: Run) -> Generator[Batch]:
+    # A generator, whose end is the end of its workers.
+    return cast("Generator[Batch]", run.data.batches(0, run.steps))
+
+
+def _take(batches: Iterator[Batch], number: int) -> int:
+    """The images of the next batches, which are on the device when this returns."""
+    taken = [next(batches) for _ in range(number)]
+    float(next(iter(taken[-1].views.values()))[0, 0, 0, 0, 0])
+    return sum(map(len, taken))
+
+
+def _train(state: TrainState, run: Run, batches: Iterator[Batch] | Sequence[Batch]) -> int:
+    """Train on the batches; their images. The updates are done when this returns."""
+    reports = [train_step(state, batch, run.plan) for batch in batches]
+    float(reports[-1].values["train/loss"])
+    return sum(report.images for report in reports)
+
+
+def _rate(work: Callable[[], int], seconds: float) -> float:
+    """Images per second of `work`, which tells how many it did, over at least `seconds`."""
+    started = time.perf_counter()
+    images = work()
+    while (passed := time.perf_counter() - started) < seconds:
+        images += work()
+    return images / passed
