@@ -187,6 +187,7 @@ def open_images(recipe: Recipe, say: Say) -> Images:
         channels=3,
         mean=wanted.mean or mean,
         std=wanted.std or std,
+        unlabelled=int((train.labels < 0).sum()),
     )
     return Images(train, val, facts)
 

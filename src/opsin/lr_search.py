@@ -15,7 +15,18 @@ from opsin.recipe import Recipe, read
 RESULT = "lr.json"
 
 # Keys that no sweep sees: it has its own rate, keeps nothing and scores nothing.
-_UNSEEN = ("optim.lr", "optim.schedule.", "checkpoints.", "limits.", "log.", "monitors.", "evaluators.")
+_UNSEEN = (
+    "optim.lr",
+    "optim.schedule.",
+    "data.workers",
+    "data.prefetch",
+    "data.resident",
+    "checkpoints.",
+    "limits.",
+    "log.",
+    "monitors.",
+    "evaluators.",
+)
 _KINDS: Mapping[int, type[OpsinError]] = {2: ConfigError, 3: Stopped}
 
 

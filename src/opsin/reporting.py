@@ -134,6 +134,13 @@ class Journal:
         steps = {event.step for event in read_events(self._folder / "events.jsonl") if event.kind == kind}
         return next(length for length in count() if step - length not in steps)
 
+    def last_event(self, kind: str) -> Event | None:
+        """The newest event of this kind on disk."""
+        found = None
+        for event in read_events(self._folder / "events.jsonl"):
+            found = event if event.kind == kind else found
+        return found
+
     def rewind(self, step: int) -> None:
         """Forget every row and event after `step`, and any torn line, in one replacement per file.
 

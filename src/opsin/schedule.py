@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opsin.config import Family
 from opsin.timeline import Clock
@@ -108,6 +108,12 @@ class OneCycle(Schedule):
     """How both halves bend."""
     momentum: tuple[Momentum, Momentum] | None = None
     """Momentum (beta1 of Adam) at both ends and at the peak of the learning rate, such as [0.95, 0.85]."""
+
+    @model_validator(mode="after")
+    def _rises_once(self) -> "OneCycle":
+        if self.warmup_epochs:
+            raise ValueError("onecycle has a rise of its own; leave warmup_epochs out, and set start and peak")
+        return self
 
     def after_warmup(self, progress: float) -> float:
         return self._bend(progress, self.start, 1.0, self.end)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -68,8 +68,11 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
         has_weights = find_checkpoints(out / "checkpoints") or (out / "model.safetensors").exists()
         return diff(read(str(out / "recipe.yaml")), recipe) if has_weights else ()
 
-    recipe = _with_rates(recipe, out, quiet=quiet)
     notes: list[str] = []
+    settled = settle_rates(recipe, out, name=name, notice=open_console(quiet=quiet).notice)
+    if settled != recipe:
+        notes.append(f"optim.lr: {settled.optim.lr}, found by a sweep")
+    recipe = settled
     with RunDirectory.prepare(
         out, to_yaml(recipe, comments=False), fresh=fresh, differences=differences, notice=notes.append
     ) as directory:
@@ -89,12 +92,12 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
             f"{path}: holds no run to resume (no recipe.yaml); start one with opsin train RECIPE --out {path}"
         )
     before, after = read(str(directory.recipe)), read(str(directory.recipe), overrides)
-    after = _with_rates(after, path, quiet=quiet)
+    name = directory.recipe_name() or path.name
+    after = settle_rates(after, path, name=name, notice=open_console(quiet=quiet).notice)
     changed = diff(before, after)
     refused = [line for line in changed if line.startswith(FIXED)]
     if refused:
         raise RunError(*(f"{path}: {line}: a run keeps this key; start a new run with --out" for line in refused))
-    name = directory.recipe_name() or path.name
     notes = [f"changed: {line}" for line in changed]
     # The changes are written down when it is sure that the run can go on with them.
     with RunDirectory.prepare(
@@ -103,22 +106,34 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
         return _train_in(locked, after, name, notes, quiet=quiet)
 
 
-def _with_rates(recipe: Recipe, out: Path, *, quiet: bool) -> Recipe:
-    """The recipe with the learning rates that a sweep finds, where it asks for that; kept beside `out`.
+def settle_rates(recipe: Recipe, out: Path, *, name: str, notice: Callable[[str], None]) -> Recipe:
+    """The recipe with learning rates for the word `auto`: those of the run in `out`, or what a sweep finds.
+
+    The sweep is kept beside `out`.
 
     Raises:
         OpsinError: the sweep found none.
     """
     if recipe.optim.lr != "auto":
         return recipe
-    folder = out.with_name(f"{out.name}-lr")
-    wanted = folder / ".wanted.yaml"  # hidden: the sweep wants the folder for itself
+    if (out / "recipe.yaml").exists() and find_checkpoints(out / "checkpoints"):
+        optim = read(str(out / "recipe.yaml")).optim
+        known = {key: getattr(optim, key) for key in ("lr", "other_lr") if hasattr(optim, key)}
+        settled = _with_rates(recipe, known)
+        if not diff(read(str(out / "recipe.yaml")), settled):
+            return settled
+    place = out if out.name not in ("", "..") else out.resolve()
+    folder = place.with_name(f"{place.name}-lr")
+    wanted = folder / ".sweep" / f"{name}.yaml"  # hidden: the sweep wants the folder for itself
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(wanted, to_yaml(recipe, comments=False).encode())
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from error
-    rates = find_lr(wanted, (), folder, say=open_console(quiet=quiet).notice)
+    return _with_rates(recipe, find_lr(wanted, (), folder, say=notice))
+
+
+def _with_rates(recipe: Recipe, rates: Mapping[str, object]) -> Recipe:
     return recipe.model_copy(update={"optim": recipe.optim.model_copy(update=dict(rates))})
 
 
@@ -137,6 +152,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
         sinks.append("csv")
     if recipe.log.tensorboard:
         sinks.append("tensorboard")
+    sinks.append("text")
     if recipe.log.plots:
         sinks.append("plots")
     copies = open_sinks(directory.path, sinks, notice=console.notice, warn=console.warning)
@@ -208,9 +224,10 @@ def in_words(recipe: Recipe) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            sizes = [stage.batch_size or recipe.batch_size for stage in recipe.stages] or [recipe.batch_size]
             raise TrainingError(
-                f"out of memory at batch_size={recipe.batch_size} and accumulate={recipe.accumulate}: raise "
-                "accumulate, or lower batch_size, data.image_size or the size of the model"
+                f"out of memory at batches of up to {max(sizes)} images and accumulate={recipe.accumulate}: raise "
+                "accumulate, or lower batch_size, the image size (of the stages too) or the size of the model"
             ) from error
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             reason = str(error).splitlines()[0]

@@ -42,11 +42,14 @@ def _stage(recipe: Recipe, number: int, wanted: StageConfig, stretch: float, sou
             f"use accumulate={batch_size} or less"
         )
     check_share(source.labels, wanted.data_fraction, source.classes, key=f"{place}data_fraction")
+    share = f" in {place}data_fraction={wanted.data_fraction:g}" if wanted.data_fraction < 1 else ""
     samples = len(class_share(source.labels, wanted.data_fraction, recipe.seed))
     return Stage(
         epochs=wanted.epochs * stretch,
         batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch(samples, batch_size, drop_last=recipe.data.drop_last, key=size_key),
+        steps_per_epoch=steps_per_epoch(
+            samples, batch_size, drop_last=recipe.data.drop_last, key=size_key, share=share
+        ),
         name=wanted.name or f"stage {number + 1}",
         image_size=wanted.image_size or recipe.data.image_size,
         data_fraction=wanted.data_fraction,
@@ -64,7 +67,13 @@ def plan_stages(recipe: Recipe, timeline: Timeline, method: Method) -> LayerFree
         ConfigError: the network cannot take a stage's images, or a pattern matches no layer.
     """
     freezer = LayerFreezer(method)
+    schedule = recipe.optim.schedule
     for number, stage in enumerate(timeline.stages):
+        if schedule.over == "stage" and schedule.warmup_epochs >= stage.passes:
+            raise ConfigError(
+                f"optim.schedule.warmup_epochs={schedule.warmup_epochs:g}: stage {number + 1} has {stage.passes:g} "
+                "epochs, all of it warm-up; make it shorter, or the stage longer"
+            )
         method.backbone.check_size(stage.image_size, key=f"stages.{number}.image_size")
         freezer.check(stage.train, key=f"stages.{number}.train")
     return freezer

@@ -17,6 +17,7 @@ from opsin.config import to_yaml
 from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError
 from opsin.recipe import read
 from opsin.rundir import RunDirectory, last_step
+from opsin.session import settle_rates
 from opsin.training.checkpoint import find_checkpoints
 
 _PAUSE_S = 0.002
@@ -37,8 +38,11 @@ def verify(recipe: str, overrides: Sequence[str], *, steps: int, kills: int) -> 
     if not any(text.startswith("checkpoints.every=") for text in overrides):
         own.append(f"checkpoints.every={max(1, steps // 10)} steps")
     # Written down once: a recipe file that is edited meanwhile does not count.
-    text = to_yaml(read(recipe, own), comments=False)
+    wanted = read(recipe, own)
     with tempfile.TemporaryDirectory(prefix="opsin-verify-", ignore_cleanup_errors=True) as folder:
+        # One sweep for both runs, where the learning rate is to be found.
+        settled = settle_rates(wanted, Path(folder, "sweep"), name=Path(recipe).stem, notice=print)
+        text = to_yaml(settled, comments=False)
         frozen, messages = Path(folder, "recipe.yaml"), Path(folder, "messages")
         frozen.write_text(text)
         straight, killed = RunDirectory(Path(folder, "straight")), RunDirectory(Path(folder, "killed"))

@@ -28,7 +28,10 @@ def test_training_that_fails_or_runs_out_of_time_says_why(tmp_path: Path, opsin_
     why = r"step \d+: loss nan, and so were the 19 updates before it; .*allows 20.* Lower optim.lr"
     assert deviation(diverged, 4, why) == ""
     assert diverged.out.startswith("warning: step ")
-    assert deviation(large, 4, "out of memory at batch_size=8 and accumulate=1: raise accumulate, or lower ") == ""
+    assert (
+        deviation(large, 4, "out of memory at batches of up to 8 images and accumulate=1: raise accumulate, or lower ")
+        == ""
+    )
     stopped = "limits.hours = 1e-09 reached: stopped after step 1 of 4, which is saved; opsin resume timed goes on"
     assert deviation(timed, 3, stopped) == ""
     assert resumed == (0, "", "")

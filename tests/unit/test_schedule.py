@@ -80,3 +80,8 @@ def test_a_schedule_over_stages_begins_anew_in_each() -> None:
     warm = [Constant(over="stage", warmup_epochs=1)(timeline.clock(step)) for step in range(40)]
     assert warm[5] == 0.5
     assert warm[21] == pytest.approx(1 / 5)
+
+
+def test_onecycle_has_no_warm_up_besides_its_own_rise() -> None:
+    with pytest.raises(ValueError, match="onecycle has a rise of its own; leave warmup_epochs out"):
+        OneCycle(warmup_epochs=1)

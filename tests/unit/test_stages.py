@@ -11,6 +11,7 @@ from opsin.errors import ConfigError
 from opsin.recipe import Recipe
 from opsin.reporting import read_events, read_rows
 from opsin.results import evaluate_run
+from opsin.session import resume_run
 from opsin.stages import plan_time
 from opsin.training.checkpoint import find_checkpoints, read_checkpoint
 from tests.digits_run import digits_recipe, train_digits
@@ -79,7 +80,7 @@ def test_a_run_has_some_length() -> None:
     [
         ({"batch_size": 61}, r"stages.1.batch_size=61: there are only 60 .*use stages.1.batch_size=60 or less"),
         ({"data_fraction": 0.02}, r"stages.1.data_fraction=0.02: of the 20 images of class 'dog' none would be left"),
-        ({"data_fraction": 0.1}, r"^batch_size=10: there are only 6 training images"),
+        ({"data_fraction": 0.1}, r"^batch_size=10: there are only 6 training images in stages.1.data_fraction=0.1"),
         ({"batch_size": 1}, r"accumulate=2: a batch of 1 images \(stages.1.batch_size\) has no so many parts"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
@@ -106,8 +107,12 @@ def test_a_stage_that_the_network_cannot_take_is_refused_before_the_first_step(
 
 def test_a_network_of_timm_that_takes_one_size_only_says_so(tmp_path: Path) -> None:
     vit = ("model.name=vit_tiny_patch16_224", "model.options={depth: 1}", "data.image_size=32", "epochs=null")
-    with pytest.raises(ConfigError, match=r"stages.0.image_size=16: the network is laid out for images of 32 pixels"):
-        train_digits(tmp_path / "run", "stages=[{epochs: 1, image_size: 16}]", *vit, model=())
+    stages = "stages=[{epochs: 0.2, image_size: 16}]"
+    with pytest.raises(
+        ConfigError, match=r"stages.0.image_size=16: the network is laid out for images of 32 pixels.*dyn"
+    ):
+        train_digits(tmp_path / "run", stages, *vit, model=())
+    train_digits(tmp_path / "run", stages, *vit, "model.options.dynamic_img_size=true", model=())
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +175,29 @@ def test_every_step_tells_where_its_time_went(run: Path) -> None:
         sum(row.values[f"time/{name}_ms"] for name in ("data", "forward", "backward", "optimizer")) for row in rows
     ]
     assert sum(whole) / 1000 <= rows[-1].time_s * len(rows), "the parts are of one step"
+
+
+def test_a_run_that_ended_where_a_stage_begins_goes_on_with_that_stage(tmp_path: Path) -> None:
+    stages = ("stages=[{name: one, epochs: 1}, {name: two, epochs: 1, train: [head.*]}]", "epochs=null")
+    train_digits(tmp_path / "run", *stages, "limits.steps=5")
+    resume_run(tmp_path / "run", ["limits.steps=null"], quiet=True)
+    found = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event.kind == "stage"]
+    assert [(event.step, event.facts["name"]) for event in found] == [(0, "one"), (5, "two")]
+    train_digits(tmp_path / "whole", *stages)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_averaging_may_begin_with_a_resume(tmp_path: Path) -> None:
+    train_digits(tmp_path / "run", "limits.steps=5")
+    resume_run(tmp_path / "run", ["limits.steps=null", "ema.decay=0.9", "ema.warmup=false"], quiet=True)
+    last = list(read_rows(tmp_path / "run" / "metrics.jsonl"))[-1].values
+    assert last["val_ema/loss"] > last["val/loss"], "the average lags behind while the loss falls"
+    assert (tmp_path / "run" / "model_ema.safetensors").exists()
+
+
+def test_a_warm_up_that_fills_a_stage_is_refused(tmp_path: Path) -> None:
+    keys = ("stages=[{epochs: 1}]", "epochs=null", "optim.schedule={name: cosine, over: stage, warmup_epochs: 2}")
+    with pytest.raises(ConfigError, match=r"warmup_epochs=2: stage 1 has 1 epochs, all of it warm-up"):
+        train_digits(tmp_path / "run", *keys)

@@ -25,6 +25,8 @@ class DataFacts:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    unlabelled: int = 0
+    """How many of the samples have no label."""
 
 
 class UnreadableImage(Exception):

@@ -29,7 +29,7 @@ class TrainingData:
     `views` has one entry for each stage.
 
     With `world` processes each gives its share of every batch, `rank` after `rank`; the images and
-    masks of the whole batch do not depend on `world`.
+    masks of the whole batch do not depend on `world`; partners of mixed images come from the own share.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 Shapes: b images of a batch over all processes, N of a source, n of a stage.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -76,14 +77,16 @@ def check_share(labels: Tensor, fraction: float, classes: Sequence[str], *, key:
     count = int(sizes[smallest])
     if count * fraction + 0.5 < 1:
         name = repr(classes[smallest - 1]) if smallest else "without a label"
+        least = math.ceil(0.5 / count * 1e4) / 1e4
         raise ConfigError(
-            f"{key}={fraction:g}: of the {count} images of class {name} none would be left; "
-            f"use at least {0.5 / count:.2g}"
+            f"{key}={fraction:g}: of the {count} images of class {name} none would be left; use at least {least:g}"
         )
 
 
-def steps_per_epoch(samples: int, batch_size: int, *, drop_last: bool, key: str = "batch_size") -> int:
-    """Batches in one pass over the data; the recipe calls the batch size `key`.
+def steps_per_epoch(samples: int, batch_size: int, *, drop_last: bool, key: str = "batch_size", share: str = "") -> int:
+    """Batches in one pass over the data.
+
+    The recipe calls the batch size `key`; `share` tells why there are not more images (` (of the first stage)`).
 
     Raises:
         ConfigError: no batch at all.
@@ -92,7 +95,7 @@ def steps_per_epoch(samples: int, batch_size: int, *, drop_last: bool, key: str 
         raise ConfigError("data.path: there are 0 training images, at least one is needed; check the folder or list")
     if drop_last and samples < batch_size:
         raise ConfigError(
-            f"{key}={batch_size}: there are only {samples} training images, fewer than one batch; "
+            f"{key}={batch_size}: there are only {samples} training images{share}, fewer than one batch; "
             f"use {key}={samples} or less, or data.drop_last=false"
         )
     return samples // batch_size if drop_last else -(-samples // batch_size)

@@ -39,11 +39,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
         DataError: `out` is not empty, or cannot be written.
     """
     check_empty(out)
-    writing = out.with_name(f".{out.name}.{os.getpid()}.writing")
+    place = out.resolve()  # `.` has no name of its own
+    writing = place.with_name(f".{place.name}.{os.getpid()}.writing")
     try:
         writing.mkdir(parents=True)
         yield writing
-        writing.replace(out)
+        writing.replace(place)
     except OSError as error:
         raise DataError(
             f"{out}: cannot be written: {error.strerror or error}; nothing is left there: make room, or choose "

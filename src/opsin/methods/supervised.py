@@ -168,6 +168,11 @@ class SupervisedConfig(MethodConfig):
             raise ConfigError(
                 f"data.path: there is only one class, {facts.classes[0]!r}; a classifier needs at least two folders"
             )
+        if facts.unlabelled:
+            raise ConfigError(
+                f"data.path: {facts.unlabelled} of the {facts.samples} training images have no label, which "
+                "method.name=supervised needs; label them, or take them out of the list"
+            )
         return Supervised(self, model, facts)
 
 

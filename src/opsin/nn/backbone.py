@@ -33,6 +33,8 @@ class Backbone(nn.Module, ABC):
     """The side in pixels that the weights are laid out for."""
     channels: int
     """C, the channels of an image."""
+    loaded: frozenset[str] = frozenset()
+    """The tensors that were filled from weights: `prepare` leaves them as they are."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tokens:

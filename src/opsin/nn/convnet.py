@@ -67,7 +67,12 @@ class ConvNet(Backbone):
 
     @torch.no_grad()
     def prepare(self, images: Callable[[], Tensor]) -> None:
-        """Set the first layer to the eigenvectors of the patches' covariance, each scaled to unit variance."""
+        """Set the first layer to the eigenvectors of the patches' covariance, each scaled to unit variance.
+
+        One that came with weights stays: the layers above it were trained on its output.
+        """
+        if "whiten.weight" in self.loaded:
+            return
         patches = F.unfold(images().float(), _PATCH).transpose(1, 2).flatten(0, 1)  # [patches, C * 4]
         variance, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
         filters = (vectors / (variance + 5e-4).sqrt()).T.flip(0)  # the strongest direction first

@@ -78,6 +78,13 @@ class TimmBackbone(Backbone):
             return Tokens(pooled, features.flatten(1, 2))
         return Tokens(pooled, features.flatten(2).transpose(1, 2))
 
+    def check_size(self, image_size: int, *, key: str) -> None:
+        try:
+            super().check_size(image_size, key=key)
+        except ConfigError as error:
+            hint = "timm's vision transformers take several with model.options={dynamic_img_size: true}"
+            raise ConfigError(*(f"{fault}; {hint}" for fault in error.faults)) from error
+
     def layers(self) -> dict[str, int]:
         """As timm groups them for layer-wise learning rates."""
         from timm.models import group_parameters

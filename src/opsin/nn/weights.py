@@ -78,7 +78,10 @@ def initialise(backbone: Backbone, config: ModelConfig) -> WeightReport | None:
     if config.weights is None:
         return None
     if config.weights != "pretrained":
-        return load_weights(backbone.network if isinstance(backbone, TimmBackbone) else backbone, config.weights)
+        network = backbone.network if isinstance(backbone, TimmBackbone) else backbone
+        report = load_weights(network, config.weights)
+        backbone.loaded = frozenset(report.loaded)
+        return report
     if not isinstance(backbone, TimmBackbone):
         raise ConfigError(
             f"model.weights = 'pretrained': model {config.name!r} has none; "

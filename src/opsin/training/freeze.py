@@ -36,7 +36,8 @@ class LayerFreezer:
                     param.grad = None
         for name, module in self._method.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(bool(matches([f"{name}.running_mean"], patterns)))
+                learns = any(f"{name}.{own}" in learning for own, _ in module.named_parameters())
+                module.train(learns or bool(matches([f"{name}.running_mean"], patterns)))
         self._current = patterns
 
     def frozen(self, patterns: Sequence[str]) -> list[str]:
@@ -60,7 +61,7 @@ class LayerFreezer:
 
 
 def matches(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match one of the patterns; `*` stands for any letters, dots included."""
+    """The names that match one of the patterns: `*` stands for any letters, dots included, `[12]` for one of these."""
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

@@ -138,8 +138,7 @@ class Observations:
         self._console.start(total_steps=self._last_step, first_step=state.step, total_epochs=epochs)
         # A run that resumes among bad updates is not given more of them.
         self._cancelled_in_a_row = self._journal.streak("step_cancelled", state.step)
-        if state.step == 0:
-            self._on_stage(0, 0)
+        self._note_stage(state)
         self._started = time.perf_counter()
         try:
             yield
@@ -181,6 +180,15 @@ class Observations:
         if stage is not None and state.step < self._last_step:
             self._on_stage(stage, state.step)
 
+    def _note_stage(self, state: TrainState) -> None:
+        """Tell the stage that comes next, unless it was told: a resume may have changed the stages."""
+        if state.step >= self._last_step:
+            return
+        stage = self._timeline.place(state.step).stage
+        told = self._journal.last_event("stage")
+        if told is None or told.facts.get("number") != stage:
+            self._on_stage(stage, state.step)
+
     def _ends_window(self, state: TrainState) -> bool:
         return (
             state.step % self._every == 0
@@ -213,7 +221,11 @@ class Observations:
             self._judge(report, row[0] > 0, dict(zip(names, row[1:], strict=True)), scaled=state.loss_scale is not None)
 
     def _split_time(self, reports: Sequence[StepReport]) -> dict[str, float]:
-        """Where the time of a mean step went, in milliseconds."""
+        """Where the time of a mean step went, in milliseconds.
+
+        `data` is what the host waited for a batch. On a GPU it runs ahead: colour and mixing are computed there
+        between two steps and are in none of the parts.
+        """
         totals = {"data": self._waited_s}
         for report in reports:
             for name, seconds in report.times.seconds().items():

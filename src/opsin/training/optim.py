@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
 from opsin.config import Family
 from opsin.methods.base import Method, ParamGroup
-from opsin.schedule import Cosine, Momentum, Schedule
+from opsin.schedule import Cosine, Momentum, OneCycle, Schedule
 from opsin.timeline import Clock
 from opsin.training.muon import Muon
 from opsin.training.state import Pace
@@ -99,6 +99,12 @@ class SGD(OptimConfig):
     nesterov: bool = True
     """Look ahead along the velocity."""
 
+    @model_validator(mode="after")
+    def _has_what_is_cycled(self) -> "SGD":
+        if self.momentum == 0 and isinstance(self.schedule, OneCycle) and self.schedule.momentum is not None:
+            raise ValueError("momentum 0 cannot be cycled; give a momentum above 0, or schedule.momentum=null")
+        return self
+
     def peak_lr(self, batch_size: int) -> float:
         if self.lr == "linear":
             # Goyal et al. 2017, section 2.1, with a ceiling.
@@ -136,7 +142,7 @@ class MuonConfig(OptimConfig):
     other_lr: float = Field(0.05, gt=0)
     """Peak learning rate of first layer, head, biases and norms."""
     other_momentum: float = Field(0.85, ge=0, lt=1)
-    """Decay rate of the velocity of first layer, head, biases and norms."""
+    """Decay rate of the velocity of first layer, head, biases and norms; no schedule changes it."""
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         own = [{**group, "momentum": self.momentum if group["hidden"] else self.other_momentum} for group in groups]
@@ -151,6 +157,10 @@ class MuonConfig(OptimConfig):
     @property
     def resting_momentum(self) -> float:
         return self.momentum
+
+    def set_momentum(self, group: dict[str, Any], momentum: float) -> None:
+        if group["hidden"]:
+            group["momentum"] = momentum
 
     def base_lr(self, group: ParamGroup, batch_size: int) -> float:
         return self.peak_lr(batch_size) if group.hidden else self.other_lr

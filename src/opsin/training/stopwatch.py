@@ -9,7 +9,7 @@ class Stopwatch:
     """Moments of one update. On a GPU they are events in its queue, read when the values of the update are."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._start = self._now()
         self._laps: list[tuple[str, float | torch.cuda.Event]] = []
 
@@ -27,10 +27,10 @@ class Stopwatch:
         return found
 
     def _now(self) -> "float | torch.cuda.Event":
-        if not self._on_gpu:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 

@@ -92,6 +92,12 @@ def tune_lr(
     _clear(folder)
     console = open_console(quiet=quiet)
     console.notice(f"sweep: {asked.steps} updates, learning rate {asked.first:g} to {asked.last:g}")
+    batches = {stage.batch_size or recipe.batch_size for stage in recipe.stages}
+    if len(batches) > 1 or recipe.optim.lr == "linear":
+        console.warning(
+            "the stages differ in their batches, or optim.lr=linear follows them: what is found holds for the batch of "
+            "the stage that is swept; give the others an lr_scale"
+        )
     with in_words(recipe):
         sweep = run_sweep(recipe, asked, console)
     reading = read_curve(sweep.rates, sweep.losses, stopped=sweep.stopped)
@@ -207,7 +213,9 @@ def _swept_recipe(recipe: Recipe, steps: int) -> tuple[Recipe, float]:
     optim = recipe.optim.model_copy(update={"lr": unit, "schedule": Constant()})
     whole = StageConfig.model_fields["train"].default
     stages = [stage for stage in recipe.stages if stage.train == whole] or recipe.stages
-    changes = {"optim": optim, "stages": stages[:1], "epochs": 1000.0 * steps, "evaluators": {}, "monitors": {}}
+    stages = [stage.model_copy(update={"epochs": 1000.0 * steps}) for stage in stages[:1]]
+    epochs = None if stages else 1000.0 * steps
+    changes = {"optim": optim, "stages": stages, "epochs": epochs, "evaluators": {}, "monitors": {}}
     return recipe.model_copy(update=changes), unit
 
 

@@ -114,3 +114,11 @@ def test_a_share_that_leaves_a_class_empty_names_it_and_the_least_that_serves() 
     known = LABELS[LABELS >= 0]
     with pytest.raises(ConfigError, match=r"of the 25 images of class 'dog' none would be left; use at least 0.02$"):
         check_share(known, 0.01, ("cat", "dog"), key="stages.0.data_fraction")
+
+
+@pytest.mark.parametrize("count", [3, 7, 13, 29, 997])
+def test_the_share_that_is_proposed_serves(count: int) -> None:
+    labels = torch.zeros(count, dtype=torch.int64)
+    with pytest.raises(ConfigError) as caught:
+        check_share(labels, 1e-5, ("cat",), key="data_fraction")
+    check_share(labels, float(str(caught.value).rpartition(" ")[2]), ("cat",), key="data_fraction")

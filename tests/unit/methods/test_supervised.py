@@ -1,5 +1,7 @@
 """Supervised classification equals cross-entropy written out, and its views are those that the settings ask for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,3 +155,18 @@ def test_a_stage_may_have_a_label_smoothing_of_its_own() -> None:
     assert method(batch, clock).total.item() == pytest.approx(
         smoothed_cross_entropy(logits, batch.labels, 0.1), rel=1e-5
     )
+
+
+def test_parts_of_a_mixed_batch_keep_their_own_second_labels() -> None:
+    method, batch = build(mix={"mixup": 0.2}), batch_of(6)
+    blend = Blend(torch.tensor([1, 1, 0, 2, 2, 0]), torch.tensor([0.9, 0.3, 0.5, 1.0, 0.0, 0.7]))
+    whole = Batch(batch.views, batch.labels, batch.ids, blend=blend)
+    losses = [method(part, CLOCK).total.item() * len(part) for part in whole.split(4)]
+    # Sums of fp32 in another order.
+    assert sum(losses) / 6 == pytest.approx(method(whole, CLOCK).total.item(), rel=1e-5)
+
+
+def test_images_of_which_some_have_no_label_are_refused_with_their_number() -> None:
+    some = replace(facts("cat", "dog"), unlabelled=3)
+    with pytest.raises(ConfigError, match=r"3 of the 64 training images have no label, .*; label them, or take them"):
+        SupervisedConfig().build(VIT, some)

@@ -1,14 +1,17 @@
 """The fast network for small images."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from opsin.errors import ConfigError
 from opsin.nn.convnet import ConvNet, ConvNetConfig
+from opsin.nn.weights import initialise
 
 
 def build(image_size: int = 16, channels: int = 3) -> ConvNet:
@@ -85,3 +88,13 @@ def test_images_too_small_for_three_halvings_are_refused() -> None:
 def test_an_empty_block_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.widths=\[8, 0, 8\]: each must be at least 1"):
         ConvNetConfig(widths=(8, 0, 8)).build(image_size=32)
+
+
+def test_a_whitening_that_came_with_weights_is_kept(tmp_path: Path) -> None:
+    config = ConvNetConfig(widths=(4, 4, 4))
+    trained, fresh = (config.build(image_size=16) for _ in range(2))
+    trained.prepare(lambda: torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    initialise(fresh, config.model_copy(update={"weights": str(tmp_path / "weights.safetensors")}))
+    fresh.prepare(lambda: torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(fresh.whiten.weight, trained.whiten.weight)

@@ -109,3 +109,14 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_shows_the_names() -> No
         freezer.check(("head.*", "blocks.*"), key="stages.1.train")
     with pytest.raises(ConfigError, match=r"stages.0.train: no pattern"):
         freezer.check((), key="stages.0.train")
+
+
+def test_a_norm_whose_offset_learns_follows_the_images() -> None:
+    method = classifier()
+    LayerFreezer(method).set_trainable(("backbone.blocks.1.norm1.bias", "head.*"))
+    norms = {name: module.training for name, module in method.named_modules() if name.endswith("norm1")}
+    assert norms == {
+        "backbone.blocks.0.norm1": False,
+        "backbone.blocks.1.norm1": True,
+        "backbone.blocks.2.norm1": False,
+    }
