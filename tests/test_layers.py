@@ -21,6 +21,7 @@ LAYERS = [
         "reporting",
         "sinks",
         "curves",
+        "pictures",
         "plots",
         "console",
     ],

@@ -99,8 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a recipe; goes on where the run directory holds a checkpoint")
-    train.add_argument("recipe", help="a shipped recipe (see `opsin recipes`) or a YAML file")
-    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    _take_recipe(train)
     train.add_argument("--out", type=_path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     train.add_argument("--fresh", action="store_true", help="start over; an earlier run in DIR is moved aside")
     train.add_argument("--quiet", action="store_true", help="print warnings only")
@@ -120,8 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_eval)
 
     verify = commands.add_parser("verify", help="train straight, and killed and resumed; compare the weights' hashes")
-    verify.add_argument("recipe", help="a shipped recipe or a YAML file")
-    verify.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    _take_recipe(verify)
     verify.add_argument("--steps", type=int, default=200, help="steps to train (default: 200)")
     verify.add_argument("--kills", type=int, default=3, help="times to kill the second run (default: 3)")
     verify.set_defaults(run=_verify)
@@ -129,8 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with all its keys")
     actions = recipes.add_subparsers(dest="action", metavar="show")
     show = actions.add_parser("show", help="print the whole effective recipe, with a comment for each key")
-    show.add_argument("recipe", help="a shipped recipe or a YAML file")
-    show.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    _take_recipe(show)
     show.set_defaults(run=_show)
     recipes.set_defaults(run=_recipes)
 
@@ -152,11 +149,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _take_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help="a shipped recipe (see `opsin recipes`) or a YAML file")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+
+
 def _add_tune(tune: argparse.ArgumentParser) -> None:
     subjects = tune.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     lr = subjects.add_parser("lr", help="sweep the learning rate; write its curve and a recipe with the best one")
-    lr.add_argument("recipe", help="a shipped recipe or a YAML file")
-    lr.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    _take_recipe(lr)
     lr.add_argument("--out", type=_path, metavar="DIR", help="where to write (default: runs/RECIPE-lr)")
     ends = "(default: 1e-5 to 1 for AdamW, else 1e-4 to 10)"
     lr.add_argument("--from", dest="first", type=float, metavar="LR", help=f"first learning rate {ends}")
@@ -166,8 +167,7 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     lr.set_defaults(run=_tune_lr)
 
     loader = subjects.add_parser("loader", help="find out whether training waits for the data, and the best settings")
-    loader.add_argument("recipe", help="a shipped recipe or a YAML file")
-    loader.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    _take_recipe(loader)
     loader.add_argument("--seconds", type=float, default=2.0, help="time for each measurement (default: 2)")
     loader.add_argument("--json", action="store_true", help="print one JSON object")
     loader.set_defaults(run=_tune_loader)

@@ -6,7 +6,6 @@ However long the run, a curve has at most 2,000 points (`curves.py`): rows that 
 their mean, inside a light band from the lowest to the highest of them.
 """
 
-import io
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ import numpy as np
 
 from opsin.curves import EPOCH, HIGH, LOW, MEAN, MINUTES, History, Table
 from opsin.errors import RunError
+from opsin.pictures import COLOURS, new_figure, to_png
 from opsin.reporting import read_events
 from opsin.rundir import RunDirectory, write_atomic
 
@@ -35,14 +35,11 @@ _TIMES = {
     "time/optimizer_ms": "optimizer",
 }
 
-# Okabe and Ito (2008): eight colours that people with any colour vision tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _FEW_POINTS = 30
 _MAX_NAME_LINES = 4
 _MAX_NAME = 40
 _PANEL_INCHES = (4.4, 3.2)
-_DOTS_PER_INCH = 160
 _TEXT, _SMALL = 9.0, 7.5
 _GRID, _GREY = "#E8E8E8", "#606060"
 
@@ -81,14 +78,10 @@ class RunPlots:
                 figure = picture(sheet, self._history)
                 if figure is not None:
                     folder.mkdir(exist_ok=True)
-                    write_atomic(folder / name, _png(figure))
+                    write_atomic(folder / name, to_png(figure))
                     drawn.append(folder / name)
         except OSError as error:
             raise RunError(f"{folder}: cannot be written: {error.strerror or error}; make room there") from error
-        except ImportError as error:
-            raise RunError(
-                f"plots need matplotlib, which cannot be imported ({error}): pip install matplotlib"
-            ) from error
         return drawn
 
     def _name(self) -> str:
@@ -108,10 +101,8 @@ class _Sheet:
 
     def panels(self, what: str, count: int, *, same_height: bool = False) -> "tuple[Figure, list[Axes]]":
         """An empty figure about `what`, and its panels from left to right."""
-        from matplotlib.figure import Figure
-
         width, height = _PANEL_INCHES
-        figure = Figure(figsize=(width * count, height), dpi=_DOTS_PER_INCH, layout="constrained")
+        figure = new_figure(width * count, height)
         figure.suptitle(f"{self._name}: {what}", x=0.01, ha="left", fontsize=_TEXT + 1, parse_math=False)
         panels = list(figure.subplots(1, count, squeeze=False, sharey=same_height)[0])
         for axes in panels:
@@ -268,17 +259,8 @@ def _legend(axes: "Axes", *, reverse: bool = False) -> None:
         text.set_parse_math(False)
 
 
-def _png(figure: "Figure") -> bytes:
-    # The canvas itself, not pyplot: no window, no state that outlives the picture.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(picture, format="png", dpi=_DOTS_PER_INCH)
-    return picture.getvalue()
-
-
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+    return COLOURS[index % len(COLOURS)]
 
 
 def _spans_decades(columns: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> bool:

@@ -117,11 +117,12 @@ def settle_rates(recipe: Recipe, out: Path, *, name: str, notice: Callable[[str]
     if recipe.optim.lr != "auto":
         return recipe
     if (out / "recipe.yaml").exists() and find_checkpoints(out / "checkpoints"):
-        optim = read(str(out / "recipe.yaml")).optim
-        known = {key: getattr(optim, key) for key in ("lr", "other_lr") if hasattr(optim, key)}
-        settled = _with_rates(recipe, known)
-        if not diff(read(str(out / "recipe.yaml")), settled):
-            return settled
+        before = read(str(out / "recipe.yaml"))
+        # Equal but for the rates, where nothing differs once these are taken over.
+        if before.optim.name == recipe.optim.name:
+            known = {key: getattr(before.optim, key) for key in ("lr", "other_lr") if hasattr(before.optim, key)}
+            if not diff(before, settled := _with_rates(recipe, known)):
+                return settled
     place = out if out.name not in ("", "..") else out.resolve()
     folder = place.with_name(f"{place.name}-lr")
     wanted = folder / ".sweep" / f"{name}.yaml"  # hidden: the sweep wants the folder for itself

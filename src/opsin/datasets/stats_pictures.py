@@ -3,10 +3,7 @@
 Shapes: R rows and K columns of a grid of cells, S side of a cell in pixels.
 """
 
-import io
-import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,10 +15,7 @@ from opsin.data.base import UnreadableImage
 from opsin.datasets.collection import Collection
 from opsin.datasets.duplicates import Groups
 from opsin.datasets.scan import Scan
-from opsin.errors import DataError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from opsin.pictures import BLUE, new_figure, to_png
 
 Pixels = NDArray[np.uint8]
 
@@ -35,7 +29,6 @@ _MAX_CLASSES = 12
 _LETTERS = 24
 _DOTS_PER_INCH = 100
 _MAX_POINTS = 20_000
-_BLUE = "#0072B2"
 
 
 def draw_samples(collection: Collection, scan: Scan) -> bytes:
@@ -76,24 +69,23 @@ def choose_pairs(collection: Collection, scan: Scan, groups: Groups) -> list[tup
 
 def draw_sizes(scan: Scan) -> bytes:
     """Widths against heights, and how often each aspect occurs."""
-    figure = _figure(9.0, 3.6)
+    figure = new_figure(9.0, 3.6, dots_per_inch=_DOTS_PER_INCH)
     sizes = scan.sizes[scan.readable]
     step = -(-len(sizes) // _MAX_POINTS)
     heights, widths = sizes[::step].T.astype(np.float64)
     points, bars = figure.subplots(1, 2)
-    points.scatter(widths, heights, s=8, alpha=0.3, color=_BLUE, linewidths=0)
+    points.scatter(widths, heights, s=8, alpha=0.3, color=BLUE, linewidths=0)
     points.set(xlabel="width in pixels", ylabel="height in pixels", title="sizes")
     points.set_xlim(left=0)
     points.set_ylim(bottom=0)
-    bars.hist(np.log2(widths / heights), bins=40, color=_BLUE)
+    bars.hist(np.log2(widths / heights), bins=40, color=BLUE)
     low, high = bars.get_xlim()
     ticks = [tick for tick in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8) if low <= np.log2(tick) <= high]
     bars.set_xticks(np.log2(ticks), [f"1:{1 / tick:g}" if tick < 1 else f"{tick:g}:1" for tick in ticks])
     bars.set(xlabel="width : height", ylabel="images", title="aspect")
     for axes in (points, bars):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    return _png(figure)
+    return to_png(figure)
 
 
 def _draw_grid(
@@ -108,7 +100,8 @@ def _draw_grid(
             canvas[row * pitch :, column * pitch :][:_CELL_PX, :_CELL_PX] = cell
     left, top = 180 if row_names else 10, 24 if column_names else 10
     height, width = canvas.shape[0] + top, canvas.shape[1] + left
-    figure = _figure(width / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
+    size = (width / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
+    figure = new_figure(*size, dots_per_inch=_DOTS_PER_INCH, constrained=False)
     axes = figure.add_axes((left / width, 0, canvas.shape[1] / width, canvas.shape[0] / height))
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
@@ -118,7 +111,7 @@ def _draw_grid(
         axes.text(-10, y, name, ha="right", va="center", fontsize=10, parse_math=False)
     for column, name in enumerate(column_names):
         axes.text(column * pitch + _CELL_PX / 2, -6, name, ha="center", va="bottom", fontsize=10, parse_math=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _cell(collection: Collection, index: int) -> Pixels:
@@ -139,23 +132,3 @@ def _cell(collection: Collection, index: int) -> Pixels:
 
 def _short(name: str) -> str:
     return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
-
-
-def _figure(width_inches: float, height_inches: float) -> "Figure":
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError(f"matplotlib is missing ({error}); --out draws with it: pip install matplotlib") from error
-    figure = Figure(figsize=(width_inches, height_inches), dpi=_DOTS_PER_INCH)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: "Figure") -> bytes:
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # Letters that matplotlib's own font lacks are drawn as boxes.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(file, format="png")
-    return file.getvalue()

@@ -7,30 +7,28 @@ stays on the device. What counts is training with the data; the other two say wh
 import io
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import torch
 
-from opsin.assembly import assemble, build_method, open_images
+from opsin.assembly import build_method, open_images
 from opsin.console import Console
-from opsin.data.base import Batch
+from opsin.data.base import Batch, Source
 from opsin.data.quarantine import read_or_replace
 from opsin.data.resident import byte_limit
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import ConfigError
 from opsin.recipe import Recipe
-from opsin.reporting import Journal
-from opsin.rundir import RunDirectory
+from opsin.stages import plan_time
 from opsin.training.loop import Run
 from opsin.training.precision import choose_device
 from opsin.training.state import TrainState
 from opsin.training.step import train_step
+from opsin.tuning.aside import assembled_aside
 
 _PREFETCH = (2, 4)
 _MAX_WORKERS = 32
@@ -166,7 +164,9 @@ def tune_loader(recipe: Recipe, *, seconds: float, say: Callable[[str], None]) -
         raise ConfigError(f"command line: --seconds {seconds:g}: must be above 0; use --seconds 2")
     endless = _endless(recipe)
     device = choose_device(recipe.device)
-    not_resident = _why_not_resident(endless, device, say)
+    train = open_images(endless, say).train
+    stage = plan_time(endless, train, lambda text: None).stages[0]
+    not_resident = _why_not_resident(train, recipe.seed, device)
     settings = list(_settings(os.cpu_count() or 1))
     if not not_resident:
         settings.append(Setting(0, 1, resident=True))
@@ -184,8 +184,8 @@ def tune_loader(recipe: Recipe, *, seconds: float, say: Callable[[str], None]) -
     best = choose_best(rates)
     report = LoaderReport(
         device=device.type,
-        stage=endless.stages[0].name if endless.stages and endless.stages[0].name else "the whole run",
-        batch_size=_batch_size(endless),
+        stage=stage.name if endless.stages else "the whole run",
+        batch_size=stage.batch_size,
         steps=(before, _measure_step(endless, seconds)),
         rates=tuple(rates),
         best=best,
@@ -210,15 +210,14 @@ def choose_best(rates: Sequence[Rate]) -> Setting:
 def measure_copies(recipe: Recipe, setting: Setting, seconds: float, device: torch.device, *, pin: bool) -> float:
     """Images per second that workers read and cut and that are copied to `device`, from pinned memory or not."""
     images = open_images(recipe, lambda text: None)
-    size = (recipe.stages[0].image_size if recipe.stages else None) or recipe.data.image_size
-    crops = build_method(recipe, images.facts).views(size).crops
-    batch_size = _batch_size(recipe)
+    stage = plan_time(recipe, images.train, lambda text: None).stages[0]
+    crops = build_method(recipe, images.facts).views(stage.image_size).crops
 
     def tasks() -> Iterator[Task]:
         first = 0
         while True:
-            yield Task(crops, 0, (torch.arange(batch_size) + first) % len(images.train))
-            first += batch_size
+            yield Task(crops, 0, (torch.arange(stage.batch_size) + first) % len(images.train))
+            first += stage.batch_size
 
     def copy(raw: RawBatch) -> int:
         copied = [view.to(device, non_blocking=True) for view in raw.views.values()]
@@ -260,38 +259,27 @@ def _endless(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _batch_size(recipe: Recipe) -> int:
-    return (recipe.stages[0].batch_size if recipe.stages else None) or recipe.batch_size
-
-
 def _with(recipe: Recipe, setting: Setting) -> Recipe:
     changed = {"workers": setting.workers, "prefetch": setting.prefetch, "resident": setting.resident}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
 
 
-def _why_not_resident(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> str:
+def _why_not_resident(train: Source, seed: int, device: torch.device) -> str:
     """Why not all images can stay in memory, as far as the first one tells; empty if they can."""
-    train = open_images(recipe, say).train
-    num_bytes = len(train) * read_or_replace(train, 0, recipe.seed).image.nbytes
+    num_bytes = len(train) * read_or_replace(train, 0, seed).image.nbytes
     limit = byte_limit(device)
     if num_bytes <= limit:
         return ""
     return f"the images take about {num_bytes / 2**30:.1f} GiB decoded, {limit / 2**30:.1f} GiB may be used"
 
 
-@contextmanager
-def _assembled(recipe: Recipe) -> Iterator[Run]:
-    """A run in a directory of its own, which is removed."""
-    console = Console(io.StringIO(), quiet=True)
-    with tempfile.TemporaryDirectory(prefix="opsin-loader-", ignore_cleanup_errors=True) as folder:
-        directory = RunDirectory(Path(folder))
-        with closing(Journal(directory.path, warn=console.warning)) as journal:
-            yield assemble(recipe, directory, journal, console, fingerprint="")
+def _silent() -> Console:
+    return Console(io.StringIO(), quiet=True)
 
 
 def _measure_step(recipe: Recipe, seconds: float) -> float:
     """Images per second of the step on one batch that is on the device already."""
-    with _assembled(_with(recipe, Setting(0, 1))) as run:
+    with assembled_aside(_with(recipe, Setting(0, 1)), _silent()) as run:
         state = run.fresh()
         with closing(_batches(run)) as batches:
             batch = next(batches)
@@ -302,7 +290,7 @@ def _measure_step(recipe: Recipe, seconds: float) -> float:
 def _measure(recipe: Recipe, setting: Setting, seconds: float, device: torch.device) -> Rate:
     # Batches arrive in rounds, one from each worker: whole rounds are counted.
     together = max(1, setting.workers)
-    with _assembled(_with(recipe, setting)) as run:
+    with assembled_aside(_with(recipe, setting), _silent()) as run:
         started = time.perf_counter()
         state = run.fresh()
         with closing(_batches(run)) as batches:

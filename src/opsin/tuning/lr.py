@@ -11,21 +11,18 @@ FOLDER/
 
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch.optim import Optimizer
 
-from opsin.assembly import assemble
 from opsin.config import shipped_recipes
 from opsin.console import Console, open_console
 from opsin.errors import ConfigError, RunError, TrainingError
 from opsin.lr_search import RESULT, sweep_key
 from opsin.recipe import Recipe, StageConfig, read, shipped
-from opsin.reporting import Journal
-from opsin.rundir import RunDirectory, write_atomic
+from opsin.rundir import write_atomic
 from opsin.schedule import Constant
 from opsin.session import in_words
 from opsin.timeline import Clock
@@ -33,6 +30,7 @@ from opsin.training.loop import Run
 from opsin.training.optim import AdamW
 from opsin.training.state import Pace
 from opsin.training.step import train_step
+from opsin.tuning.aside import assembled_aside
 from opsin.tuning.lr_curve import FEWEST_STEPS, Divergence, Reading, read_curve, sweep_rates
 from opsin.tuning.lr_plot import draw_curve
 from opsin.yaml_tree import read_overrides
@@ -147,9 +145,7 @@ def run_sweep(recipe: Recipe, asked: SweepRange, console: Console) -> Sweep:
     """The losses of `recipe` trained from its starting weights, each update with the next rate."""
     swept, unit = _swept_recipe(recipe, asked.steps)
     rates = sweep_rates(asked.first, asked.last, asked.steps)
-    with tempfile.TemporaryDirectory(prefix="opsin-lr-", ignore_cleanup_errors=True) as place:
-        directory = RunDirectory(Path(place))
-        run = assemble(swept, directory, Journal(directory.path, warn=console.warning), console, fingerprint="")
+    with assembled_aside(swept, console) as run:
         losses, stopped = rising_losses(run, [rate / unit for rate in rates], console)
     return Sweep(tuple(rates[: len(losses)]), tuple(losses), stopped)
 

@@ -1,19 +1,15 @@
 """The picture of a learning-rate sweep."""
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from opsin.errors import RunError
+from opsin.pictures import BLUE, GREEN, RED, new_figure, to_png
 from opsin.tuning.lr_curve import Reading
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito (2008): colours that people with any colour vision tell apart.
-_BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
-_SIZE_INCHES = (7.2, 4.2)
-_DOTS_PER_INCH = 160
+_GREY = "#8A8A8A"
 
 
 def draw_curve(name: str, rates: Sequence[float], losses: Sequence[float], reading: Reading) -> bytes:
@@ -22,22 +18,15 @@ def draw_curve(name: str, rates: Sequence[float], losses: Sequence[float], readi
     Raises:
         RunError: matplotlib cannot be imported.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RunError(
-            f"lr.png needs matplotlib, which cannot be imported ({error}): pip install matplotlib"
-        ) from error
-    figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
+    figure = new_figure(7.2, 4.2)
     axes = figure.add_subplot()
     axes.plot(rates, losses, ".", color=_GREY, markersize=3, label="loss of one update")
     axes.plot(rates, reading.smoothed, color="black", linewidth=1.5, label="smoothed")
-    _mark(axes, reading.steepest, _BLUE, ":", "steepest descent")
-    _mark(axes, reading.safe, _RED, "--", "safe: a third of where it has risen")
-    _mark(axes, reading.suggestion, _GREEN, "-", "suggestion")
+    _mark(axes, reading.steepest, BLUE, ":", "steepest descent")
+    _mark(axes, reading.safe, RED, "--", "safe: a third of where it has risen")
+    _mark(axes, reading.suggestion, GREEN, "-", "suggestion")
     if reading.diverged is not None:
-        axes.axvspan(reading.diverged, rates[-1], color=_RED, alpha=0.08, linewidth=0)
+        axes.axvspan(reading.diverged, rates[-1], color=RED, alpha=0.08, linewidth=0)
     axes.set_xscale("log")
     axes.set_ylim(*_limits(reading))
     axes.set_xlabel("learning rate")
@@ -50,9 +39,7 @@ def draw_curve(name: str, rates: Sequence[float], losses: Sequence[float], readi
     # A name may hold dollar signs, which would be read as a formula.
     axes.set_title(f"{name}: {said}", loc="left", fontsize=9, parse_math=False)
     axes.legend(fontsize=8, frameon=False, loc="upper left")
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(file, format="png", dpi=_DOTS_PER_INCH)
-    return file.getvalue()
+    return to_png(figure)
 
 
 def _mark(axes: "Axes", rate: float | None, color: str, style: str, what: str) -> None:
