@@ -37,6 +37,8 @@ BROKEN_UP = (
 """16 steps make an epoch: most checkpoints fall into the middle of one."""
 VIT = ("model.width=16", "model.depth=2", "model.heads=2", "model.dropout=0.1", "model.drop_path=0.2")
 CONVNET = ("model.name=convnet", "model.widths=[8,8,8]", "data.image_size=10")
+OF_THE_MACHINE = ("train/images_per_s", "time/", "gpu/", "system/")
+"""How names of values begin that no two runs have in common."""
 STEPS_PER_EPOCH = 5
 """1,438 training images in batches of 256."""
 

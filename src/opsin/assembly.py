@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from opsin.data.holdout import hold_out
 from opsin.data.loading import EvaluationData, TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
-from opsin.data.sources import open_sources
+from opsin.data.sources import Opened, open_sources
 from opsin.distributed import World, join
 from opsin.errors import RunError
+from opsin.evaluation.labelled import LabelledImages
 from opsin.export import CARD_FILE, EncoderCard, describe_encoder, write_card
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
@@ -32,11 +33,15 @@ from opsin.seeding import fold_in
 from opsin.stages import announce_stage, plan_stages, plan_time
 from opsin.timeline import Timeline
 from opsin.training import precision
+from opsin.training.alerts import Alerts
 from opsin.training.checkpoint import Checkpoints, find_checkpoints
 from opsin.training.freeze import LayerFreezer
 from opsin.training.loop import Run
-from opsin.training.observe import Evaluations, Observations, Scene
+from opsin.training.memory import save_memory
+from opsin.training.observe import Evaluations, Evaluator, EvaluatorConfig, Observations
 from opsin.training.optim import build_optimizer, pace_setter
+from opsin.training.profile import Profile, StepProfile
+from opsin.training.scene import Scene
 from opsin.training.state import LossScale, StepPlan, TrainState
 from opsin.training.stop import Stop
 
@@ -83,6 +88,7 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
     method = build_method(recipe, images.facts)
     freezer = plan_stages(recipe, timeline, method)
     numerics = settle_numerics(recipe, method, device, number_format, console.notice)
+    save_memory(recipe.memory, method)
     method = place(method, numerics)
     card = _card(recipe, images.facts, method, fingerprint)
     data = _training_data(recipe, images, timeline, method, numerics, directory, world)
@@ -97,6 +103,7 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
         last_step=steps,
         on_restore=partial(_go_on, recipe, card, directory, journal, last_step=steps),
     )
+    monitors = {name: wanted.build(timeline) for name, wanted in recipe.monitors.items()}
     observations = Observations(
         journal,
         timeline,
@@ -104,24 +111,33 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
         every=recipe.log.every,
         last_step=steps,
         limit=recipe.limits.cancelled_in_a_row,
-        monitors=[(monitor.every, monitor.build()) for monitor in recipe.monitors.values()],
+        monitors=[(recipe.monitors[name].every, monitor) for name, monitor in monitors.items()],
         also_when=lambda state: checkpoints.is_due(state) or evaluations.is_due(state.step),
         on_stage=partial(announce_stage, timeline, freezer, journal, console),
     )
-    scene = Scene(still_data(recipe, images, numerics, console), plan.autocast, device, directory.path)
+    scored = recipe.evaluators.items()
+    scene = build_scene(recipe, images, numerics, console, directory.path)
     evaluations = Evaluations(
         journal,
         timeline,
-        {prefix: (wanted.every, wanted.build(scene, prefix)) for prefix, wanted in recipe.evaluators.items()},
+        {prefix: (wanted.every, _evaluator(wanted, prefix, scene, method)) for prefix, wanted in scored},
         console=console,
         observations=observations,
         last_step=steps,
         on_scores=checkpoints.note_scores,
     )
+    actions = {name: (recipe.monitors[name].action, monitor) for name, monitor in monitors.items()}
+    alerts = Alerts(journal, timeline, console, actions)
     resuming = bool(find_checkpoints(directory.checkpoints))
     fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice, resuming=resuming)
     stop = Stop(hours=recipe.limits.hours)
-    return Run(fresh, data, plan, steps, checkpoints, observations, evaluations, stop, directory)
+    profile = _profile(recipe, directory, console, device, observations, evaluations, last_step=steps)
+    return Run(fresh, data, plan, steps, checkpoints, observations, evaluations, alerts, stop, directory, profile)
+
+
+def _evaluator(wanted: EvaluatorConfig, prefix: str, scene: Scene, method: Method) -> Evaluator:
+    wanted.check(method, prefix)
+    return wanted.build(scene, prefix)
 
 
 def _go_on(
@@ -219,13 +235,38 @@ def place(method: Method, numerics: Numerics) -> Method:
     return method.to(numerics.device)
 
 
-def still_data(recipe: Recipe, images: Images, numerics: Numerics, console: Console) -> EvaluationData | None:
-    """The validation images, if there are any."""
-    if images.val is None:
-        return None
+def build_scene(recipe: Recipe, images: Images, numerics: Numerics, console: Console, folder: Path) -> Scene:
+    """What evaluators may look at; `folder` is the run directory."""
+
+    def still(source: Source) -> EvaluationData:
+        return still_data(recipe, source, images.facts, numerics, console)
+
+    def open_path(path: str) -> Opened:
+        opened = open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))
+        console.notice(f"labelled images: {opened.said}")
+        return opened
+
+    return Scene(
+        None if images.val is None else still(images.val),
+        LabelledImages(images.train, images.val, open_path=open_path, still=still),
+        precision.autocast(numerics.device, numerics.precision),
+        numerics.device,
+        folder,
+    )
+
+
+def still_data(
+    recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics, console: Console
+) -> EvaluationData:
+    """The images of a source as evaluators see them, normalised as `facts` says."""
     return EvaluationData(
-        images.val,
-        facts=images.facts,
+        source,
+        facts=replace(
+            facts,
+            classes=source.classes,
+            samples=len(source),
+            unlabelled=int((source.labels < 0).sum()),
+        ),
         resize=recipe.data.eval_resize or recipe.data.image_size,
         device=numerics.device,
         workers=_count_workers(recipe.data),
@@ -274,7 +315,9 @@ def _step_plan(
         autocast=precision.autocast(numerics.device, numerics.precision),
         seed=recipe.seed,
         accumulate=recipe.accumulate,
+        view_chunk=recipe.memory.view_chunk,
         clip_norm=recipe.optim.clip_norm,
+        clip_each=recipe.optim.clip == "each",
         rank=world.rank,
     )
 
@@ -293,6 +336,29 @@ def _fresh_state(
     scale = LossScale.start(numerics.device) if numerics.precision == "fp16" else None
     ema = None if recipe.ema is None else ModelEma(method)
     return TrainState(method, build_optimizer(recipe.optim, method), scale, ema)
+
+
+def _profile(
+    recipe: Recipe,
+    directory: RunDirectory,
+    console: Console,
+    device: torch.device,
+    observations: Observations,
+    evaluations: Evaluations,
+    *,
+    last_step: int,
+) -> Profile:
+    if not recipe.profile.steps:
+        return Profile()
+    return StepProfile(
+        recipe.profile,
+        directory.profile,
+        console,
+        device=device,
+        last_step=last_step,
+        interrupted=evaluations.is_due,
+        paused=observations.paused,
+    )
 
 
 def _card(recipe: Recipe, facts: DataFacts, method: Method, fingerprint: str) -> EncoderCard:

@@ -111,10 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("--quiet", action="store_true", help="print warnings only")
     resume.set_defaults(run=_resume)
 
-    evaluate = commands.add_parser("eval", help="score a run on its validation images")
+    evaluate = commands.add_parser("eval", help="score a run on its validation images, or others")
     evaluate.add_argument("directory", type=_path, metavar="DIR", help="run directory, or a checkpoint inside it")
-    evaluate.add_argument("scores", nargs="*", metavar="SCORE", help="accuracy (the default)")
-    evaluate.add_argument("--weights", choices=("raw", "ema"), default="raw", help=_WEIGHTS)
+    scores = "accuracy, knn, linear (default: accuracy of a classifier, else knn and linear)"
+    evaluate.add_argument("scores", nargs="*", metavar="SCORE", help=scores)
+    weights = "as trained, their moving average, or those before step 0 (default: raw)"
+    evaluate.add_argument("--weights", choices=("raw", "ema", "initial"), default="raw", help=weights)
+    evaluate.add_argument("--data", metavar="PATH", help="score on these labelled images, as in data.path")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_eval)
 
@@ -227,14 +230,20 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    known = ("accuracy",)
+    known = ("accuracy", "knn", "linear")
     for score in arguments.scores:
         if score not in known:
-            raise ConfigError(f"command line: unknown score {score!r}; known: {', '.join(known)}")
+            from opsin.config_faults import did_you_mean
+
+            options = f"{', '.join(known)}{did_you_mean(score, known)}"
+            raise ConfigError(f"command line: unknown score {score!r}; known: {options}")
     from opsin.results import evaluate_run
 
-    report = evaluate_run(arguments.directory, weights=arguments.weights)
-    print(json.dumps(report.as_dict()) if arguments.json else "\n".join(report.lines()))
+    reports = evaluate_run(arguments.directory, arguments.scores, weights=arguments.weights, data=arguments.data)
+    if arguments.json:
+        print(json.dumps({name: report.as_dict() for name, report in reports.items()}))
+    else:
+        print("\n".join(line for report in reports.values() for line in report.lines()))
     return 0
 
 

@@ -19,11 +19,12 @@ from pydantic_core import to_jsonable_python
 from opsin.config_faults import did_you_mean, faults_of
 from opsin.errors import ConfigError
 from opsin.recipe_text import diff, flatten, head_comment, json_schema, shipped_recipes, to_yaml
-from opsin.settings import Family, Settings, Shape, keys, shape_of
+from opsin.settings import Family, Range, Settings, Shape, keys, shape_of
 from opsin.yaml_tree import COMMAND_LINE, Node, from_plain, read_file, read_overrides
 
 __all__ = [
     "Family",
+    "Range",
     "Settings",
     "diff",
     "flatten",

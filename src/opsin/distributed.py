@@ -3,6 +3,9 @@
 import os
 from dataclasses import dataclass
 
+import torch.distributed as dist
+from torch import Tensor
+
 from opsin.errors import ConfigError
 
 
@@ -24,3 +27,10 @@ def join() -> World:
     if size != "1":
         raise ConfigError(f"WORLD_SIZE={size}: this version trains in one process; start it without torchrun")
     return World()
+
+
+def add_over_processes(*tensors: Tensor) -> None:
+    """Replace each tensor by the sum of those of all processes; nothing to do in a single one."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)

@@ -10,20 +10,32 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from opsin import config
 from opsin.config import Settings
 from opsin.evaluation.accuracy import AccuracyConfig
+from opsin.evaluation.knn import KnnConfig
+from opsin.evaluation.linear import LinearConfig
 from opsin.methods.base import MethodConfig
+from opsin.methods.dino import DinoConfig
 from opsin.methods.supervised import SupervisedConfig
+from opsin.monitors.collapse import CollapseConfig
+from opsin.monitors.gradients import GradientsConfig
+from opsin.monitors.throughput import ThroughputConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
+from opsin.training.alerts import MonitorConfig
 from opsin.training.checkpoint import CheckpointConfig
-from opsin.training.observe import EvaluatorConfig, MonitorConfig
+from opsin.training.memory import MemoryConfig
+from opsin.training.observe import EvaluatorConfig
 from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig
+from opsin.training.profile import ProfileConfig
 
 __all__ = [
     "SGD",
     "ConvNetConfig",
     "DataConfig",
+    "DinoConfig",
+    "KnnConfig",
+    "LinearConfig",
     "MuonConfig",
     "Recipe",
     "TimmConfig",
@@ -158,6 +170,8 @@ class Recipe(Settings):
     """Attention kernel; `auto` takes the faster one for the device."""
     channels_last: bool | Literal["auto"] = "auto"
     """Memory format of images and filters; `auto` is true for convolutional networks."""
+    memory: MemoryConfig = MemoryConfig()
+    """Ways to train with less memory, each at the price of some time."""
     compile: bool = False
     """Compile the forward pass (needs a C++ compiler on the CPU)."""
     deterministic: bool = True
@@ -178,10 +192,16 @@ class Recipe(Settings):
     """When a run ends early."""
     log: LogConfig = LogConfig()
     """What is written while training."""
-    monitors: dict[str, MonitorConfig] = {}
-    """Numbers of the training itself, by name."""
+    profile: ProfileConfig = ProfileConfig()
+    """A few steps taken apart: where their time goes."""
+    monitors: dict[str, MonitorConfig] = {
+        "collapse": CollapseConfig(),
+        "gradients": GradientsConfig(),
+        "throughput": ThroughputConfig(),
+    }
+    """Numbers of the training itself and verdicts on it, by name."""
     evaluators: dict[str, EvaluatorConfig] = {"val": AccuracyConfig()}
-    """Scores on the validation images; the name is the prefix of the scores."""
+    """Scores on labelled images; the name is the prefix of the scores."""
 
     @field_validator("epochs", mode="after")
     @classmethod

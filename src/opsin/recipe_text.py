@@ -49,6 +49,9 @@ def json_schema(model: type[Settings]) -> dict[str, object]:
         **schema.get("properties", {}),
     }
     schema["patternProperties"] = {r"^\w+\.": {}}
+    for table in schema["properties"].values():
+        if isinstance(entry := table.get("additionalProperties"), dict):
+            table["additionalProperties"] = {"anyOf": [entry, {"type": "null"}]}  # null takes an entry out
     return schema
 
 

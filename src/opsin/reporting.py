@@ -131,15 +131,16 @@ class Journal:
 
     def streak(self, kind: str, step: int) -> int:
         """How many steps in a row, the last of them `step`, have an event of this kind on disk."""
-        steps = {event.step for event in read_events(self._folder / "events.jsonl") if event.kind == kind}
+        steps = {event.step for event in self.events(kind)}
         return next(length for length in count() if step - length not in steps)
 
     def last_event(self, kind: str) -> Event | None:
         """The newest event of this kind on disk."""
-        found = None
-        for event in read_events(self._folder / "events.jsonl"):
-            found = event if event.kind == kind else found
-        return found
+        return next(reversed(self.events(kind)), None)
+
+    def events(self, kind: str) -> list[Event]:
+        """The events of this kind on disk, oldest first."""
+        return [event for event in read_events(self._folder / "events.jsonl") if event.kind == kind]
 
     def rewind(self, step: int) -> None:
         """Forget every row and event after `step`, and any torn line, in one replacement per file.

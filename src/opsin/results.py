@@ -4,19 +4,35 @@ A place is a run directory (its final weights, else its newest valid checkpoint)
 one, or an export folder.
 """
 
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from opsin.assembly import build_method, choose_numbers, open_images, place, settle_numerics, still_data
-from opsin.console import open_console
-from opsin.errors import CheckpointError, ConfigError, RunError
-from opsin.evaluation.accuracy import AccuracyReport, Classifier, evaluate
+from opsin.assembly import (
+    Images,
+    assemble,
+    build_method,
+    build_scene,
+    choose_numbers,
+    open_images,
+    place,
+    settle_numerics,
+)
+from opsin.console import Console, open_console
+from opsin.data.sources import open_sources
+from opsin.errors import CheckpointError, ConfigError, DataError, RunError
+from opsin.evaluation.accuracy import Classifier, evaluate
+from opsin.evaluation.knn import KnnConfig
+from opsin.evaluation.linear import LinearConfig
 from opsin.export import (
     BACKBONE_FILE,
     CARD_FILE,
@@ -26,13 +42,18 @@ from opsin.export import (
     load_export,
     read_card,
 )
-from opsin.recipe import read
+from opsin.methods.base import Method
+from opsin.recipe import Recipe, read
+from opsin.reporting import Journal
 from opsin.rundir import RunDirectory
 from opsin.training.checkpoint import DamagedCheckpoint, find_checkpoints, read_checkpoint
-from opsin.training.precision import autocast
+from opsin.training.scene import Scene
 
 Weights = Literal["raw", "ema"]
 """Those that were trained, or their moving average."""
+
+ScoreName = Literal["accuracy", "knn", "linear"]
+"""What a run can be scored by."""
 
 
 def load(path: str | Path, *, weights: Weights = "raw") -> Encoder:
@@ -57,12 +78,35 @@ def load(path: str | Path, *, weights: Weights = "raw") -> Encoder:
     return Encoder(card, backbone, head)
 
 
-def evaluate_run(path: Path, *, weights: Weights = "raw") -> AccuracyReport:
-    """The accuracy of a run, or of one of its checkpoints, on the validation images of its recipe.
+class Report(Protocol):
+    """A score and what it is made from."""
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        ...
+
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain values for JSON."""
+        ...
+
+
+def evaluate_run(
+    path: Path,
+    scores: Sequence[ScoreName] = (),
+    *,
+    weights: Weights | Literal["initial"] = "raw",
+    data: str | None = None,
+) -> dict[ScoreName, Report]:
+    """The scores of a run, or of one of its checkpoints, by name.
+
+    None named means accuracy where the method gives class scores, else knn and linear. Each has the settings of
+    the recipe's first evaluator of that kind, or the defaults, but no limit of time. They are taken on the
+    validation images of the recipe, or of `data`, which is what `data.path` could be. The weights `initial` are
+    those before step 0.
 
     Raises:
         RunError: no run at `path`.
-        ConfigError: the run is no classifier, or its recipe has no validation images.
+        ConfigError: a score that the method or the images do not allow.
     """
     run, checkpoint = _find_run(path)
     recipe = read(str(run.recipe))
@@ -70,16 +114,59 @@ def evaluate_run(path: Path, *, weights: Weights = "raw") -> AccuracyReport:
     device, number_format = choose_numbers(recipe, console.notice)
     images = open_images(recipe, console.notice)
     method = build_method(recipe, images.facts)
-    state, source = _read_weights(run, checkpoint, weights)
+    if weights == "initial":
+        state, source = _initial_weights(recipe, console), run.recipe
+    else:
+        state, source = _read_weights(run, checkpoint, weights)
     _take(method, state, "", source)
     numerics = settle_numerics(recipe, method, device, number_format, console.notice)
     method = place(method, numerics)
-    still = still_data(recipe, images, numerics, console)
-    if still is None:
-        raise ConfigError(f"{run.recipe}: has no validation images; set data.holdout, or give the data a split")
+    if data is not None:
+        images = _with_queries(images, data, recipe)
+    scene = build_scene(recipe, images, numerics, console, run.path)
+    features: tuple[ScoreName, ...] = ("knn", "linear")
+    names = scores or (("accuracy",) if isinstance(method, Classifier) else features)
+    reports: dict[ScoreName, Report] = {}
+    for name in names:
+        if name == "accuracy":
+            reports[name] = _score_classes(method, scene, images.facts.classes, run.recipe)
+        else:
+            reports[name] = _score_features(method, scene, recipe, name, data)
+    return reports
+
+
+def _score_classes(method: Method, scene: Scene, classes: Sequence[str], place: Path) -> Report:
     if not isinstance(method, Classifier):
-        raise ConfigError(f"{run.recipe}: method.name={recipe.method.name} gives no class scores; accuracy needs them")
-    return evaluate(method, still, autocast=autocast(device, number_format), device=device)
+        raise ConfigError(f"{place}: its method gives no class scores, which accuracy needs; take knn and linear")
+    if scene.validation is None:
+        raise ConfigError(f"{place}: has no validation images; set data.holdout, or give the data a split")
+    found = scene.validation.facts.classes
+    if found and found != tuple(classes):
+        strange = ", ".join(sorted(set(found) ^ set(classes))[:3])
+        raise ConfigError(
+            f"--data: these images have {len(found)} classes, the run {len(classes)}, and they differ ({strange}); "
+            "accuracy needs equal ones: take knn and linear"
+        )
+    return evaluate(method, scene.validation, autocast=scene.autocast, device=scene.device)
+
+
+def _score_features(
+    method: Method, scene: Scene, recipe: Recipe, name: Literal["knn", "linear"], data: str | None
+) -> Report:
+    kind = KnnConfig if name == "knn" else LinearConfig
+    found = ((key, config) for key, config in recipe.evaluators.items() if isinstance(config, kind))
+    key, config = next(found, (name, kind()))
+    changed = {"seconds": None} if data is None else {"seconds": None, "path": data}
+    return config.model_copy(update=changed).build(scene, key).report(method)
+
+
+def _with_queries(images: Images, path: str, recipe: Recipe) -> Images:
+    """With the images of another place to score: its validation images, or all where it sets none apart."""
+    try:
+        opened = open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))
+    except DataError as error:
+        raise ConfigError(*(f"--data {fault}" for fault in error.faults)) from error
+    return replace(images, val=opened.train if opened.val is None else opened.val)
 
 
 def export_run(path: Path, out: Path | None, *, weights: Weights = "raw") -> Path:
@@ -105,6 +192,15 @@ def _find_run(path: Path) -> tuple[RunDirectory, Path | None]:
     if path.parent == above.checkpoints and path.is_dir() and above.exists():
         return above, path
     raise RunError(f"{path}: is no run directory and no checkpoint of one; `opsin runs` lists those in a folder")
+
+
+def _initial_weights(recipe: Recipe, console: Console) -> Mapping[str, Tensor]:
+    """The weights that the run began with."""
+    bare = recipe.model_copy(update={"evaluators": {}, "monitors": {}})
+    with tempfile.TemporaryDirectory(prefix="opsin-eval-", ignore_cleanup_errors=True) as folder:
+        directory = RunDirectory(Path(folder))
+        with closing(Journal(directory.path, warn=console.warning)) as journal:
+            return assemble(bare, directory, journal, console, fingerprint="").fresh().method.state_dict()
 
 
 def _read_weights(run: RunDirectory, checkpoint: Path | None, weights: Weights) -> tuple[Mapping[str, Tensor], Path]:

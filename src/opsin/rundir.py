@@ -9,6 +9,7 @@ DIR/
 ├── quarantine.txt       images that could not be read
 ├── checkpoints/         step-00000123/, ...
 ├── plots/               pictures
+├── profile/             steps taken apart: split.json, split.png, trace.json (with profile.steps)
 ├── model.safetensors    the final weights
 └── .lock                held by the process that writes the run
 """
@@ -77,6 +78,7 @@ class RunDirectory:
         self.quarantine = path / "quarantine.txt"
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
+        self.profile = path / "profile"
         self.model = path / "model.safetensors"
         self.averaged = path / "model_ema.safetensors"
         self._lock_file = path / ".lock"

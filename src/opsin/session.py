@@ -32,6 +32,7 @@ from opsin.training.state import TrainState
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
 """Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""
+_LEARNED = ("stages", "epochs", "batch_size", "data.image_size", "data.drop_last", "model.", "method.", "optim.")
 
 
 def train(
@@ -138,6 +139,17 @@ def _with_rates(recipe: Recipe, rates: Mapping[str, object]) -> Recipe:
     return recipe.model_copy(update={"optim": recipe.optim.model_copy(update=dict(rates))})
 
 
+def against_published(recipe: Recipe) -> str | None:
+    """In which keys that matter for what is learned a recipe differs from the publication; None where there is none."""
+    name = recipe.method.published
+    if name is None:
+        return None
+    lines = [line for line in diff(read(name), recipe) if line.startswith(_LEARNED)]
+    if not lines:
+        return f"recipe: equals the published one ({name})"
+    return f"recipe: differs from the published one ({name}: published -> here) in {'; '.join(lines)}"
+
+
 def fingerprint(recipe: Recipe) -> str:
     """A short hash of all keys; two recipes with the same one train the same weights."""
     values = json.dumps(flatten(recipe), sort_keys=True)
@@ -148,6 +160,8 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     console = open_console(quiet=quiet, also=TextLog(directory.path).line)
     for note in notes:
         console.notice(note)
+    if (line := against_published(recipe)) is not None:
+        console.notice(line)
     sinks: list[SinkName] = []
     if recipe.log.csv:
         sinks.append("csv")

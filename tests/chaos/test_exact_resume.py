@@ -21,7 +21,7 @@ from opsin.session import train_recipe
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, verify
 from tests.chaos.killed_runs import ROOT, Killer
-from tests.digits_run import BROKEN_UP, CONVNET, VIT, staged
+from tests.digits_run import BROKEN_UP, CONVNET, OF_THE_MACHINE, VIT, staged
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
 
@@ -54,7 +54,7 @@ def learned(run: RunDirectory) -> list[Row]:
     """The rows of the journal without what depends on the speed of the machine."""
     timeless = []
     for row in read_rows(run.metrics):
-        timeless_names = (name for name in row.values if name != "train/images_per_s" and not name.startswith("time/"))
+        timeless_names = (name for name in row.values if not name.startswith(OF_THE_MACHINE))
         values = {name: row.values[name] for name in timeless_names}
         timeless.append(Row(row.step, row.epoch, 0.0, values))
     return timeless

@@ -63,7 +63,7 @@ def test_a_run_goes_from_pictures_to_an_encoder(pictures: Path, tmp_path: Path, 
     assert [(answer.status, answer.err) for answer in answers] == [(0, "")] * len(answers)
     train, again, scores, earlier, export, runs, resume = (answer.out for answer in answers)
     assert train == again == resume == ""
-    assert json.loads(scores)["images"] == 4
+    assert json.loads(scores)["accuracy"]["images"] == 4
     assert earlier.startswith("top-1 ")
     assert export == f"wrote {run.name}/export\n"
     listed = json.loads(runs)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opsin.config import Family
 from opsin.reporting import read_rows
-from opsin.training.observe import EvaluatorConfig, MonitorConfig
+from opsin.training.alerts import MonitorConfig
+from opsin.training.observe import EvaluatorConfig
 from tests.digits_run import SMALL_VIT, train_digits
 
 for _package in ("opsin.evaluation", "opsin.monitors"):
@@ -18,7 +20,7 @@ for _package in ("opsin.evaluation", "opsin.monitors"):
         for _module in pkgutil.iter_modules(import_module(_package).__path__):
             import_module(f"{_package}.{_module.name}")
 
-KINDS = {"monitors": MonitorConfig, "evaluators": EvaluatorConfig}
+KINDS: dict[str, type[Family]] = {"monitors": MonitorConfig, "evaluators": EvaluatorConfig}
 EVERYTHING = [
     f"{key}.{name}.{setting}"
     for key, family in KINDS.items()
@@ -26,6 +28,15 @@ EVERYTHING = [
     if member.__module__.startswith("opsin.")
     for setting in (f"name={name}", "every=1 step")
 ]
+UNWATCHED = (*(f"monitors.{name}=null" for name in MonitorConfig.members()), "evaluators.val=null", "log.every=1000")
+TEACHER = (
+    "method.name=dino",
+    "method.prototypes=64",
+    "method.hidden=32",
+    "method.bottleneck=16",
+    "method.views.local_count=2",
+    "checkpoints.best=null",
+)
 # Dropout draws from torch's generator and batch norm keeps statistics: what a careless observer would disturb.
 NETWORKS = {
     "vit": (*SMALL_VIT, "model.dropout=0.1"),
@@ -38,9 +49,26 @@ NETWORKS = {
 def test_a_run_that_is_watched_learns_the_same(network: str, tmp_path: Path) -> None:
     model = NETWORKS[network]
     train_digits(tmp_path / "watched", "epochs=1", *EVERYTHING, model=model)
-    train_digits(tmp_path / "alone", "epochs=1", "evaluators.val=null", "log.every=1000", model=model)
-    watched, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("watched", "alone"))
+    train_digits(tmp_path / "alone", "epochs=1", *UNWATCHED, model=model)
+    assert_equal_weights(tmp_path)
+    assert "accuracy/top1" in seen_in(tmp_path / "watched")
+
+
+@pytest.mark.usefixtures("torch_switches")
+def test_a_teacher_that_is_watched_teaches_the_same(tmp_path: Path) -> None:
+    monitors = [key for key in EVERYTHING if key.startswith("monitors.")]
+    train_digits(tmp_path / "watched", "epochs=1", *TEACHER, "evaluators.val=null", *monitors)
+    train_digits(tmp_path / "alone", "epochs=1", *TEACHER, *UNWATCHED)
+    assert_equal_weights(tmp_path)
+    assert {"collapse/cosine", "collapse/student_rank"} <= seen_in(tmp_path / "watched")
+    assert not {name for name in seen_in(tmp_path / "alone") if name.startswith(("collapse/", "system/"))}
+
+
+def assert_equal_weights(folder: Path) -> None:
+    watched, alone = (load_file(folder / name / "model.safetensors") for name in ("watched", "alone"))
     assert watched.keys() == alone.keys()
     assert all(torch.equal(watched[name], alone[name]) for name in alone)
-    seen = {name for row in read_rows(tmp_path / "watched" / "metrics.jsonl") for name in row.values}
-    assert "accuracy/top1" in seen
+
+
+def seen_in(run: Path) -> set[str]:
+    return {name for row in read_rows(run / "metrics.jsonl") for name in row.values}

@@ -91,9 +91,14 @@ def test_a_run_can_be_scored_listed_resumed_and_exported(tmp_path: Path, capsys:
 
     assert run("eval", folder, "--json") == 0
     scores = json.loads(capsys.readouterr().out)
-    assert scores["images"] == 359
+    assert scores["accuracy"]["images"] == 359
     assert run("eval", folder, "accuracy") == 0
-    assert f"top-1 {scores['top1']:.2%}" in capsys.readouterr().out
+    assert f"top-1 {scores['accuracy']['top1']:.2%}" in capsys.readouterr().out
+    assert run("eval", folder, "linear", "knn", "--weights", "initial") == 0
+    assert [line.split(" top-1 ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "linear probe",
+        "k-NN (k 20)",
+    ]
 
     assert run("runs", tmp_path, "--json") == 0
     listed = json.loads(capsys.readouterr().out)
@@ -112,7 +117,9 @@ def test_a_run_can_be_scored_listed_resumed_and_exported(tmp_path: Path, capsys:
 
 def test_an_unknown_score_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("eval", "anywhere", "knm") == 2
-    assert capsys.readouterr().err.startswith("opsin: command line: unknown score 'knm'; known: accuracy")
+    assert capsys.readouterr().err.startswith(
+        "opsin: command line: unknown score 'knm'; known: accuracy, knn, linear; did you mean knn?"
+    )
 
 
 def test_a_recipe_is_shown_as_it_will_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

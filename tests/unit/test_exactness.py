@@ -12,7 +12,7 @@ from opsin.rundir import RunDirectory
 from opsin.session import resume_run, train_recipe
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest
-from tests.digits_run import BROKEN_UP, CONVNET, VIT
+from tests.digits_run import BROKEN_UP, CONVNET, OF_THE_MACHINE, VIT
 from tests.unit.data.pictures import fill
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
@@ -44,7 +44,7 @@ def learned(run: RunDirectory) -> dict[int, Row]:
     rows = {}
     for row in read_rows(run.metrics):
         assert row.step not in rows, "no step stands twice"
-        timeless_names = (name for name in row.values if name != "train/images_per_s" and not name.startswith("time/"))
+        timeless_names = (name for name in row.values if not name.startswith(OF_THE_MACHINE))
         values = {name: row.values[name] for name in timeless_names}
         rows[row.step] = Row(row.step, row.epoch, 0.0, values)
     return rows

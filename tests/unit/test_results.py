@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from opsin.errors import CheckpointError, ConfigError, RunError
+from opsin.evaluation.accuracy import AccuracyReport
 from opsin.reporting import read_rows
 from opsin.results import evaluate_run, export_run, load
 from tests.digits_run import STEPS_PER_EPOCH, train_digits
+from tests.unit.data.pictures import fill
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 
@@ -67,10 +69,49 @@ def test_the_scores_of_a_run_are_those_of_its_last_evaluation(run: Path) -> None
     last = list(read_rows(run / "metrics.jsonl"))[-1].values
     confusion = json.loads((run / "confusion.json").read_text())["confusion"]
     for place in (run, last_checkpoint(run)):
-        report = evaluate_run(place)
+        report = evaluate_run(place)["accuracy"]
+        assert isinstance(report, AccuracyReport)
         assert report.values == {name.removeprefix("val/"): last[name] for name in last if name.startswith("val/")}
         assert report.confusion.tolist() == confusion
         assert report.images == 359
+
+
+def test_features_are_scored_as_the_run_scores_them(tmp_path: Path) -> None:
+    keys = (
+        "evaluators.near.name=knn",
+        "evaluators.near.k=5",
+        "evaluators.near.bank_images=900",
+        "evaluators.linear={}",
+    )
+    train_digits(tmp_path / "run", "epochs=1", *keys)
+    last = list(read_rows(tmp_path / "run" / "metrics.jsonl"))[-1].values
+    reports = evaluate_run(tmp_path / "run", ("knn", "linear"))
+    for prefix, report in zip(("near", "linear"), reports.values(), strict=True):
+        for score in ("top1", "top5"):
+            assert report.as_dict()[score] == last[f"{prefix}/{score}"]
+    assert reports["knn"].as_dict()["bank"] == 900
+    assert reports["knn"].lines()[0].startswith("k-NN (k 5) top-1 ")
+
+
+def test_the_weights_that_a_run_began_with_can_be_scored_without_any_saved(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "model.safetensors").unlink()
+    before = sorted(run.iterdir())
+    first, again = (evaluate_run(run, ("knn",), weights="initial")["knn"].as_dict() for _ in range(2))
+    assert first == again
+    assert sorted(run.iterdir()) == before
+
+
+def test_other_images_are_scored_where_they_have_labels(run: Path, tmp_path: Path) -> None:
+    reports = evaluate_run(run, ("accuracy", "knn"), data="digits")
+    assert reports["accuracy"].as_dict()["images"] == 1797
+    assert (reports["knn"].as_dict()["images"], reports["knn"].as_dict()["bank"]) == (359, 1438)
+    pictures = str(fill(tmp_path / "pictures", *(f"{kind}/{n}.png" for kind in "ab" for n in range(5))))
+    assert evaluate_run(run, ("knn",), data=pictures)["knn"].as_dict()["images"] == 2
+    with pytest.raises(ConfigError, match=r"--data: these images have 2 classes, the run 10.*take knn and linear"):
+        evaluate_run(run, data=pictures)
+    with pytest.raises(ConfigError, match="--data nowhere: no such file"):
+        evaluate_run(run, data="nowhere")
 
 
 def test_timm_loads_the_export(run: Path, pictures: Tensor) -> None:
@@ -128,6 +169,10 @@ def test_without_validation_images_there_is_no_score(run: Path) -> None:
     recipe.write_text(recipe.read_text().replace("holdout: 0.2", "holdout: 0.0"))
     with pytest.raises(ConfigError, match=r"has no validation images; set data\.holdout"):
         evaluate_run(run)
+    with pytest.raises(
+        ConfigError, match=r"evaluators\.knn: there are no validation images to score; set data\.holdout"
+    ):
+        evaluate_run(run, ("knn",))
 
 
 def test_an_export_that_cannot_be_written_says_where_else_to_go(run: Path) -> None:

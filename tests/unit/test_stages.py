@@ -151,8 +151,8 @@ def test_averaged_weights_are_scored_beside_the_others_and_can_be_used(run: Path
     last = list(read_rows(run / "metrics.jsonl"))[-1].values
     assert last["val/loss"] != last["val_ema/loss"]
     for weights, prefix in (("raw", "val"), ("ema", "val_ema")):
-        values = evaluate_run(run, weights=weights).values  # type: ignore[arg-type]  # a loop over both choices
-        assert values["top1"] == last[f"{prefix}/top1"]
+        report = evaluate_run(run, weights=weights)["accuracy"]  # type: ignore[arg-type]  # a loop over both choices
+        assert report.as_dict()["top1"] == last[f"{prefix}/top1"]
     raw, averaged = (opsin.load(run, weights=weights) for weights in ("raw", "ema"))
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(raw(images), averaged(images))

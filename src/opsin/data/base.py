@@ -110,6 +110,8 @@ class Batch:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     blend: Blend | None = None
     """What was mixed into the images, where something was."""
+    targets: object = None
+    """What a method has computed for several pieces of these images; only `Method.chunks` sets it."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -10,14 +10,27 @@ Shapes: B images, C channels, H and W sides of the source, S side of the crop, a
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from opsin import seeding
+
+_SMALL_PIXELS = 64 * 64  # up to this size a CPU resizes images faster together
+
+
+class Box(NamedTuple):
+    """One of `Boxes`."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +44,10 @@ class Boxes:
     flip: Tensor
     """bool [B]: mirror left to right after cutting."""
 
-    def at(self, index: Tensor) -> "Boxes":
-        """Those with the numbers int64 [b]."""
-        return Boxes(self.top[index], self.left[index], self.height[index], self.width[index], self.flip[index])
+    def one_by_one(self) -> Iterator[Box]:
+        """Each of them as plain numbers."""
+        columns = (self.top, self.left, self.height, self.width, self.flip)
+        return map(Box, *(column.tolist() for column in columns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +188,9 @@ def rectangles(
     return torch.where(found, height.gather(1, first)[:, 0], 0), torch.where(found, width.gather(1, first)[:, 0], 0)
 
 
-def cut(image: Tensor, boxes: Boxes, index: int, crop: Crop) -> Tensor:
-    """Box `index` out of `image` uint8 [C, H, W], resized and mirrored as asked: uint8 [C, S, S]."""
-    top, left = int(boxes.top[index]), int(boxes.left[index])
-    height, width = int(boxes.height[index]), int(boxes.width[index])
+def cut(image: Tensor, box: Box, crop: Crop) -> Tensor:
+    """`box` out of `image` uint8 [C, H, W], resized and mirrored as asked: uint8 [C, S, S]."""
+    top, left, height, width, flip = box
     if top >= 0 and left >= 0 and top + height <= image.shape[1] and left + width <= image.shape[2]:
         region = image[:, top : top + height, left : left + width]
     else:
@@ -187,8 +200,8 @@ def cut(image: Tensor, boxes: Boxes, index: int, crop: Crop) -> Tensor:
         if crop.padding == "zero":
             region = region * (row_inside.T & column_inside).to(image.device)
     if (height, width) != (crop.size, crop.size):
-        region = _resize(region[None], crop)[0]
-    return region.flip(-1) if boxes.flip[index] else region
+        region = _resize(region[None], crop.size, crop.size, crop)[0]
+    return region.flip(-1) if flip else region
 
 
 def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
@@ -197,18 +210,26 @@ def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
     On the CPU equal to `cut` on each image: tests/unit/data/test_crops.py::test_both_executors_agree.
     On a GPU resized boxes are computed in float: pixels may differ by one, more where bicubic filters overshoot.
     """
-    if bool(((boxes.height == crop.size) & (boxes.width == crop.size)).all()):
-        return _windows(images, boxes, crop.size, crop.size, crop)
+    height, width = int(boxes.height[0]), int(boxes.width[0])
+    alike = bool(((boxes.height == height) & (boxes.width == width)).all())
+    if alike and height == width == crop.size:
+        return _windows(images, boxes, height, width, crop)
     if images.device.type != "cpu":
         return _resample(images, boxes, crop)
-    # Boxes of one size at a time: a resize costs more to begin than to do, where images are small.
-    sizes, group_of = torch.stack([boxes.height, boxes.width], 1).unique(dim=0, return_inverse=True)
-    cuts = torch.empty(*images.shape[:2], crop.size, crop.size, dtype=torch.uint8)
-    for group, (height, width) in enumerate(sizes.tolist()):
-        index = (group_of == group).nonzero()[:, 0]
-        region = _windows(images[index], boxes.at(index), height, width, crop)
-        cuts[index] = region if (height, width) == (crop.size, crop.size) else _resize(region, crop)
-    return cuts
+    if alike:
+        return _resize(_windows(images, boxes, height, width, crop), crop.size, crop.size, crop)
+    tall, wide = images.shape[2:]
+    inside = (
+        (boxes.top >= 0) & (boxes.top + boxes.height <= tall) & (boxes.left >= 0) & (boxes.left + boxes.width <= wide)
+    )
+    if tall * wide > _SMALL_PIXELS or not bool(inside.all()):
+        return torch.stack([cut(image, box, crop) for image, box in zip(images, boxes.one_by_one(), strict=True)])
+    # Columns, then rows, is what a resize of both does.
+    pixels = images.permute(0, 2, 3, 1).contiguous()
+    pixels = _resize_pieces(pixels, boxes.left, boxes.width, crop, axis="columns")
+    pixels = _resize_pieces(pixels, boxes.top, boxes.height, crop, axis="rows")
+    pixels = torch.where(boxes.flip[:, None, None, None], pixels.flip(2), pixels)
+    return pixels.permute(0, 3, 1, 2).contiguous()
 
 
 def _windows(images: Tensor, boxes: Boxes, height: int, width: int, crop: Crop) -> Tensor:
@@ -253,11 +274,39 @@ def _indices(starts: Tensor, length: int, side: int) -> tuple[Tensor, Tensor]:
     return torch.minimum(folded, period - folded).clamp(max=side - 1), (wanted >= 0) & (wanted < side)
 
 
-def _resize(regions: Tensor, crop: Crop) -> Tensor:
-    """uint8 [B, C, h, w] to [B, C, S, S]."""
+def _resize_pieces(
+    pixels: Tensor, starts: Tensor, lengths: Tensor, crop: Crop, *, axis: Literal["columns", "rows"]
+) -> Tensor:
+    """The piece of each image [B, H, W, C] along one axis that begins at `starts` [B], resized to S pixels.
+
+    Pieces of one length go together: a resize costs more to begin than to do where images are small, and there
+    are fewer lengths than pairs of height and width.
+    """
+    count, tall, wide, channels = pixels.shape
+    if axis == "columns":
+        step, shape = channels, (tall, crop.size)
+        firsts = (torch.arange(count * tall) * wide).view(count, tall) + starts[:, None]
+    else:
+        step, shape = wide * channels, (crop.size, wide)
+        firsts = (torch.arange(count) * tall + starts)[:, None]
+    resized = pixels.new_empty(count, *shape, channels)
+    for length in lengths.unique().tolist():
+        index = (lengths == length).nonzero()[:, 0]
+        # Every piece of this length in memory, one beginning at each step.
+        pieces = pixels.as_strided((pixels.numel() // step - length + 1, length * step), (step, 1))
+        found = pieces[firsts[index].flatten()]
+        regions = found.view(len(index), -1, length if axis == "columns" else wide, channels)
+        if length != crop.size:
+            regions = _resize(regions.permute(0, 3, 1, 2), *shape, crop).permute(0, 2, 3, 1)
+        resized[index] = regions
+    return resized
+
+
+def _resize(regions: Tensor, height: int, width: int, crop: Crop) -> Tensor:
+    """uint8 [B, C, h, w] to [B, C, height, width]."""
     # The uint8 kernel of the CPU computes in integers: the same pixels for any number of threads.
     pixels = regions if regions.device.type == "cpu" else regions.float()
-    size = (crop.size, crop.size)
+    size = (height, width)
     resized = F.interpolate(pixels, size, mode=crop.interpolation, align_corners=False, antialias=True)
     return resized if resized.dtype == torch.uint8 else _to_bytes(resized)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opsin import seeding
-from opsin.data.augment import Normalize
+from opsin.data.augment import Normalize, num_cached
 from opsin.data.base import Augment, Batch, Blend, DataFacts, Source, Views
 from opsin.data.crops import CenterCrop
 from opsin.data.mix import Mix
@@ -229,18 +229,22 @@ class _Finish:
     def _view(self, name: str, view: Tensor, ops: Sequence[Augment], epoch: int, ids: Tensor) -> Tensor:
         """Stored pixels, uint8 [count, B, C, S, S], to float of the same shape."""
         view = view.to(self._device, non_blocking=True)
-        if ops:
-            copies = [self._coloured(images, f"{name}.{copy}", ops, epoch, ids) for copy, images in enumerate(view)]
-            images = self._normalize(copies[0][None] if len(copies) == 1 else torch.stack(copies))
-        else:
-            images = self._normalize.bytes(view)
-        return self._in_format(images)
+        if not ops:
+            return self._in_format(self._normalize.bytes(view))
+        finished = self._in_format(torch.empty(view.shape, device=self._device))
+        for copy, (images, out) in enumerate(zip(view, finished, strict=True)):
+            draws = [
+                seeding.uniform(self._seed, epoch, ids, f"{name}.{copy}.{index}", op.num_draws)
+                for index, op in enumerate(ops)
+            ]
+            at_once = num_cached(images)
+            for first in range(0, len(images), at_once):
+                part = slice(first, first + at_once)
+                coloured = images[part].float().div_(255)
+                for op, numbers in zip(ops, draws, strict=True):
+                    coloured = op(coloured, numbers[part])
+                self._normalize(coloured, out=out[part])
+        return finished
 
     def _in_format(self, view: Tensor) -> Tensor:
         return view.flatten(0, 1).contiguous(memory_format=self._memory_format).view(view.shape)
-
-    def _coloured(self, images: Tensor, stream: str, ops: Sequence[Augment], epoch: int, ids: Tensor) -> Tensor:
-        images = images.float().div_(255)
-        for index, op in enumerate(ops):
-            images = op(images, seeding.uniform(self._seed, epoch, ids, f"{stream}.{index}", op.num_draws))
-        return images

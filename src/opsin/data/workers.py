@@ -116,8 +116,8 @@ class Reader:
                 boxes = boxes_for(
                     crop, heights, widths, seed=self.seed, epoch=task.epoch, ids=ids, view=name, copy=copy
                 )
-                for index, (_, read) in enumerate(group):
-                    view[index] = cut(read.image, boxes, index, crop)
+                for shown, (_, read), box in zip(view, group, boxes.one_by_one(), strict=True):
+                    shown.copy_(cut(read.image, box, crop))
 
 
 def read_batches(

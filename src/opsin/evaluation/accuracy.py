@@ -6,7 +6,7 @@ Shapes: B images of a batch, C channels, S side in pixels, K classes.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from opsin.errors import ConfigError, DataError
 from opsin.methods.base import Method
 from opsin.rundir import write_atomic
-from opsin.training.observe import EvaluatorConfig, Scene, StillData
+from opsin.training.observe import EvaluatorConfig
+from opsin.training.scene import Scene, StillData, untouched
 
 
 class AccuracyConfig(EvaluatorConfig):
@@ -47,6 +48,13 @@ class AccuracyConfig(EvaluatorConfig):
             batch_size=self.batch_size,
             save_to=scene.folder / "confusion.json",
         )
+
+    def check(self, method: Method, prefix: str) -> None:
+        if not isinstance(method, Classifier):
+            raise ConfigError(
+                f"evaluators.{prefix}: the score accuracy needs class scores, which a {type(method).__name__} does not "
+                f"give; take it out and score its features: evaluators.{prefix}=null evaluators.knn.name=knn"
+            )
 
 
 @runtime_checkable
@@ -135,14 +143,9 @@ class Accuracy:
         """`top1`, `loss`, and `top5` where there are more than five classes.
 
         Raises:
-            ConfigError: the method is not a `Classifier`.
             DataError: the data does not fit, see `evaluate` of this module.
         """
-        if not isinstance(method, Classifier):
-            raise ConfigError(
-                f"evaluators: the score accuracy needs class scores, which {type(method).__name__} does not give; "
-                "remove it from the recipe"
-            )
+        assert isinstance(method, Classifier), "checked when the run was assembled"
         report = evaluate(method, self._data, autocast=self._autocast, device=self._device, batch_size=self._batch_size)
         if self._save_to is not None:
             save_confusion(self._save_to, report)
@@ -197,20 +200,6 @@ def evaluate(
     values = {f"top{k}": count / images for k, count in zip(tops, hits.tolist(), strict=True)}
     table = confusion.view(len(classes), len(classes)).cpu()
     return AccuracyReport({**values, "loss": loss.item() / images}, table, classes, images)
-
-
-@contextmanager
-def untouched(method: Classifier, device: torch.device) -> Iterator[None]:
-    """Inside, `method` is in eval mode and without gradients; after, modes and random numbers are as before."""
-    modes = [(module, module.training) for module in method.modules()]
-    # Not inference_mode: a tensor that a module keeps from inside it could not be used in training.
-    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type), torch.no_grad():
-        method.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def save_confusion(path: Path, report: AccuracyReport) -> None:

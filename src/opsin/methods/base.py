@@ -6,8 +6,9 @@ new method needs: the recipe finds the config by its `name`, the contract tests 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ class Losses:
     """Unweighted terms, logged as `loss/<name>`."""
     measures: Mapping[str, Tensor] = field(default_factory=dict)
     """Detached facts without gradient, logged as `train/<name>`."""
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """Detached feature vectors [N, D] by encoder (`student`, `teacher`), for monitors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,11 @@ class Method(nn.Module, ABC):
 
     backbone: Backbone
     """The network that `encode` uses: starting weights are loaded into it, and it is what is exported."""
+
+    @property
+    def trained_backbone(self) -> Backbone:
+        """The network that learns; another one than `backbone` where that is a teacher."""
+        return self.backbone
 
     @abstractmethod
     def views(self, image_size: int) -> Views:
@@ -70,6 +78,18 @@ class Method(nn.Module, ABC):
         `first_batch` loads the batch of step 0; a method that needs no images does not call it.
         """
 
+    def chunks(self, batch: Batch, clock: Clock, views: int) -> Iterator[Batch]:
+        """Pieces of a batch with up to `views` views each; the sums of what `forward` says of them are the batch's.
+
+        Each is computed forward and backward before the next is asked for, so that the activations of
+        one piece are in memory at a time. Only a method that sees several views of an image has pieces.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has one view of an image")
+
+    def advice(self, trouble: str, clock: Clock) -> str:
+        """What to change when a monitor finds `trouble`, for a reader; empty where the method knows nothing."""
+        return ""
+
     def before_update(self, clock: Clock) -> None:
         """Gradients are final (clipped); a method may cancel or scale some."""
 
@@ -83,6 +103,9 @@ class Method(nn.Module, ABC):
 
 class MethodConfig(Family, ABC):
     """The settings of a method; defaults are the published values."""
+
+    published: ClassVar[str | None] = None
+    """The shipped recipe with the settings of the publication, which others are compared with."""
 
     @abstractmethod
     def build(self, model: ModelConfig, facts: DataFacts) -> Method:

@@ -7,14 +7,14 @@ Shapes: B images of a part, C channels, S side in pixels, D width, K classes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
-from opsin.config import Settings
+from opsin.config import Range, Settings
 from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
 from opsin.data.base import Augment
 from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop, WindowCrop
@@ -35,16 +35,6 @@ from opsin.methods.base import (
 )
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.heads import Classifier
-
-
-def _check_range(bounds: tuple[float, float]) -> tuple[float, float]:
-    low, high = bounds
-    if not 0 < low <= high:
-        raise ValueError(f"[{low:g}, {high:g}] does not fit; must be two numbers above 0, the smaller one first")
-    return bounds
-
-
-Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
 
 
 class MixConfig(Settings):

@@ -40,6 +40,15 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tokens:
         """Normalised images [B, C, S, S] to features."""
 
+    def pool(self, images: Tensor) -> Tensor:
+        """The pooled features [B, D] alone, with less work where the architecture allows it."""
+        pooled: Tensor = self(images).pooled
+        return pooled
+
+    def checkpoint_blocks(self) -> bool:
+        """From now on, compute each block once more in the backward pass; False where it has no blocks."""
+        return False
+
     def layers(self) -> Mapping[str, int]:
         """The layer of each parameter by its name, 0 next to the image, without gaps."""
         return {name: 0 for name, _ in self.named_parameters()}
@@ -80,6 +89,11 @@ class ModelConfig(Family, ABC):
 
     weights: str | None = None
     """Start from these weights: a .safetensors or .pt file, a run directory, or `pretrained` for timm's own."""
+
+    def without_drops(self) -> "ModelConfig":
+        """The same network without dropout and drop path."""
+        rates = [key for key in ("dropout", "attention_dropout", "drop_path") if key in type(self).model_fields]
+        return self.model_copy(update=dict.fromkeys(rates, 0.0))
 
     @abstractmethod
     def build(self, *, image_size: int, channels: int = 3) -> Backbone:

@@ -3,7 +3,7 @@
 Polyak and Juditsky 1992; the form with a decay and its warm-up as in Tarvainen and Valpola 2017, section 3.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,10 +20,7 @@ class ModelEma:
     @torch.no_grad()
     def update(self, decay: float, applied: Tensor) -> None:
         """`average = decay * average + (1 - decay) * weights`; nothing where the scalar `applied` is 0."""
-        averages, weights = list(self.average.values()), list(self._live.values())
-        steps = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(steps, applied * (1 - decay))
-        torch._foreach_add_(averages, steps)
+        follow(list(self.average.values()), list(self._live.values()), applied * (1 - decay))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -48,6 +45,19 @@ class ModelEma:
     def _exchange(self) -> None:
         for name, live in self._live.items():
             live.data, self.average[name] = self.average[name], live.data
+
+
+@torch.no_grad()
+def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], share: Tensor) -> None:
+    """Move each average by `share`, a scalar tensor, of its way to the weight; by nothing where that is 0."""
+    averages, weights = list(averages), list(weights)
+    if share.device.type == "cpu":
+        # One pass over memory instead of three; on a GPU the host would wait for the number.
+        torch._foreach_lerp_(averages, weights, float(share))
+        return
+    steps = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(steps, share)
+    torch._foreach_add_(averages, steps)
 
 
 def ema_decay(step: int, *, decay: float, warmup: bool) -> float:

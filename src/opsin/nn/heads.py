@@ -1,9 +1,13 @@
-"""From features to class scores.
+"""From features to class scores, and to the unit vectors that DINO compares.
 
-Shapes: B images, D width, K classes.
+Shapes: B images, D width, K classes, d bottleneck.
 """
 
+from itertools import pairwise
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Classifier(nn.Module):
@@ -27,3 +31,27 @@ class Classifier(nn.Module):
         """Pooled features [B, D] to logits [B, K]."""
         logits: Tensor = self.linear(self.dropout(pooled))
         return logits if self.scale == 1.0 else logits * self.scale
+
+
+class Projector(nn.Module):
+    """An MLP with GELU from features to unit vectors; the head of DINO before its prototypes.
+
+    Caron et al. 2021, appendix C. Weights start from a normal distribution of deviation 0.02, cut at 2 in absolute
+    value, biases at zero.
+    """
+
+    def __init__(self, width: int, *, hidden: int, bottleneck: int, layers: int) -> None:
+        super().__init__()
+        sizes = [width, *[hidden] * (layers - 1), bottleneck]
+        parts: list[nn.Module] = []
+        for size, following in pairwise(sizes):
+            layer = nn.Linear(size, following)
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+            parts += [layer, nn.GELU()]
+        self.mlp = nn.Sequential(*parts[:-1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [..., D] to unit vectors [..., d], in float32 or better."""
+        vectors = self.mlp(features)
+        return F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=-1)

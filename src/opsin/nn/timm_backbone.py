@@ -85,6 +85,14 @@ class TimmBackbone(Backbone):
             hint = "timm's vision transformers take several with model.options={dynamic_img_size: true}"
             raise ConfigError(*(f"{fault}; {hint}" for fault in error.faults)) from error
 
+    def checkpoint_blocks(self) -> bool:
+        """As timm divides the network; False for those that it cannot divide."""
+        try:
+            self.network.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            return False
+        return True
+
     def layers(self) -> dict[str, int]:
         """As timm groups them for layer-wise learning rates."""
         from timm.models import group_parameters

@@ -6,12 +6,13 @@ and the initialisation of timm's: tests/unit/nn/test_vit.py compares them.
 Shapes: B images, C channels, N patches, K kept patches, T tokens (class token and patches), D width.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from opsin.errors import ConfigError
 from opsin.nn.attention import Attention
@@ -79,8 +80,9 @@ class VisionTransformer(Backbone):
         self.channels = channels
         self.patch = config.patch
         self.grid = image_size // config.patch
-        self.pool = config.pool
+        self.pool_kind = config.pool
         self.prefix = int(config.class_token)
+        self.checkpointing = False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid**2, config.width))
         self.patch_embed = PatchEmbed(channels, config.patch, config.width)
@@ -93,6 +95,15 @@ class VisionTransformer(Backbone):
     def forward(self, images: Tensor) -> Tokens:
         """Normalised images [B, C, S, S] to features."""
         return self.forward_tokens(images)
+
+    def pool(self, images: Tensor) -> Tensor:
+        """[B, C, S, S] to the pooled features [B, D]."""
+        return self.forward_tokens(images, class_token_only=self.pool_kind == "token").pooled
+
+    def checkpoint_blocks(self) -> bool:
+        """From now on, keep only the tokens between blocks for the backward pass."""
+        self.checkpointing = True
+        return True
 
     def layers(self) -> dict[str, int]:
         """Embeddings are layer 0, block i is layer i + 1, the last norm belongs to the last block."""
@@ -115,15 +126,15 @@ class VisionTransformer(Backbone):
         Raises:
             ValueError: `class_token_only` without `pool: token`.
         """
-        if class_token_only and self.pool != "token":
-            raise ValueError(f"class_token_only needs pool 'token', not '{self.pool}'")
+        if class_token_only and self.pool_kind != "token":
+            raise ValueError(f"class_token_only needs pool 'token', not '{self.pool_kind}'")
         x = self._embed(images, keep)  # [B, T, D]
         *first, last = self.blocks
         for block in first:
-            x = block(x)
-        x = self.norm(last(x, 1 if class_token_only else None))
+            x = self._run(block, x)
+        x = self.norm(self._run(last, x, 1 if class_token_only else None))
         patches = x[:, self.prefix :]
-        return Tokens(x[:, 0] if self.pool == "token" else patches.mean(dim=1), patches)
+        return Tokens(x[:, 0] if self.pool_kind == "token" else patches.mean(dim=1), patches)
 
     def attention(self, images: Tensor) -> Tensor:
         """What the last block looks at: [B, heads, T, T], row = the token that asks, rows sum to 1.
@@ -136,6 +147,11 @@ class VisionTransformer(Backbone):
             x = block(x)
         assert isinstance(last, Block)
         return last.attn.probabilities(last.norm1(x))
+
+    def _run(self, block: nn.Module, x: Tensor, queries: int | None = None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, x, queries, use_reentrant=False))
+        return cast(Tensor, block(x, queries))
 
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         height, width = (side // self.patch for side in images.shape[-2:])

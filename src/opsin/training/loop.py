@@ -1,13 +1,15 @@
 """The loop. Everything it needs stands in `Run`; everything that changes stands in `TrainState`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opsin.data.base import Data
 from opsin.errors import Stopped
 from opsin.rundir import RunDirectory
+from opsin.training.alerts import Alerts
 from opsin.training.checkpoint import Checkpoints
 from opsin.training.observe import Evaluations, Observations
+from opsin.training.profile import Profile
 from opsin.training.state import StepPlan, TrainState
 from opsin.training.step import train_step
 from opsin.training.stop import Stop
@@ -24,8 +26,10 @@ class Run:
     checkpoints: Checkpoints
     observations: Observations
     evaluations: Evaluations
+    alerts: Alerts
     stop: Stop
     directory: RunDirectory
+    profile: Profile = field(default_factory=Profile)
 
 
 def fit(run: Run) -> TrainState:
@@ -36,13 +40,16 @@ def fit(run: Run) -> TrainState:
 
     Raises:
         Stopped: a signal or the time limit; a checkpoint of this step is on disk.
-        TrainingError: too many updates in a row were cancelled; says why.
+        TrainingError: too many updates in a row were cancelled, or a monitor asks for a stop; says why.
     """
     state = run.checkpoints.restore(run.fresh())
-    with run.stop, run.checkpoints.rescue(state), run.observations.watch(state):
+    with run.stop, run.checkpoints.rescue(state), run.alerts.watch(state), run.observations.watch(state):
         run.evaluations.run_if_due(state)
-        for batch in run.observations.waiting(run.data.batches(state.step, run.steps)):
+        run.alerts.judge(state)
+        batches = run.observations.waiting(run.data.batches(state.step, run.steps))
+        for batch in run.profile.over(batches, state):
             report = train_step(state, batch, run.plan)
+            run.profile.end_step(state)
             run.observations.take(state, report)
             stop = run.stop.requested if state.step < run.steps else None
             run.checkpoints.save_if_due(state, stopping=stop is not None)
@@ -52,4 +59,5 @@ def fit(run: Run) -> TrainState:
                     f"opsin resume {run.directory.path} goes on"
                 )
             run.evaluations.run_if_due(state)
+            run.alerts.judge(state)
     return state

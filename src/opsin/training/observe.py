@@ -8,9 +8,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -18,27 +18,21 @@ import torch
 from opsin.cadence import StepEvery, is_due
 from opsin.config import Family
 from opsin.console import Console
-from opsin.data.base import Batch, DataFacts
+from opsin.data.base import Batch
 from opsin.errors import Diverged
 from opsin.methods.base import Method
 from opsin.reporting import Journal
 from opsin.timeline import Timeline
+from opsin.training.alerts import Monitor
 from opsin.training.precision import peak_memory_bytes
+from opsin.training.scene import Scene
 from opsin.training.state import StepReport, TrainState
 
 AVERAGED = "_ema"
 """Behind the prefix of a score: it is one of the averaged weights."""
 
 _SUMMARY = ("train/loss", "train/top1", "train/images_per_s")
-_HIDDEN = ("train/", "loss/", "time/")
-
-
-class Monitor(Protocol):
-    """Numbers of a running training."""
-
-    def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
-        """Values by full name (`collapse/rank`). Must not change the state."""
-        ...
+_HIDDEN = ("train/", "loss/", "time/", "collapse/", "system/")
 
 
 class Evaluator(Protocol):
@@ -49,17 +43,6 @@ class Evaluator(Protocol):
         ...
 
 
-class MonitorConfig(Family, ABC):
-    """A monitor in a recipe."""
-
-    every: StepEvery = "50 steps"
-    """How often it measures."""
-
-    @abstractmethod
-    def build(self) -> Monitor:
-        """The monitor."""
-
-
 class EvaluatorConfig(Family, ABC):
     """An evaluator in a recipe; the key it stands under is the prefix of its scores."""
 
@@ -67,33 +50,20 @@ class EvaluatorConfig(Family, ABC):
     """How often it runs. The end of the run is always evaluated."""
 
     @abstractmethod
-    def build(self, scene: "Scene", prefix: str) -> Evaluator:
+    def build(self, scene: Scene, prefix: str) -> Evaluator:
         """The evaluator; `prefix` is the key it stands under.
 
         Raises:
             ConfigError: the scene lacks what it needs (validation images, say).
         """
 
+    def check(self, method: Method, prefix: str) -> None:
+        """See that the evaluator can score `method`.
 
-class StillData(Protocol):
-    """Images in a fixed order, each once, not augmented."""
-
-    facts: DataFacts
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches with the view `image` [1, B, C, S, S]; the last may be smaller."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What evaluators may look at."""
-
-    validation: StillData | None
-    autocast: Callable[[], AbstractContextManager[None]]
-    device: torch.device
-    folder: Path
-    """The run directory."""
+        Raises:
+            ConfigError: it cannot.
+        """
+        return
 
 
 class Observations:
@@ -173,9 +143,12 @@ class Observations:
         state.elapsed_s += now - self._started
         self._window_s += now - self._started
         self._started = now
-        self._window.append(report)
-        if self._ends_window(state):
-            self._read(state)
+        measured = self._measure(state, report)
+        # Features were looked at now or never: they need not stay in memory.
+        self._window.append(replace(report, features={}))
+        # A monitor with nothing to look at (no features, say) makes no row.
+        if measured or self._ends_window(state):
+            self._read(state, measured)
         stage = self._timeline.starts_stage(state.step)
         if stage is not None and state.step < self._last_step:
             self._on_stage(stage, state.step)
@@ -194,11 +167,17 @@ class Observations:
             state.step % self._every == 0
             or self._timeline.ends_epoch(state.step)
             or self._timeline.starts_stage(state.step) is not None
-            or any(is_due(every, self._timeline, state.step) for every, _ in self._monitors)
             or self._also_when(state)
         )
 
-    def _read(self, state: TrainState) -> None:
+    def _measure(self, state: TrainState, report: StepReport) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for every, monitor in self._monitors:
+            if is_due(every, self._timeline, report.step):
+                values.update(monitor.measure(state, report))
+        return values
+
+    def _read(self, state: TrainState, measured: Mapping[str, float] = MappingProxyType({})) -> None:
         reports, self._window = self._window, []
         last = reports[-1]
         names = list(last.values)
@@ -206,14 +185,13 @@ class Observations:
         values = _means(names, [row[1:] for row in table if row[0] > 0])
         values["train/lr"] = last.pace.lr
         values["train/momentum"] = last.pace.momentum
+        values["train/weight_decay"] = last.pace.weight_decay
         values["train/images_per_s"] = sum(r.images for r in reports) / self._window_s
         values.update(self._split_time(reports))
         if (device := last.ids.device).type == "cuda":
             values["gpu/peak_memory_gib"] = peak_memory_bytes(device) / 2**30
         self._window_s = self._waited_s = 0.0
-        for every, monitor in self._monitors:
-            if is_due(every, self._timeline, last.step):
-                values.update(monitor.measure(state, last))
+        values.update(measured)
         epoch = self._timeline.epoch(last.step)
         self._journal.log(last.step, epoch, values, time_s=state.elapsed_s)
         self._console.progress(last.step, epoch, values)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from opsin.config import Family
 from opsin.methods.base import Method, ParamGroup
-from opsin.schedule import Cosine, Momentum, OneCycle, Schedule
+from opsin.schedule import Cosine, Momentum, OneCycle, Schedule, cosine
 from opsin.timeline import Clock
 from opsin.training.muon import Muon
 from opsin.training.state import Pace
@@ -30,23 +30,47 @@ class OptimConfig(Family, ABC):
 
     lr: Rate | str
     """Peak learning rate; `auto` finds it before the run begins (`opsin tune lr`)."""
+    lr_batch_size: int | None = Field(None, gt=0)
+    """The batch size that `lr` is meant for: another one scales it in proportion; null for no scaling."""
     weight_decay: float = Field(0.0, ge=0)
     """Decay of matrices and filters; biases, norms and all 1-D parameters have none."""
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Where the decay moves over the run, along half a cosine; null stays at weight_decay."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rate from each layer of the backbone to the one before it; 1 for none."""
     clip_norm: float | None = Field(None, gt=0)
-    """Scale the whole gradient down to this norm where it is larger; null for no clip."""
+    """Scale the gradient down to this norm where it is larger; null for no clip."""
+    clip: Literal["whole", "each"] = "whole"
+    """Whose norm `clip_norm` limits: that of the whole gradient, or of each parameter's on its own."""
     schedule: Schedule = Cosine()
     """Factor on the learning rate over the run."""
+
+    @model_validator(mode="after")
+    def _scales_a_number(self) -> "OptimConfig":
+        if isinstance(self.lr, str) and self.lr_batch_size is not None:
+            raise ValueError(
+                f"lr '{self.lr}' goes by the batch size already; leave lr_batch_size out, or give lr a number"
+            )
+        return self
 
     def peak_lr(self, batch_size: int) -> float:
         """The learning rate that the schedule multiplies, for batches of this size."""
         assert not isinstance(self.lr, str), "found before the run is built"
-        return self.lr
+        return self.lr * self.batch_scale(batch_size)
+
+    def batch_scale(self, batch_size: int) -> float:
+        """Factor on learning rates for batches of this size."""
+        return batch_size / self.lr_batch_size if self.lr_batch_size else 1.0
 
     def base_lr(self, group: ParamGroup, batch_size: int) -> float:
         """The same for one group, before the group's own factor."""
         return self.peak_lr(batch_size)
+
+    def decay_at(self, clock: Clock) -> float:
+        """The weight decay for the update at `clock`, of the groups that have one."""
+        if self.weight_decay_end is None:
+            return self.weight_decay
+        return cosine(clock.epoch / clock.total_epochs, self.weight_decay, self.weight_decay_end)
 
     @property
     @abstractmethod
@@ -163,7 +187,7 @@ class MuonConfig(OptimConfig):
             group["momentum"] = momentum
 
     def base_lr(self, group: ParamGroup, batch_size: int) -> float:
-        return self.peak_lr(batch_size) if group.hidden else self.other_lr
+        return self.peak_lr(batch_size) if group.hidden else self.other_lr * self.batch_scale(batch_size)
 
 
 def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
@@ -190,14 +214,17 @@ def pace_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer, Clo
     def set_pace(optimizer: Optimizer, clock: Clock) -> Pace:
         height = config.schedule(clock) * clock.stage.lr_scale
         momentum = config.schedule.momentum_at(clock)
+        decay = config.decay_at(clock)
         for settings, group in zip(optimizer.param_groups, groups, strict=True):
             factor = group.lr_factor(clock) if callable(group.lr_factor) else group.lr_factor
             settings["lr"] = config.base_lr(group, clock.stage.batch_size) * height * factor
+            settings["weight_decay"] = decay if group.decay else 0.0
             if momentum is not None:
                 config.set_momentum(settings, momentum)
         return Pace(
             config.peak_lr(clock.stage.batch_size) * height,
             config.resting_momentum if momentum is None else momentum,
+            decay,
         )
 
     return set_pace
@@ -207,9 +234,9 @@ def _groups(config: OptimConfig, method: Method) -> list[ParamGroup]:
     """The groups of the method, cut by layers of the backbone where those learn at different rates."""
     if config.layer_decay == 1:
         return list(method.param_groups())
-    layers = method.backbone.layers()
+    layers = method.trained_backbone.layers()
     last = max(layers.values()) + 1
-    layer_of = {id(param): layers[name] for name, param in method.backbone.named_parameters()}
+    layer_of = {id(param): layers[name] for name, param in method.trained_backbone.named_parameters()}
     found: list[ParamGroup] = []
     for group in method.param_groups():
         members: dict[int, list[nn.Parameter]] = {}

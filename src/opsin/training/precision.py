@@ -5,8 +5,8 @@ What is decided here is stated in the first lines of a run, with the reason.
 
 import ctypes
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,17 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, products of float32 are not rounded to tf32, whatever the number format of the run."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def configure(device: torch.device, precision: str, *, deterministic: bool) -> list[str]:
     """Set torch's switches for this process; gives one line for each that is worth telling."""
     said = []
@@ -101,6 +112,8 @@ def configure(device: torch.device, precision: str, *, deterministic: bool) -> l
         # cuBLAS reads this when the first product is computed; without it torch refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # torch would also write NaN into every new tensor, in case a program reads what it never wrote: 5 % of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's stubs
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cuda":

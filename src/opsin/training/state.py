@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,10 +59,11 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What the schedule set: the base learning rate, and the momentum (beta1 of Adam)."""
+    """What the schedules set: the base learning rate, the momentum (beta1 of Adam) and the weight decay."""
 
     lr: float
     momentum: float
+    weight_decay: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class StepReport:
     images: int
     times: Stopwatch
     """Laps `forward`, `backward` and `optimizer`."""
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """Feature vectors [N, D] by encoder, of the last piece of the batch that had some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,5 +103,9 @@ class StepPlan:
     ema_decay: Callable[[int], float] = lambda step: 0.0
     """The decay of the averaged weights at a step."""
     accumulate: int = 1
+    view_chunk: int | None = None
+    """Views of an image that are computed forward and backward at a time; None: all."""
     clip_norm: float | None = None
+    clip_each: bool = False
+    """Clip the gradient of each parameter on its own."""
     rank: int = 0

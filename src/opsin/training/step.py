@@ -5,16 +5,17 @@ finite, weights, moments, buffers and whatever the method updates stay as they w
 step counter moves. The host never waits for the answer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.data.base import Batch
 from opsin.methods.base import Losses
 from opsin.seeding import seed_layers
 from opsin.timeline import Clock
 from opsin.training.state import StepPlan, StepReport, TrainState
+from opsin.training.step_parts import span
 from opsin.training.stopwatch import Stopwatch
 
 
@@ -31,47 +32,64 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
     buffers = list(state.method.buffers())
     before = [buffer.clone() for buffer in buffers]
     try:
-        values = _accumulate(state, batch, clock, plan, times)
+        values, features = _accumulate(state, batch, clock, plan, times)
     except BaseException:
         _restore(buffers, before)
         state.optimizer.zero_grad()
         raise
-    norm, applied = _settle_gradients(state, values["train/loss"], plan.clip_norm)
-    state.whole = False
-    state.method.before_update(clock)
-    state.optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]  # read by the fused kernels
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    for buffer, old in zip(buffers, before, strict=True):
-        buffer.copy_(torch.where(applied > 0, buffer, old))
-    state.method.after_update(clock, applied)
-    if state.ema is not None:
-        state.ema.update(plan.ema_decay(state.step), applied)
-    if state.loss_scale is not None:
-        state.loss_scale.update(applied)
+    with span("optimizer"):
+        norm, applied = _settle_gradients(state, values["train/loss"], plan)
+        state.whole = False
+        state.method.before_update(clock)
+        state.optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]  # read by the fused kernels
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(applied > 0, buffer, old))
+        state.method.after_update(clock, applied)
+        if state.ema is not None:
+            state.ema.update(plan.ema_decay(state.step), applied)
+        if state.loss_scale is not None:
+            state.loss_scale.update(applied)
     state.step += 1
     state.whole = True
     values["train/grad_norm"] = norm
     times.lap("optimizer")
-    return StepReport(state.step, clock, pace, values, applied, batch.ids, len(batch), times)
+    return StepReport(state.step, clock, pace, values, applied, batch.ids, len(batch), times, features)
 
 
-def _accumulate(state: TrainState, batch: Batch, clock: Clock, plan: StepPlan, times: Stopwatch) -> dict[str, Tensor]:
-    """Gradients of the mean loss over the batch, left on the parameters; the mean of what was said."""
+def _accumulate(
+    state: TrainState, batch: Batch, clock: Clock, plan: StepPlan, times: Stopwatch
+) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
+    """Gradients of the mean loss over the batch, left on the parameters; the mean of what was said, and features."""
     total: dict[str, Tensor] = {}
+    features: Mapping[str, Tensor] = {}
     for index, part in enumerate(batch.split(plan.accumulate)):
         seed_layers(plan.seed, state.step, plan.rank, index)
-        with plan.autocast():
-            losses = plan.forward(part, clock)
-        times.lap("forward")
         weight = len(part) / len(batch)
-        loss = losses.total * weight
-        (loss if state.loss_scale is None else loss * state.loss_scale.scale).backward()
-        times.lap("backward")
-        for name, value in _named(losses).items():
-            share = value.detach().float() * weight
-            total[name] = total[name] + share if name in total else share
-    return total
+        for losses in _forward(state, part, clock, plan):
+            times.lap("forward")
+            loss = losses.total * weight
+            with span("backward"):
+                (loss if state.loss_scale is None else loss * state.loss_scale.scale).backward()
+            times.lap("backward")
+            for name, value in _named(losses).items():
+                share = value.detach().float() * weight
+                total[name] = total[name] + share if name in total else share
+            features = losses.features or features
+    return total, features
+
+
+def _forward(state: TrainState, part: Batch, clock: Clock, plan: StepPlan) -> Iterator[Losses]:
+    """The losses of a part, in as many pieces as the plan wants."""
+    pieces = iter([part]) if plan.view_chunk is None else state.method.chunks(part, clock, plan.view_chunk)
+    while True:
+        with span("forward"), plan.autocast():
+            piece = next(pieces, None)
+            losses = None if piece is None else plan.forward(piece, clock)
+        if losses is None:
+            return
+        yield losses
 
 
 def _named(losses: Losses) -> Mapping[str, Tensor]:
@@ -83,19 +101,21 @@ def _named(losses: Losses) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def _settle_gradients(state: TrainState, loss: Tensor, clip_norm: float | None) -> tuple[Tensor, Tensor]:
+def _settle_gradients(state: TrainState, loss: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
     """Unscale and clip in one pass over the gradients; the norm before the clip, and 1 if all is finite."""
     grads = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
+    norms = torch.stack(torch._foreach_norm(grads))
+    norm = torch.linalg.vector_norm(norms)
     factor: Tensor | None = None
     if state.loss_scale is not None:
         factor = 1 / state.loss_scale.scale
         norm = norm * factor
-    if clip_norm is not None:
-        shrink = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    if plan.clip_norm is not None:
+        own = norm if not plan.clip_each else norms if factor is None else norms * factor
+        shrink = (plan.clip_norm / (own + 1e-6)).clamp(max=1.0)
         factor = shrink if factor is None else factor * shrink
     if factor is not None:
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(grads, list(factor.unbind()) if factor.ndim else factor)
     applied = (torch.isfinite(loss) & torch.isfinite(norm)).float()
     return norm, applied
 

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -81,13 +82,17 @@ def test_grayscale_is_that_of_torchvision(images: Tensor) -> None:
     torch.testing.assert_close(changed, reference.rgb_to_grayscale(images, 3), atol=1e-6, rtol=0)
 
 
-def test_blur_is_that_of_torchvision(images: Tensor) -> None:
+@pytest.mark.parametrize("side", [16, 48])
+@pytest.mark.parametrize("way", [GaussianBlur._multiply, GaussianBlur._convolve])
+def test_blur_is_that_of_torchvision(way: Callable[[GaussianBlur, Tensor, Tensor], Tensor], side: int) -> None:
+    """Both ways, also where the image is one tile."""
+    images = torch.rand(COUNT, 3, side, side, generator=torch.Generator().manual_seed(0))
     op = GaussianBlur(p=1.0, sigma=(0.1, 2.0))
     numbers = draws(op)
-    changed = op(images, numbers)
+    changed = way(op, images, numbers)
     for index, image in enumerate(images):
         width = 0.1 + 1.9 * float(numbers[index, 1])
-        alone = reference.gaussian_blur(image, [2 * op.radius(SIDE) + 1] * 2, [width, width])
+        alone = reference.gaussian_blur(image, [2 * op.radius(side) + 1] * 2, [width, width])
         # Sums of 13 * 13 products in another order.
         torch.testing.assert_close(changed[index], alone, atol=2e-6, rtol=0)
 
@@ -159,11 +164,30 @@ def test_images_that_are_passed_over_keep_their_bits(images: Tensor, op: Augment
 
 
 @pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)
-def test_an_image_does_not_depend_on_its_company(images: Tensor, op: Augment) -> None:
+@pytest.mark.parametrize("side", [16, 96, 20, 13, 33])
+def test_an_image_does_not_depend_on_its_company(side: int, op: Augment) -> None:
+    images = torch.rand(COUNT, 3, side, side, generator=torch.Generator().manual_seed(0))
     numbers = draws(op)
     whole = op(images, numbers)
-    parts = [op(images[part], numbers[part]) for part in (slice(0, 7), slice(7, COUNT))]
-    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=0)
+    alone = [op(image[None], row[None]) for image, row in zip(images, numbers, strict=True)]
+    assert torch.equal(torch.cat(alone), whole)
+
+
+@pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)
+def test_nothing_is_read_back_from_the_device(op: Augment) -> None:
+    """Tensors without values refuse every step that needs one on the host."""
+    images = torch.empty(COUNT, 3, SIDE, SIDE, device="meta")
+    assert op(images, draws(op).to("meta")).shape == images.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)
+def test_a_gpu_gives_the_same_images(images: Tensor, op: Augment) -> None:
+    numbers = draws(op)
+    there = op(images.cuda(), numbers.cuda()).cpu()
+    # A GPU may convolve in TF32, whose numbers have eleven bits.
+    tolerance = 2e-3 if isinstance(op, GaussianBlur) else 1e-5
+    torch.testing.assert_close(there, op(images, numbers), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from opsin.data.crops import (
+    Box,
     Boxes,
     CenterCrop,
     Crop,
@@ -62,10 +63,20 @@ def test_both_executors_agree(crop: Crop, height: int, width: int, epoch: int) -
     images = torch.stack([picture(height, width, seed=seed) for seed in range(5)])
     placed = boxes(crop, height, width, 5, epoch=epoch)
     together = cut_batch(images, placed, crop)
-    for index, image in enumerate(images):
-        assert torch.equal(together[index], cut(image, placed, index, crop))
+    for image, box, expected in zip(images, placed.one_by_one(), together, strict=True):
+        assert torch.equal(cut(image, box, crop), expected)
         interleaved = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        assert torch.equal(together[index], cut(interleaved, placed, index, crop))
+        assert torch.equal(cut(interleaved, box, crop), expected)
+
+
+@pytest.mark.parametrize("side", [20, 64, 70])
+def test_both_executors_agree_where_images_are_cut_together_and_one_by_one(side: int) -> None:
+    images = torch.stack([picture(side, side, seed=seed) for seed in range(40)])
+    crop = RandomResizedCrop(size=16, scale=(0.05, 1.0), interpolation="bicubic")
+    placed = boxes(crop, side, side, 40)
+    expected = torch.stack([cut(image, box, crop) for image, box in zip(images, placed.one_by_one(), strict=True)])
+    assert torch.equal(cut_batch(images, placed, crop), expected)
+    assert cut_batch(images, placed, crop).is_contiguous()
 
 
 @settings(deadline=None, max_examples=150)
@@ -76,7 +87,7 @@ def test_resampling_a_batch_as_on_a_gpu_agrees_within_one(crop: Crop, height: in
         # Between the two axes the CPU clips what overshoots 0..255; without strong edges nothing does.
         images, crop = images // 4 + 96, replace(crop, padding="reflect")
     placed = boxes(crop, height, width, 5)
-    one_by_one = torch.stack([cut(image, placed, index, crop) for index, image in enumerate(images)])
+    one_by_one = torch.stack([cut(image, box, crop) for image, box in zip(images, placed.one_by_one(), strict=True)])
     # The CPU rounds to whole numbers after each axis.
     assert (_resample(images, placed, crop).int() - one_by_one.int()).abs().max() <= 1
 
@@ -98,7 +109,7 @@ def test_resizing_is_that_of_torchvision(interpolation: str) -> None:
     crop = RandomResizedCrop(size=16, interpolation=interpolation)  # type: ignore[arg-type]
     mode = reference.InterpolationMode(interpolation)
     expected = reference.resized_crop(image, 5, 7, 30, 45, [16, 16], interpolation=mode, antialias=True)
-    assert torch.equal(cut(image, one_box(5, 7, 30, 45), 0, crop), expected)
+    assert torch.equal(cut(image, Box(5, 7, 30, 45, flip=False), crop), expected)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -107,9 +118,9 @@ def test_pixels_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = cut(image, one_box(3, 5, 250, 310), 0, crop)
+        expected = cut(image, Box(3, 5, 250, 310, flip=False), crop)
         torch.set_num_threads(threads)
-        assert torch.equal(cut(image, one_box(3, 5, 250, 310), 0, crop), expected)
+        assert torch.equal(cut(image, Box(3, 5, 250, 310, flip=False), crop), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -177,7 +188,9 @@ def test_a_center_crop_takes_the_middle_at_the_scale_of_resize() -> None:
 def test_a_squash_shows_the_whole_image() -> None:
     image = picture(20, 30)
     placed = boxes(Squash(size=10, flip="none"), 20, 30, 1)
-    assert torch.equal(cut(image, placed, 0, Squash(size=10)), reference.resize(image, [10, 10], antialias=True))
+    assert torch.equal(
+        cut(image, next(placed.one_by_one()), Squash(size=10)), reference.resize(image, [10, 10], antialias=True)
+    )
 
 
 def test_random_mirroring_turns_half_of_the_images_and_changes_with_the_epoch() -> None:

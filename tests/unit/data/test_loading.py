@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opsin import seeding
-from opsin.data.augment import ColorJitter, RandomErasing
+from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize
 from opsin.data.base import Batch, DataFacts, Source, Views
 from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop
 from opsin.data.digits import load_digits
@@ -143,6 +143,18 @@ def test_channels_last_changes_the_memory_and_not_the_numbers(pictures: Source, 
         assert plain.views[name].is_contiguous()
         for copy in other.views[name]:
             assert copy.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_batches_do_not_depend_on_how_many_images_are_coloured_at_once(
+    pictures: Source, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jitter = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    views = Views(CROPS, {"global": [jitter, Grayscale(), GaussianBlur(), Solarize()], "local": [RandomErasing()]})
+    expected = list(training(pictures, views).batches(0, 3))
+    monkeypatch.setattr("opsin.data.loading.num_cached", lambda _: at_once)
+    for batch, whole in zip(training(pictures, views).batches(0, 3), expected, strict=True):
+        assert_equal(batch, whole)
 
 
 def test_an_unreadable_image_is_replaced_with_its_label_and_listed(pictures: Source) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from opsin.methods.base import Clock, Losses, Method
 from opsin.reporting import Journal
 from opsin.rundir import RunDirectory
 from opsin.timeline import Stage, Timeline
+from opsin.training.alerts import Action, Alerts, Monitor
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
 from opsin.training.loop import Run, fit
 from opsin.training.observe import Evaluations, Evaluator, Observations
@@ -58,7 +60,14 @@ def fresh() -> TrainState:
     return TrainState(method, torch.optim.AdamW(method.parameters(), lr=0.01, fused=True))
 
 
-def run_in(folder: Path, data: Numbers, evaluator: Evaluator | None = None, *, every: str = "never") -> Run:
+def run_in(
+    folder: Path,
+    data: Numbers,
+    evaluator: Evaluator | None = None,
+    *,
+    every: str = "never",
+    monitors: Mapping[str, tuple[Action, Monitor]] = MappingProxyType({}),
+) -> Run:
     """A run with the files of `folder`, as a new process would open it."""
     folder.mkdir(exist_ok=True)
     directory = RunDirectory(folder)
@@ -73,6 +82,7 @@ def run_in(folder: Path, data: Numbers, evaluator: Evaluator | None = None, *, e
         on_restore=journal.rewind,
     )
     observations = Observations(journal, TIMELINE, console, every=4, last_step=LAST, limit=3)
+    alerts = Alerts(journal, TIMELINE, console, monitors)
     evaluations = Evaluations(
         journal,
         TIMELINE,
@@ -83,8 +93,8 @@ def run_in(folder: Path, data: Numbers, evaluator: Evaluator | None = None, *, e
         on_scores=checkpoints.note_scores,
     )
     state = fresh()
-    plan = StepPlan(state.method, TIMELINE.clock, lambda optimizer, clock: Pace(0.01, 0.9), nullcontext, seed=0)
-    return Run(lambda: state, data, plan, LAST, checkpoints, observations, evaluations, Stop(), directory)
+    plan = StepPlan(state.method, TIMELINE.clock, lambda optimizer, clock: Pace(0.01, 0.9, 0.0), nullcontext, seed=0)
+    return Run(lambda: state, data, plan, LAST, checkpoints, observations, evaluations, alerts, Stop(), directory)
 
 
 def signal_at(wanted: int, step: int) -> None:

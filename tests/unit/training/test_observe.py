@@ -19,7 +19,8 @@ from opsin.errors import TrainingError
 from opsin.methods.base import Method
 from opsin.reporting import Journal, read_events
 from opsin.timeline import Stage, Timeline
-from opsin.training.observe import Evaluations, Monitor, Observations
+from opsin.training.alerts import Monitor
+from opsin.training.observe import Evaluations, Observations
 from opsin.training.state import Pace, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
 from tests.unit.training.tiny_run import fresh
@@ -68,7 +69,7 @@ class Scenario:
         applied = torch.tensor(float(math.isfinite(loss) and math.isfinite(norm)))
         ids = torch.tensor([7, 8, 9, 10])
         times = Stopwatch(torch.device("cpu"))
-        report = StepReport(self.state.step, clock, Pace(0.1, 0.9), values, applied, ids, 4, times)
+        report = StepReport(self.state.step, clock, Pace(0.1, 0.9, 0.0), values, applied, ids, 4, times)
         observations.take(self.state, report)
 
     def steps(self, observations: Observations, losses: Iterable[float]) -> None:
@@ -88,7 +89,7 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scenario:
     return Scenario(tmp_path, monkeypatch)
 
 
-class StepOf:
+class StepOf(Monitor):
     """A monitor that gives the step it is asked at."""
 
     def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
@@ -115,6 +116,7 @@ def test_a_row_holds_the_mean_of_its_window(scenario: Scenario) -> None:
         "train/grad_norm": 1.0,
         "train/lr": 0.1,
         "train/momentum": 0.9,
+        "train/weight_decay": 0.0,
         "train/images_per_s": 4.0,
         "time/data_ms": 0.0,
     }
@@ -141,6 +143,15 @@ def test_monitors_measure_when_they_are_due_whatever_the_window(scenario: Scenar
     scenario.steps(scenario.observations(every=every, monitors=[("4 steps", StepOf())]), [1.0] * 9)
     measured = [values["watched/step"] for values in scenario.rows().values() if "watched/step" in values]
     assert measured == [4, 8]
+
+
+class Nothing(Monitor):
+    """A monitor that has nothing to look at."""
+
+
+def test_a_monitor_that_measures_nothing_makes_no_row(scenario: Scenario) -> None:
+    scenario.steps(scenario.observations(every=5, monitors=[("2 steps", Nothing())]), [1.0] * 10)
+    assert list(scenario.rows()) == [5, 10]
 
 
 def test_cancelled_updates_are_told_and_left_out_of_the_means(scenario: Scenario) -> None:
@@ -171,7 +182,13 @@ def test_a_gradient_that_overflows_is_normal_with_a_loss_scale(scenario: Scenari
 
 def test_a_window_of_cancelled_updates_has_no_loss(scenario: Scenario) -> None:
     scenario.steps(scenario.observations(every=2), [math.nan, math.nan])
-    assert set(scenario.rows()[2]) == {"train/lr", "train/momentum", "train/images_per_s", "time/data_ms"}
+    assert set(scenario.rows()[2]) == {
+        "train/lr",
+        "train/momentum",
+        "train/weight_decay",
+        "train/images_per_s",
+        "time/data_ms",
+    }
 
 
 def test_too_many_cancelled_updates_in_a_row_end_the_run(scenario: Scenario) -> None:

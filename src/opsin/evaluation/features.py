@@ -1,0 +1,236 @@
+"""Scores of features: what the parts of such evaluators share.
+
+An encoder is scored by what can be read from its features of labelled images: those of the bank are
+learned from, those of the queries are scored. The network itself learns nothing.
+
+Shapes: B images of a batch, N images of a set, D width, K classes.
+"""
+
+import math
+import time
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from opsin.errors import DataError
+from opsin.nn.backbone import Tokens
+from opsin.training.observe import EvaluatorConfig
+from opsin.training.precision import exact_products
+from opsin.training.scene import Labelled, LabelledChoice, Scene, StillData, untouched
+
+TOPS = (1, 5)
+_FEATURES_SHARE = 0.6
+"""Of a time budget, what goes into features at most; the rest is for the score."""
+
+
+class FeatureScoreConfig(EvaluatorConfig, ABC):
+    """What every score of features can be told."""
+
+    path: str | None = None
+    """Labelled images of its own, as `data.path`; null takes the training and validation images of the run."""
+    holdout: float = Field(0.2, gt=0, lt=1)
+    """Share of the images at `path` that are scored, where they have no split of their own."""
+    bank_images: int | None = Field(None, gt=0)
+    """Learn from at most so many images, all classes in their proportions; null for all."""
+    query_images: int | None = Field(None, gt=0)
+    """Score at most so many images, all classes in their proportions; null for all."""
+    seconds: float | None = Field(300.0, gt=0)
+    """Time for one evaluation, after which it goes on with fewer images and tells how many; null for no limit."""
+    batch_size: int = Field(256, gt=0)
+    """Images per forward pass; changes speed and memory, not scores."""
+
+    def build_score(self, scene: Scene, prefix: str, *, title: str, score: "Score") -> "FeatureScore":
+        """The evaluator that makes this score of this scene.
+
+        Raises:
+            ConfigError: the labelled images do not allow it.
+        """
+        choice = LabelledChoice(self.path, self.holdout, self.bank_images, self.query_images)
+        return FeatureScore(
+            scene.labelled(choice, f"evaluators.{prefix}"),
+            score,
+            title=title,
+            autocast=scene.autocast,
+            device=scene.device,
+            seconds=self.seconds,
+            batch_size=self.batch_size,
+        )
+
+
+class FeatureNetwork(Protocol):
+    """A network with features."""
+
+    def encode(self, images: Tensor) -> Tokens:
+        """Features of normalised images [B, C, S, S]."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a network makes of labelled images."""
+
+    values: Tensor
+    """float32 [N, D], on the device of the run."""
+    labels: Tensor
+    """int64 [N], 0 to K - 1, on the same device."""
+    num_classes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """How many queries were scored, and how many were right."""
+
+    right: Mapping[int, int]
+    """By k: for how many the true class is among the k best."""
+    images: int
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """What else is worth knowing of how it went."""
+    is_cut: bool = False
+    """Whether time was too short to learn all that could be learned from the bank."""
+
+
+Score = Callable[[Features, Features, float], Hits]
+"""From the features of bank and queries, and the time of `time.perf_counter` by which to be done."""
+
+
+@dataclass(frozen=True)
+class FeatureReport:
+    """A score of features."""
+
+    title: str
+    values: Mapping[str, float]
+    """`top1`, and `top5` where there are more than five classes: fractions in 0..1."""
+    facts: Mapping[str, float]
+    """What else the score says of itself."""
+    bank: int
+    """Images that were learned from."""
+    queries: int
+    """Images that were scored."""
+    is_cut: bool = False
+    """Whether time was too short to learn all that could be learned from the bank."""
+
+    def lines(self) -> list[str]:
+        """One line for a reader."""
+        scores = [f"{name.replace('top', 'top-')} {value:.2%}" for name, value in self.values.items()]
+        return [f"{self.title} {'  '.join(scores)}  ({self.queries:,} images, learned from {self.bank:,})"]
+
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain values for JSON."""
+        return {**self.values, **self.facts, "images": self.queries, "bank": self.bank, "cut": self.is_cut}
+
+
+class FeatureScore:
+    """Scores the features of a method each time it is asked; implements `Evaluator`."""
+
+    def __init__(
+        self,
+        labelled: Labelled,
+        score: Score,
+        *,
+        title: str,
+        autocast: Callable[[], AbstractContextManager[None]],
+        device: torch.device,
+        seconds: float | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        self._labelled = labelled
+        self._score = score
+        self._title = title
+        self._autocast = autocast
+        self._device = device
+        self._seconds = math.inf if seconds is None else seconds
+        self._batch_size = batch_size
+
+    def evaluate(self, method: FeatureNetwork) -> Mapping[str, float]:
+        """`top1`, and `top5` where there are more than five classes.
+
+        Where not all went as asked, this as well: `bank` and `queries`, the images learned from and scored, if
+        time or unreadable images left some out; `cut`, 1, if time ended the learning.
+        """
+        report = self.report(method)
+        used = {"bank": report.bank, "queries": report.queries}
+        wanted = {"bank": self._labelled.bank.facts.samples, "queries": self._labelled.queries.facts.samples}
+        missing = {name: float(count) for name, count in used.items() if count < wanted[name]}
+        return {**report.values, **missing, **({"cut": 1.0} if report.is_cut else {})}
+
+    def report(self, method: FeatureNetwork) -> FeatureReport:
+        """The score with what it is made from.
+
+        Raises:
+            DataError: no image can be read.
+        """
+        started = time.perf_counter()
+        images = [data.facts.samples for data in (self._labelled.queries, self._labelled.bank)]
+        # The queries first, in their share of the time: what they leave is for the bank.
+        ends = [started + _FEATURES_SHARE * self._seconds * part for part in (images[0] / sum(images), 1.0)]
+        queries, bank = (
+            extract(
+                method, data, autocast=self._autocast, device=self._device, batch_size=self._batch_size, until_s=until_s
+            )
+            for data, until_s in zip((self._labelled.queries, self._labelled.bank), ends, strict=True)
+        )
+        with torch.no_grad(), exact_products():
+            hits = self._score(bank, queries, started + self._seconds)
+        values = {f"top{k}": count / hits.images for k, count in hits.right.items()}
+        return FeatureReport(self._title, values, hits.facts, len(bank.labels), hits.images, hits.is_cut)
+
+
+def extract(
+    network: FeatureNetwork,
+    data: StillData,
+    *,
+    autocast: Callable[[], AbstractContextManager[None]],
+    device: torch.device,
+    batch_size: int = 256,
+    until_s: float = math.inf,
+) -> Features:
+    """The pooled features of all images of `data`, or of its first ones, as far as they come by `until_s`.
+
+    That is a time of `time.perf_counter`; one batch is always computed. Leaves weights, modes and random
+    numbers as they are.
+
+    Raises:
+        DataError: there is no image.
+    """
+    values: list[Tensor] = []
+    labels: list[Tensor] = []
+    with untouched(network, device):
+        for batch in data.batches(batch_size):
+            batch = batch.to(device)
+            with autocast():
+                pooled = network.encode(batch.views["image"][0]).pooled
+            values.append(pooled.float())  # [B, D]
+            labels.append(batch.labels)
+            if math.isfinite(until_s):
+                values[-1].sum().item()  # a GPU says only then how far it is
+                if time.perf_counter() >= until_s:
+                    break
+    if not values:
+        raise DataError("there are no labelled images to score features with; check the path of the evaluator")
+    return Features(torch.cat(values), torch.cat(labels), len(data.facts.classes))
+
+
+def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """For how many of the images the true class is among the best: int64, one number for each of `kept_tops`.
+
+    `scores` is [N, K]. A score that is not finite is no answer.
+    """
+    tops = kept_tops(scores.shape[1])
+    best = scores.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).topk(max(tops), dim=1)  # [N, max(tops)]
+    right = (best.indices == labels[:, None]) & best.values.isfinite()
+    return torch.stack([right[:, :k].sum() for k in tops])
+
+
+def kept_tops(num_classes: int) -> tuple[int, ...]:
+    """The k of top-k scores: those for which not every guess would be right."""
+    return tuple(k for k in TOPS if k < num_classes)

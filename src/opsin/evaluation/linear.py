@@ -1,0 +1,126 @@
+"""A linear classifier on frozen features.
+
+The features are standardised by the bank, and the penalty is chosen on a part of the bank, never on the queries.
+Shapes: N images, D width, K classes.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from opsin.cadence import StepEvery
+from opsin.evaluation.features import Features, FeatureScore, FeatureScoreConfig, Hits, count_hits, kept_tops
+from opsin.evaluation.logistic import class_scores, fit_logistic
+from opsin.training.scene import Scene
+
+_CHOICE_PARTS = 10
+"""One of so many parts of the bank chooses the penalty."""
+_CHUNK = 16384
+
+
+def _check_decays(decays: tuple[float, ...]) -> tuple[float, ...]:
+    if not decays or any(decay <= 0 for decay in decays):
+        raise ValueError(f"{list(decays)} does not fit; must be one or more numbers above 0")
+    return decays
+
+
+class LinearConfig(FeatureScoreConfig):
+    """Accuracy of a linear classifier that is trained on the features, which stay as they are."""
+
+    name: Literal["linear"] = "linear"
+    every: StepEvery = "10 epochs"
+    """How often it runs. The end of the run is always evaluated."""
+    decays: Annotated[tuple[float, ...], AfterValidator(_check_decays)] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    """Weight decays to choose from, by the loss on a tenth of the images that are learned from."""
+    iterations: int = Field(200, gt=0)
+    """At most so many iterations of L-BFGS for each of them."""
+
+    def build(self, scene: Scene, prefix: str) -> FeatureScore:
+        score = partial(score_linear, decays=self.decays, iterations=self.iterations)
+        return self.build_score(scene, prefix, title="linear probe", score=score)
+
+
+def score_linear(
+    bank: Features,
+    queries: Features,
+    until_s: float = math.inf,
+    *,
+    decays: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+    iterations: int = 200,
+) -> Hits:
+    """How many queries a linear classifier fitted to the bank classifies rightly; the fact `decay` is the one chosen.
+
+    By the time `until_s` of `time.perf_counter` it takes what it has.
+    """
+    bank, queries = standardise(bank, queries)
+    # The last fit is one of len(decays) + 1, and has time of its own.
+    share_s = (until_s - time.perf_counter()) / (len(decays) + 1)
+    choice = choose_decay(bank, decays, iterations=iterations, until_s=until_s - share_s)
+    fit = fit_logistic(bank, decay=choice.decay, start=choice.weights, iterations=iterations, until_s=until_s)
+    right = dict(zip(kept_tops(queries.num_classes), count_right(fit.weights, queries).tolist(), strict=True))
+    return Hits(right, len(queries.labels), {"decay": choice.decay}, not (choice.is_complete and fit.is_complete))
+
+
+def standardise(bank: Features, *others: Features) -> list[Features]:
+    """All of them with the mean and the standard deviation of each feature of the bank taken out.
+
+    A feature that is constant in the bank, but for rounding, is 0.
+    """
+    deviation, mean = torch.std_mean(bank.values, dim=0, correction=0)  # [D]
+    lowest = 1e-6 * torch.maximum(mean.abs(), deviation.max())
+    factor = torch.where(deviation > lowest, 1 / deviation, 0.0)
+    return [replace(part, values=(part.values - mean) * factor) for part in (bank, *others)]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A penalty, and the weights that were found with it."""
+
+    decay: float
+    weights: Tensor
+    """float32 [D + 1, K]"""
+    is_complete: bool
+    """Whether all penalties were tried to their end."""
+
+
+def choose_decay(bank: Features, decays: Sequence[float], *, iterations: int, until_s: float = math.inf) -> Choice:
+    """The penalty with which a fit to the rest of the bank has the smallest loss on its first tenth.
+
+    The loss, since accuracies on so few images are often equal. From the strongest penalty on, each fit goes on from
+    the one before, until the loss rises. The bank is in an order whose every beginning is stratified.
+    """
+    held = max(1, len(bank.labels) // _CHOICE_PARTS)
+    first, rest = _rows(bank, slice(held)), _rows(bank, slice(held, None))
+    if not len(rest.labels):
+        rest = first  # a bank of one image
+    best: Choice | None = None
+    best_loss, weights, is_complete = math.inf, None, True
+    for decay in sorted(decays, reverse=True):
+        fit = fit_logistic(rest, decay=decay, start=weights, iterations=iterations, until_s=until_s)
+        weights, is_complete = fit.weights, fit.is_complete
+        loss = F.cross_entropy(class_scores(weights, first.values), first.labels).item()
+        if best is not None and not loss < best_loss:
+            break
+        best, best_loss = Choice(decay, weights, is_complete), loss
+        if not is_complete:
+            break
+    assert best is not None, "the recipe checks decays"
+    return replace(best, is_complete=is_complete)
+
+
+def count_right(weights: Tensor, data: Features) -> Tensor:
+    """What `count_hits` counts of the class scores, chunk after chunk."""
+    parts = zip(data.values.split(_CHUNK), data.labels.split(_CHUNK), strict=True)
+    return torch.stack([count_hits(class_scores(weights, values), labels) for values, labels in parts]).sum(0)
+
+
+def _rows(data: Features, part: slice) -> Features:
+    return replace(data, values=data.values[part], labels=data.labels[part])

@@ -1,0 +1,235 @@
+"""Whether features still tell images apart, and whether a teacher still teaches.
+
+Shapes: N feature vectors, D width, K prototypes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from opsin.reporting import Row
+from opsin.timeline import Timeline
+from opsin.training.alerts import Finding, Monitor, MonitorConfig
+from opsin.training.state import StepReport, TrainState
+
+_FEWEST = 8
+"""Feature vectors below which neither spread nor rank says anything."""
+_GROWTH = 1.1
+"""A training in which something has grown by this factor since the first bad row gets out of it by itself."""
+_NOTHING = 1 / 50
+"""This share of a small divergence is none."""
+_SAME = 1 / 100
+"""This share of a small angle is none."""
+
+
+class CollapseConfig(MonitorConfig):
+    """Spread and rank of features, and four verdicts on teacher and student; needs a method that gives features."""
+
+    name: Literal["collapse"] = "collapse"
+    warmup: int | Literal["auto"] = "auto"
+    """Steps at the start that are not judged, since a fresh network looks collapsed; `auto` is 100, or 1 % of a long
+    run."""
+    patience: int = Field(50, ge=0)
+    """Steps over which every row must look bad and none better than the first."""
+    uniform_entropy: float = Field(0.99, gt=0, le=1)
+    """Uniform collapse: the entropy of the teacher is above this share of ln K ..."""
+    uniform_kl: float = Field(0.05, ge=0)
+    """... while the student has little to learn: its divergence from the teacher is below this, in nats, with features
+    below `std`, or below a 50th of this."""
+    peaked_entropy: float = Field(0.5, ge=0, lt=1)
+    """One-prototype collapse: the entropy of the teacher is below this share of ln K ..."""
+    prototypes: float = Field(4.0, ge=1)
+    """... while no more than this many prototypes are the first choice for any image of a batch."""
+    std: float = Field(0.1, ge=0)
+    """Feature collapse: `collapse/<encoder>_std` is below this, and below half of its largest value or for 10 times
+    the patience."""
+    rank: float = Field(2.0, ge=1)
+    """Feature collapse: `collapse/<encoder>_rank` is below this."""
+    cosine: float = Field(0.999, gt=0, le=1)
+    """No teacher: the features of teacher and student have at least this cosine while they are below `std`, or come a
+    hundred times closer to 1."""
+
+    def build(self, timeline: Timeline) -> "Collapse":
+        warmup = max(100, timeline.total_steps // 100) if self.warmup == "auto" else self.warmup
+        return Collapse(self, warmup=warmup)
+
+
+class Collapse(Monitor):
+    """Measures features of student and teacher, and judges them with what the method says of its teacher.
+
+    From the method it reads, where rows have them, `train/teacher_entropy_share`, `train/kl` and
+    `train/prototypes_used`.
+    """
+
+    def __init__(self, config: CollapseConfig, *, warmup: int) -> None:
+        self._config = config
+        self._warmup = warmup
+        patience = config.patience
+        # The first that holds is the verdict: what comes first explains what follows.
+        self._spells = {
+            "no_teacher": _Spell(patience),
+            "uniform_collapse": _Spell(patience),
+            "one_prototype_collapse": _Spell(patience),
+            "feature_collapse": _Spell(patience),
+            "feature_collapse from the start": _Spell(10 * patience),
+        }
+        self._std = math.nan
+        """The smallest of the encoders, as last measured."""
+        self._vectors = math.inf
+        self._largest: dict[str, float] = {}
+        """The largest `std` of each encoder so far."""
+        self._verdict: str | None = None
+
+    @torch.no_grad()
+    def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
+        """`collapse/<encoder>_std`, `_norm`, `_rank`; `collapse/vectors`, their number; `collapse/cosine` of both."""
+        values: dict[str, float] = {}
+        features = {name: tensor.float() for name, tensor in report.features.items() if len(tensor) >= _FEWEST}
+        features = {name: tensor for name, tensor in features.items() if bool(tensor.isfinite().all())}
+        for name, tensor in features.items():
+            values[f"collapse/{name}_std"] = spread(tensor).item()
+            values[f"collapse/{name}_norm"] = tensor.norm(dim=1).mean().item()
+            values[f"collapse/{name}_rank"] = effective_rank(tensor).item()
+            values["collapse/vectors"] = float(len(tensor))
+        student, teacher = features.get("student"), features.get("teacher")
+        if student is not None and teacher is not None and student.shape == teacher.shape:
+            # float64: the verdict lies in the fifth digit behind the point.
+            values["collapse/cosine"] = F.cosine_similarity(student.double(), teacher.double(), dim=1).mean().item()
+        return values
+
+    def judge(self, row: Row) -> Finding | None:
+        stds = _by_encoder(row.values, "_std")
+        for encoder, std in stds.items():
+            self._largest[encoder] = max(std, self._largest.get(encoder, 0.0))
+        self._std = min(stds.values(), default=self._std)
+        self._vectors = row.values.get("collapse/vectors", self._vectors)
+        if row.step < self._warmup:
+            return None
+        for kind, symptom in self._symptoms(row.values).items():
+            self._spells[kind].note(row.step, symptom)
+        lasting = [kind for kind, spell in self._spells.items() if spell.lasts(row.step)]
+        if self._verdict not in lasting:
+            self._verdict = lasting[0] if lasting else None
+        if self._verdict is None:
+            return None
+        spell = self._spells[self._verdict]
+        return Finding(self._verdict.split()[0], f"{spell.text} since step {spell.since}")
+
+    def _symptoms(self, values: Mapping[str, float]) -> "dict[str, _Symptom]":
+        """What this row says of each kind; nothing where it lacks the values."""
+        found = self._feature_symptoms(values)
+        cosine = values.get("collapse/cosine", math.nan)
+        if not math.isnan(cosine):
+            angle, limit = 1 - cosine, 1 - self._config.cosine
+            found["no_teacher"] = _Symptom(
+                angle <= limit * _SAME or (angle <= limit and self._std < self._config.std),
+                f"no teacher: its features are those of the student (cosine {cosine:.6f})",
+                ways_out=(self._std,),
+            )
+        names = ("teacher_entropy", "teacher_entropy_share", "kl", "prototypes_used")
+        entropy, share, kl, used = (values.get(f"train/{name}", math.nan) for name in names)
+        if not math.isnan(entropy + share + kl + used):
+            found["uniform_collapse"] = self._uniform(share, kl)
+            count = math.exp(entropy / share) if share > 0 else math.inf
+            found["one_prototype_collapse"] = self._peaked(share, used * min(count, self._vectors))
+        return found
+
+    def _uniform(self, share: float, kl: float) -> "_Symptom":
+        nothing = self._config.uniform_kl * _NOTHING
+        is_idle = kl < nothing or (kl < self._config.uniform_kl and self._std < self._config.std)
+        return _Symptom(
+            share > self._config.uniform_entropy and is_idle,
+            f"uniform collapse: teacher entropy = ln K ({share:.2%} of it, {kl:.2g} nats to learn)",
+            ways_out=(max(kl, nothing), self._std),
+        )
+
+    def _peaked(self, share: float, winners: float) -> "_Symptom":
+        return _Symptom(
+            share < self._config.peaked_entropy and winners <= self._config.prototypes,
+            f"one-prototype collapse: {winners:.1f} prototypes win all images of a batch (teacher entropy {share:.2%} "
+            "of ln K)",
+        )
+
+    def _feature_symptoms(self, values: Mapping[str, float]) -> "dict[str, _Symptom]":
+        stds, ranks = _by_encoder(values, "_std"), _by_encoder(values, "_rank")
+        if not stds or stds.keys() != ranks.keys():
+            return {}
+        encoder = min(stds, key=lambda name: stds[name])
+        std, rank = stds[encoder], min(ranks.values())
+        is_narrow = std < self._config.std
+        text = f"feature collapse: spread of the features of the {encoder} {std:.2g}, {rank:.1f} directions"
+        fallen = (is_narrow and std < self._largest[encoder] / 2) or rank < self._config.rank
+        return {
+            "feature_collapse": _Symptom(fallen, text, ways_out=(std,)),
+            "feature_collapse from the start": _Symptom(is_narrow, text, ways_out=(std,)),
+        }
+
+
+def spread(features: Tensor) -> Tensor:
+    """How different the directions of features [N, D] are: 0 where all are one, 1 where they lie all over the sphere.
+
+    The mean over the dimensions of the standard deviation of normalised features, times sqrt(D).
+    """
+    directions = F.normalize(features, dim=1)
+    return directions.std(dim=0).mean() * math.sqrt(features.shape[1])
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """Number of directions that features [N, D] really use, between 1 and the smaller of N - 1 and D.
+
+    exp(entropy of the normalised singular values) of the centred features (Roy & Vetterli 2007); 1 where all are equal.
+    """
+    singular = torch.linalg.svdvals(features - features.mean(dim=0))
+    shares = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
+    entropy: Tensor = torch.special.entr(shares).sum()
+    return entropy.exp()
+
+
+@dataclass(frozen=True, slots=True)
+class _Symptom:
+    """What one row says of a kind of collapse."""
+
+    is_there: bool
+    text: str
+    ways_out: tuple[float, ...] = ()
+    """Values that grow where the training gets out of it by itself."""
+
+
+class _Spell:
+    """Rows, one after the other, in which something is wrong and gets no better."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self._first: tuple[float, ...] = ()
+        self.since: int | None = None
+        self.text = ""
+
+    def note(self, step: int, symptom: _Symptom) -> None:
+        """Begin, go on, begin again where it gets better, or end."""
+        if not symptom.is_there:
+            self.since = None
+            return
+        grows = any(now > _GROWTH * first for now, first in zip(symptom.ways_out, self._first, strict=False))
+        if self.since is None or grows:
+            self.since, self._first = step, symptom.ways_out
+        self.text = symptom.text
+
+    def lasts(self, step: int) -> bool:
+        """Whether it has lasted for longer than the patience."""
+        return self.since is not None and step - self.since >= self._patience
+
+
+def _by_encoder(values: Mapping[str, float], suffix: str) -> dict[str, float]:
+    """The values `collapse/<encoder><suffix>` by encoder."""
+    prefix = "collapse/"
+    return {
+        name[len(prefix) : -len(suffix)]: value
+        for name, value in values.items()
+        if name.startswith(prefix) and name.endswith(suffix) and not math.isnan(value)
+    }

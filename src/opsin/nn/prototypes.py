@@ -1,0 +1,256 @@
+"""Prototypes, and the cross-entropy of teacher and student over them without ever holding all scores.
+
+The head and the loss of DINO (Caron et al. 2021, sections 3.1 and 3.2). A score is the product of a unit vector
+and a prototype of fixed length. For a student's vector z, prototypes W and the teacher's probabilities q
+
+    -sum_k q_k log p_k = log sum_k exp(z W_k / t) - z (sum_k q_k W_k) / t,
+
+so a pass over the prototypes, some thousand at a time, needs three running sums: of exp, of exp W and of q W.
+They also give the gradient for z; that for W comes from a second look at the same exponentials. Teacher
+probabilities are shared by all views, so q W is computed once for each teacher view.
+
+Shapes: K prototypes, C of a chunk, d their width, G teacher views, V student views, B images.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_CHUNK = 2048
+_KEPT_BYTES = 128 << 20
+# Exponents that need not be made smaller: far from the ends of what a format holds, also times 65,536.
+_SAFE_EXPONENT = {torch.float64: 60.0, torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 8.0}
+
+
+class Prototypes(nn.Module):
+    """K directions of width d, each a learned vector scaled to the length `weight_g`.
+
+    The parameters are those of a weight-normed linear layer (Salimans & Kingma 2016). Without `learn_scale` the
+    lengths stay at 1, and scores of unit vectors lie in [-1, 1].
+    """
+
+    def __init__(self, width: int, count: int, *, learn_scale: bool = False) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(count, width))
+        self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=learn_scale)
+        bound = 1 / math.sqrt(width)
+        nn.init.uniform_(self.weight_v, -bound, bound)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [..., d] to scores [..., K]; all at once, for small K."""
+        return F.linear(vectors, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Some prototypes at a time, as [C, d] in `dtype`, without gradient."""
+        for part in _parts(len(self.weight_v)):
+            yield part, _scaled(self.weight_v.detach()[part], self.weight_g.detach()[part]).to(dtype)
+
+    def reach(self) -> float | None:
+        """The highest score of a unit vector, where it is known for all time: lengths are not learned."""
+        return None if self.weight_g.requires_grad else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the teacher says of every image: its probabilities, as exponentials and the shares that they count for."""
+
+    exponentials: Tensor
+    """[G, B, K]"""
+    shares: Tensor
+    """[chunks, G, B]: factors from exponentials to probabilities; each chunk of prototypes has its own."""
+    mean_scores: Tensor
+    """[K]: the scores before centring, averaged over views and images."""
+    entropy: Tensor
+    """[G, B], in nats."""
+    winners: Tensor
+    """int64 [G, B]: the most probable prototype of each."""
+
+    def probabilities(self) -> Tensor:
+        """[G, B, K]; all at once, for small K."""
+        parts = zip(_parts(self.exponentials.shape[-1]), self.shares, strict=True)
+        return torch.cat([self.exponentials[..., part] * share[..., None] for part, share in parts], -1)
+
+
+@torch.no_grad()
+def teacher_targets(vectors: Tensor, prototypes: Prototypes, center: Tensor, temperature: float) -> Targets:
+    """Softmax of (scores - center [K]) / temperature, for unit `vectors` [G, B, d]."""
+    dtype = _compute_dtype(vectors)
+    count, views = len(prototypes.weight_v), vectors.shape[:2]
+    flat = vectors.flatten(0, 1)
+    sharp = (flat / temperature).to(dtype)
+    mean = flat.mean(0, keepdim=True)  # a mean of scores is the score of the mean
+    offset = -center / temperature
+    exponentials = flat.new_empty(len(flat), count, dtype=dtype)
+    mean_scores = flat.new_empty(count)
+    found: list[tuple[Tensor, ...]] = []
+    with torch.autocast(flat.device.type, enabled=False):
+        for part, weights in prototypes.chunks(flat.dtype):
+            mean_scores[part] = F.linear(mean, weights)[0]
+            logits = F.linear(sharp, weights.to(dtype)).to(flat.dtype) + offset[part]
+            high, winner = logits.max(1)
+            chunk = torch.exp(logits - high[:, None])
+            exponentials[:, part] = chunk
+            found.append((high, winner + part.start, chunk.sum(1), (chunk * logits).sum(1)))
+    highs, winners, sums, energies = (torch.stack(column) for column in zip(*found, strict=True))  # [chunks, G B]
+    top, best = highs.max(0)
+    factors = torch.exp(highs - top)
+    total = (factors * sums).sum(0)
+    entropy = total.log() + top - (factors * energies).sum(0) / total
+    return Targets(
+        exponentials.view(*views, count),
+        (factors / total).view(-1, *views),
+        mean_scores,
+        entropy.view(views),
+        winners.gather(0, best[None]).view(views),
+    )
+
+
+def cross_entropy(
+    vectors: Tensor, prototypes: Prototypes, targets: Targets, pairs: Tensor, *, temperature: float, learn: bool
+) -> Tensor:
+    """The sum over images, and over the pairs of views, of the cross-entropy with the teacher's probabilities.
+
+    `vectors` are the student's unit vectors [V, B, d]. `pairs` [V, G] is 1 where a student view answers a teacher
+    view. The gradient reaches the prototypes only with `learn`.
+    """
+    learned = [weight if learn else weight.detach() for weight in (prototypes.weight_v, prototypes.weight_g)]
+    loss: Tensor = _CrossEntropy.apply(vectors, *learned, prototypes, targets, pairs, temperature)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss and gradients in the forward pass; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vectors: Tensor,
+        weight_v: Tensor,
+        weight_g: Tensor,
+        prototypes: Prototypes,
+        targets: Targets,
+        pairs: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        with torch.autocast(vectors.device.type, enabled=False):
+            one = _Pass(vectors, prototypes, targets, pairs.to(vectors.dtype), temperature)
+            loss, grad = one.look()
+            learned = one.look_again(ctx.needs_input_grad[2]) if ctx.needs_input_grad[1] else (None, None)
+            ctx.grads = (grad, *learned)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaled where they are: those of the prototypes are the largest tensors of a step.
+        grads, ctx.grads = ctx.grads, None
+        assert grads is not None, "one backward pass for each forward pass"
+        return *(None if grad is None else grad.mul_(factor) for grad in grads), None, None, None, None
+
+
+class _Pass:
+    """The student's side of one loss, a chunk of prototypes at a time."""
+
+    def __init__(
+        self, vectors: Tensor, prototypes: Prototypes, targets: Targets, pairs: Tensor, temperature: float
+    ) -> None:
+        self.dtype = targets.exponentials.dtype
+        self.prototypes = prototypes
+        self.asked = targets.exponentials.flatten(0, 1)  # [G B, K]
+        self.shares = targets.shares.flatten(1)[..., None]  # [chunks, G B, 1]
+        self.pairs = pairs
+        self.temperature = temperature
+        self.vectors = vectors  # [V, B, d]
+        self.flat = vectors.flatten(0, 1)
+        self.sharp = (self.flat / temperature).to(self.dtype)
+        self.sums = self.flat.new_zeros(len(self.flat), 1)
+        self.top = torch.full_like(self.sums, -math.inf)
+        """The highest exponent of each vector so far, which is taken off all; 0 where none can grow large."""
+        reach = prototypes.reach()
+        self.bounded = reach is not None and reach / temperature < _SAFE_EXPONENT[self.dtype]
+        num_bytes = len(self.flat) * len(prototypes.weight_v) * self.dtype.itemsize
+        self.keeps = num_bytes <= _KEPT_BYTES
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def look(self) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient for the vectors."""
+        pushed = torch.zeros_like(self.flat)  # sum_k exp(s_k) W_k
+        pulled = self.flat.new_zeros(len(self.asked), self.flat.shape[1])  # sum_k q_k W_k
+        for (part, weights), shares in zip(self.prototypes.chunks(self.dtype), self.shares, strict=True):
+            chunk, high = self._exponentials(weights)
+            # Not `@`: linear layers take the faster kernels of a CPU.
+            pushing, adding = F.linear(chunk, weights.T), chunk.sum(1, keepdim=True, dtype=self.sums.dtype)
+            pulled += F.linear(self.asked[:, part], weights.T) * shares
+            if self.bounded:
+                pushed += pushing
+                self.sums += adding
+            else:
+                top = torch.maximum(self.top, high)
+                before, now, self.top = torch.exp(self.top - top), torch.exp(high - top), top
+                pushed = pushed * before + pushing * now
+                self.sums = self.sums * before + adding * now
+            if self.keeps:
+                self.kept.append((chunk, high))
+        answers = torch.einsum("vg,gbd->vbd", self.pairs, pulled.view(self.pairs.shape[1], *self.vectors.shape[1:]))
+        counts = self.pairs.sum(1)[:, None]  # [V, 1]
+        logs = self.sums.log() if self.bounded else self.sums.log() + self.top
+        loss = (counts * logs.view(self.vectors.shape[:2])).sum() - (self.vectors * answers).sum() / self.temperature
+        return loss, (counts[..., None] * (pushed / self.sums).view(self.vectors.shape) - answers) / self.temperature
+
+    def look_again(self, scale_learns: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradients for the prototypes' vectors [K, d] and lengths [K, 1]; call `look` first."""
+        weight_v, weight_g = self.prototypes.weight_v.detach(), self.prototypes.weight_g.detach()
+        counts = self.pairs.sum(1).repeat_interleave(self.vectors.shape[1])[:, None]
+        pushing = self.flat * (counts / self.sums / self.temperature)
+        pulling = torch.einsum("vg,vbd->gbd", self.pairs, self.vectors).flatten(0, 1) / self.temperature
+        # Taken off before half precision, which has no room below, and put back after.
+        unit = torch.maximum(pushing.abs().max(), (pulling * self.shares).abs().max())
+        pushing, pulling = pushing / unit, pulling / unit
+        grad_v = torch.empty_like(weight_v)
+        grad_g = torch.empty_like(weight_g) if scale_learns else None
+        for index, part in enumerate(_parts(len(weight_v))):
+            vectors, lengths = weight_v[part], weight_g[part]
+            if self.keeps:
+                chunk, high = self.kept[index]
+            else:
+                chunk, high = self._exponentials(_scaled(vectors, lengths).to(self.dtype))
+            own = pushing if self.bounded else pushing * torch.exp(high - self.top)
+            grad = F.linear(chunk.T, own.T.to(self.dtype)).to(weight_v.dtype)
+            grad -= F.linear(self.asked[:, part].T, (pulling * self.shares[index]).T.to(self.dtype))
+            norms = vectors.norm(dim=1, keepdim=True)
+            along = (grad * vectors).sum(1, keepdim=True) / norms
+            if grad_g is not None:
+                grad_g[part] = along * unit
+            grad.sub_(vectors * (along / norms)).mul_(lengths / norms * unit)
+            grad_v[part] = grad
+        return grad_v, grad_g
+
+    def _exponentials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C] for prototypes [C, d], and what was taken off each exponent, [N, 1]."""
+        logits: Tensor = F.linear(self.sharp, weights)
+        if self.bounded:
+            return logits.exp_(), self.sums
+        exact = logits.to(self.flat.dtype)
+        high = exact.amax(1, keepdim=True)
+        return exact.sub_(high).exp_().to(self.dtype), high
+
+
+def _scaled(vectors: Tensor, lengths: Tensor) -> Tensor:
+    scaled: Tensor = vectors * (lengths / vectors.norm(dim=1, keepdim=True))
+    return scaled
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for first in range(0, count, _CHUNK):
+        yield slice(first, min(first + _CHUNK, count))
+
+
+def _compute_dtype(vectors: Tensor) -> torch.dtype:
+    kind = vectors.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else vectors.dtype

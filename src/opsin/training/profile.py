@@ -1,0 +1,255 @@
+"""Where the time of a step goes: a few steps of a training, recorded and taken apart.
+
+torch's profiler runs from the wait for a batch to the end of its update, for a few steps at a time: what it has
+recorded of them is added up and let go. It is off while evaluators run, and starting, reading and writing are not
+counted as training time. Weights do not notice.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in torch's stubs
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as Recording
+
+from opsin.config import Settings
+from opsin.console import Console
+from opsin.data.base import Batch
+from opsin.errors import RunError
+from opsin.training.profile_report import Operator, Split, top_operators, write_trace
+from opsin.training.state import TrainState
+from opsin.training.step_parts import (
+    DATA,
+    PARTS,
+    STEP,
+    Kernel,
+    Span,
+    Spread,
+    StepTimes,
+    device_times,
+    host_times,
+    summarise,
+)
+
+_TRACED = 3
+"""Steps in the trace, and in the list of operators."""
+_AT_ONCE = 10
+"""Later steps that are recorded before they are added up."""
+_LAUNCHES = ("cuda", "cu", "hip")
+"""How calls begin that ask a GPU for work."""
+
+
+class ProfileConfig(Settings):
+    """A few steps taken apart into `profile/` of the run directory: time by part, top operators, a trace."""
+
+    steps: int = Field(0, ge=0)
+    """How many; 0 for none. While they are recorded, training is slower."""
+    skip: int = Field(10, ge=0)
+    """Updates before them, counted from the start or the resume."""
+    trace: bool = True
+    """Write the first three as trace.json, for chrome://tracing or ui.perfetto.dev."""
+
+
+class Profile:
+    """Looks at no step."""
+
+    def over(self, batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
+        """The same batches, each asked for when `state` is ready for it."""
+        return batches
+
+    def end_step(self, state: TrainState) -> None:
+        """Told after the update with the batch that was given last."""
+
+
+class StepProfile(Profile):
+    """Takes apart the steps that `config` asks for, and writes the result into `folder`.
+
+    `last_step` ends the run, `interrupted` says whether an evaluation follows a step, and time spent in `paused`
+    is not training time.
+    """
+
+    def __init__(
+        self,
+        config: ProfileConfig,
+        folder: Path,
+        console: Console,
+        *,
+        device: torch.device,
+        last_step: int,
+        interrupted: Callable[[int], bool],
+        paused: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._console = console
+        self._device = device
+        self._on_device = device.type != "cpu"
+        self._last_step = last_step
+        self._interrupted = interrupted
+        self._paused = paused
+        # On a GPU the first step of a recording begins with an empty queue: it is like no other.
+        self._warm_up = int(self._on_device)
+        self._wanted = 0
+        self._recording: Recording | None = None
+        self._step: record_function | None = None
+        self._recorded: list[tuple[int, int]] = []  # step and images
+        self._room = 0
+        self._done: list[_Measured] = []
+        self._operators: list[Operator] = []
+
+    def over(self, batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
+        self._plan(self._last_step - state.step)
+        yield from islice(batches, self._config.skip if self._wanted else 0)
+        try:
+            while len(self._done) < self._wanted and self._begin_step():
+                with record_function(DATA):
+                    batch = next(batches)
+                self._recorded.append((state.step + 1, len(batch)))
+                yield batch
+        finally:
+            if self._recording is not None or len(self._done) < self._wanted:
+                self._give_up()
+        yield from batches
+
+    def end_step(self, state: TrainState) -> None:
+        if self._step is None:
+            return
+        self._step.__exit__(None, None, None)
+        self._step = None
+        is_last = state.step == self._last_step
+        if len(self._recorded) < self._room and not is_last and not self._interrupted(state.step):
+            return
+        self._wait()
+        with self._paused(), self._telling():
+            self._add_up(self._take())
+            if is_last or len(self._done) == self._wanted:
+                self._wanted = len(self._done)
+                self._write()
+
+    def _plan(self, left: int) -> None:
+        asked, skip = self._config.steps, self._config.skip
+        self._wanted = max(0, min(asked, left - skip))
+        if self._wanted < asked:
+            what = f"only the last {self._wanted} are profiled" if self._wanted else "nothing is profiled"
+            self._console.warning(f"profile.steps={asked} after profile.skip={skip}: {left} steps are left: {what}")
+
+    def _begin_step(self) -> bool:
+        """Whether the step that begins is recorded."""
+        if self._recording is None:
+            self._wait()
+            with self._paused(), self._telling():
+                self._start()
+        if self._recording is not None:
+            self._step = record_function(STEP)
+            self._step.__enter__()
+        return self._recording is not None
+
+    def _start(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its messages are for those who develop it
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_device else [])]
+        recording = Recording(activities=activities)
+        recording.start()
+        self._recording = recording
+        self._recorded = []
+        self._room = self._warm_up + min(self._wanted - len(self._done), _AT_ONCE if self._done else _TRACED)
+
+    def _take(self) -> Recording:
+        """The recording, which is none of ours any more."""
+        recording, step = self._recording, self._step
+        assert recording is not None
+        self._recording = self._step = None
+        if step is not None:
+            step.__exit__(None, None, None)
+        return recording
+
+    def _add_up(self, recording: Recording) -> None:
+        """Take from the recording what is kept; the first also gives the trace and the operators."""
+        recording.stop()
+        times = _times_in(recording, on_device=self._on_device)
+        if len(times) != len(self._recorded) or any(step.idle == step.total for step in times):
+            raise RunError("torch's profiler has not seen every step, or no work of the GPU")
+        steps = [_Measured(*known, found) for known, found in zip(self._recorded, times, strict=True)]
+        measured = steps[self._warm_up :]
+        if measured and not self._done:
+            self._operators = top_operators(recording, len(steps), on_device=self._on_device)
+            if self._config.trace:
+                write_trace(recording, self._folder / "trace.json")
+        self._done += measured
+
+    def _give_up(self) -> None:
+        if self._recording is not None:
+            # Where a step has failed, its failure is what matters.
+            with suppress(RuntimeError):
+                self._take().stop()
+        self._console.warning(f"profile: training has ended before {self._wanted} steps were profiled; no split.json")
+
+    def _write(self) -> None:
+        if not self._done:
+            raise RunError("the run was over before a step could be measured")
+        times = [measured.times for measured in self._done]
+        split = Split(
+            device=str(self._device),
+            first_step=self._done[0].step,
+            last_step=self._done[-1].step,
+            steps=len(times),
+            images_per_s=1000 * sum(measured.images for measured in self._done) / sum(each.total for each in times),
+            step=Spread.of([each.total for each in times]),
+            device_idle=Spread.of([each.idle for each in times]) if self._on_device else None,
+            parts=summarise(times),
+            operators=self._operators,
+        )
+        for line in split.lines():
+            self._console.notice(line)
+        split.write(self._folder)
+        self._console.notice(f"profile: written to {self._folder}")
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Whatever goes wrong with a profile is no reason to end a training, but one to end the profile."""
+        try:
+            yield
+        except (OSError, RunError, RuntimeError) as error:
+            self._wanted = 0
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self._console.warning(f"profile: {self._folder} is not complete: {reason}; training goes on")
+
+    def _wait(self) -> None:
+        # Before time is not counted: what the GPU still has to do is training.
+        if self._on_device:
+            torch.accelerator.synchronize(self._device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    step: int
+    images: int
+    times: StepTimes
+
+
+def _times_in(recording: Recording, *, on_device: bool) -> list[StepTimes]:
+    """The steps of a recording, taken apart."""
+    spans: list[Span] = []
+    launched: dict[int, int] = {}
+    work: list[tuple[int, int, int]] = []
+    assert recording.profiler is not None, "it was started"
+    assert recording.profiler.kineto_results is not None, "and stopped"
+    for event in recording.profiler.kineto_results.events():
+        name, start, end = event.name(), event.start_ns(), event.end_ns()
+        on_host = event.device_type() == DeviceType.CPU
+        if event.is_user_annotation():
+            # On a GPU there is one of each on either side.
+            if on_host and name in (*PARTS, STEP):
+                spans.append(Span(name, start, end))
+        elif not on_host:
+            work.append((event.correlation_id(), start, end))
+        elif name.startswith(_LAUNCHES):
+            launched[event.correlation_id()] = start
+    if not on_device:
+        return host_times(spans)
+    return device_times(spans, [Kernel(launched[key], start, end) for key, start, end in work if key in launched])

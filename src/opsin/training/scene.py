@@ -1,0 +1,88 @@
+"""What evaluators may look at, and how they leave it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from opsin.data.base import Batch, DataFacts
+
+
+class StillData(Protocol):
+    """Images in a fixed order, each once, not augmented."""
+
+    facts: DataFacts
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches with the view `image` [1, B, C, S, S]; the last may be smaller."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledChoice:
+    """Which labelled images a score of features is made from."""
+
+    path: str | None = None
+    """What `data.path` could be; None takes the run's own training and validation images."""
+    holdout: float = 0.2
+    """Share of the images at `path` that are scored, where they have no split of their own."""
+    bank_images: int | None = None
+    """At most so many to learn from."""
+    query_images: int | None = None
+    """At most so many to score."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Two sets with the same classes and no image in common, every image with a label.
+
+    Each is in an order whose every beginning has the classes in their proportions.
+    """
+
+    bank: StillData
+    """What is learned from."""
+    queries: StillData
+    """What is scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What evaluators may look at."""
+
+    validation: StillData | None
+    labelled: Callable[[LabelledChoice, str], Labelled]
+    """The chosen labelled images; the text is what faults call the evaluator (`evaluators.knn`).
+
+    Raises:
+        ConfigError: there are none, or they do not fit together.
+    """
+    autocast: Callable[[], AbstractContextManager[None]]
+    device: torch.device
+    folder: Path
+    """The run directory."""
+
+
+class Network(Protocol):
+    """What `untouched` needs of a network; every `nn.Module` has it."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> object: ...
+
+
+@contextmanager
+def untouched(network: Network, device: torch.device) -> Iterator[None]:
+    """Inside, `network` is in eval mode and without gradients; after, modes and random numbers are as before."""
+    modes = [(module, module.training) for module in network.modules()]
+    # Not inference_mode: a tensor that a module keeps from inside it could not be used in training.
+    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type), torch.no_grad():
+        network.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

@@ -1,0 +1,154 @@
+"""Where the time of recorded steps went: from spans, and kernels of a GPU, to the times of parts.
+
+All times are nanoseconds of one clock. A part's time is without that of parts inside it; what is in none is `other`,
+so that the parts of a step add up to it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.profiler import record_function
+
+DATA = "data"
+PARTS = (DATA, "teacher forward", "student forward", "loss", "forward", "backward", "optimizer", "teacher update")
+"""Names of spans, in the order of a step."""
+OTHER = "other"
+STEP = "step"
+"""The name of the span around all of them."""
+
+
+def span(part: str) -> AbstractContextManager[object]:
+    """A context that gives its time to `part`. Where nothing is recorded it costs less than a microsecond."""
+    is_recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # not in torch's stubs
+    return record_function(part) if is_recorded else nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the host did under a name of `PARTS`, or a whole `STEP`."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Work of a GPU, and when the host asked for it."""
+
+    launched: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """A step in milliseconds. `parts` add up to `total`."""
+
+    total: float
+    parts: Mapping[str, float]
+    idle: float = 0.0
+    """How long the GPU did nothing."""
+
+
+def host_times(spans: Sequence[Span]) -> list[StepTimes]:
+    """Every step among `spans` as the host saw it."""
+    found = []
+    for step in _steps(spans):
+        parts: dict[str, int] = {}
+        for piece in _pieces(step, spans):
+            parts[piece.name] = parts.get(piece.name, 0) + piece.end - piece.start
+        found.append(_in_ms(step.end - step.start, parts))
+    return found
+
+
+def device_times(spans: Sequence[Span], kernels: Sequence[Kernel]) -> list[StepTimes]:
+    """Every step among `spans` as the GPU saw it: a kernel's time is of the part that has launched it.
+
+    A step lasts until its last kernel is done, from when the step before was, or from its own begin if that is
+    later. While the GPU has nothing to do and the host waits for a batch, that is time of `data`.
+    """
+    found = []
+    ordered = sorted(kernels, key=lambda kernel: kernel.launched)
+    for step in _steps(spans):
+        pieces = _pieces(step, spans)
+        own = [kernel for kernel in ordered if step.start <= kernel.launched < step.end]
+        start = max([step.start, *(kernel.end for kernel in ordered if kernel.launched < step.start)])
+        end = max([start, *(kernel.end for kernel in own)]) if own else max(start, step.end)
+        parts: dict[str, int] = {}
+        idle = 0
+        free = start  # all before is given to a part
+        for kernel in [*sorted(own, key=lambda kernel: kernel.start), Kernel(step.end, end, end)]:
+            if kernel.start > free:
+                waited = sum(_shared(piece, free, kernel.start) for piece in pieces if piece.name == DATA)
+                parts[DATA] = parts.get(DATA, 0) + waited
+                parts[OTHER] = parts.get(OTHER, 0) + kernel.start - free - waited
+                idle += kernel.start - free
+            begin = max(kernel.start, free)
+            if kernel.end > begin:
+                name = next(piece.name for piece in pieces if piece.start <= kernel.launched < piece.end)
+                parts[name] = parts.get(name, 0) + kernel.end - begin
+                free = kernel.end
+        found.append(_in_ms(end - start, parts, idle))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Milliseconds of several steps."""
+
+    mean_ms: float
+    median_ms: float
+    p90_ms: float
+    min_ms: float
+    max_ms: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """That of one value or more."""
+        middle, high = np.percentile(values, (50, 90)).tolist()
+        return cls(float(np.mean(values)), middle, high, min(values), max(values))
+
+
+def summarise(steps: Sequence[StepTimes]) -> dict[str, Spread]:
+    """The spread of every part that some step has, in the order of a step, `other` last."""
+    return {
+        name: Spread.of([step.parts.get(name, 0.0) for step in steps])
+        for name in (*PARTS, OTHER)
+        if name == OTHER or any(name in step.parts for step in steps)
+    }
+
+
+def _steps(spans: Sequence[Span]) -> Iterator[Span]:
+    return (one for one in sorted(spans, key=lambda one: one.start) if one.name == STEP)
+
+
+def _pieces(step: Span, spans: Sequence[Span]) -> list[Span]:
+    """The step cut where spans begin and end, each piece under the name of the innermost span around it."""
+    inside = [one for one in spans if one.name != STEP and step.start <= one.start and one.end <= step.end]
+    pieces: list[Span] = []
+    around = [Span(OTHER, step.start, step.end)]
+    now = step.start
+    for one in sorted(inside, key=lambda one: (one.start, -one.end)):
+        while around[-1].end <= one.start and len(around) > 1:
+            closed = around.pop()
+            pieces.append(Span(closed.name, now, closed.end))
+            now = closed.end
+        pieces.append(Span(around[-1].name, now, one.start))
+        now = one.start
+        around.append(one)
+    for closed in reversed(around):
+        pieces.append(Span(closed.name, now, closed.end))
+        now = closed.end
+    return [piece for piece in pieces if piece.end > piece.start]
+
+
+def _shared(piece: Span, start: int, end: int) -> int:
+    return max(0, min(piece.end, end) - max(piece.start, start))
+
+
+def _in_ms(total: int, parts: Mapping[str, int], idle: int = 0) -> StepTimes:
+    return StepTimes(total / 1e6, {name: ns / 1e6 for name, ns in parts.items()}, idle / 1e6)

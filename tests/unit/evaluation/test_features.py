@@ -1,0 +1,119 @@
+"""Features are those of the network at rest, and looking changes nothing."""
+
+import contextlib
+import math
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from opsin.evaluation.features import Score, count_hits, extract
+from opsin.evaluation.knn import score_neighbours
+from opsin.evaluation.linear import score_linear
+from tests.unit.evaluation.digits import CPU, Pixels, RandomFeatures, digits_labelled, feature_score
+
+SCORES: dict[str, Score] = {"knn": score_neighbours, "linear": partial(score_linear, decays=(1e-2, 1e-3))}
+
+
+def test_features_are_those_of_the_network_at_rest() -> None:
+    network, data = RandomFeatures(), digits_labelled().queries
+    features = extract(network, data, autocast=contextlib.nullcontext, device=CPU, batch_size=100)
+    (batch,) = data.batches(1000)
+    with torch.no_grad():
+        expected = network.eval().encode(batch.views["image"][0]).pooled
+    # Products of other sizes are summed in another order.
+    torch.testing.assert_close(features.values, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(features.labels, batch.labels)
+    assert features.values.dtype == torch.float32
+    assert not features.values.requires_grad
+
+
+def test_features_under_autocast_are_kept_in_float32() -> None:
+    autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    features = extract(RandomFeatures(), digits_labelled().queries, autocast=autocast, device=CPU)
+    assert features.values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_is_the_same_each_time_and_leaves_all_as_it_was(name: str) -> None:
+    network, evaluator = RandomFeatures(), feature_score(SCORES[name])
+    network.norm.eval()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    first = evaluator.evaluate(network)
+    assert torch.equal(torch.rand(4), expected)
+    assert (network.training, network.norm.training, network.drop.training) == (True, False, True)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert network.weight.grad is None
+    torch.manual_seed(6)
+    assert evaluator.evaluate(network) == first
+    assert set(first) == {"top1", "top5"}
+    assert feature_score(SCORES[name]).evaluate(network) == first
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_collapsed_or_broken_network_has_a_bad_score_and_no_fault(name: str) -> None:
+    for value in (0.0, 1.0, math.nan, math.inf):
+        network = RandomFeatures()
+        network.norm.eval()
+        with torch.no_grad():
+            network.weight.fill_(value)
+        assert feature_score(SCORES[name]).evaluate(network)["top1"] < 0.3
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_without_time_it_goes_on_with_fewer_images_and_tells_how_many(name: str) -> None:
+    values = feature_score(SCORES[name], seconds=1e-6, batch_size=100).evaluate(Pixels())
+    assert (values["bank"], values["queries"]) == (100, 100)
+    # A stratified hundred of 8 x 8 digits: far above chance.
+    assert values["top1"] > 0.5 or name == "linear"
+    assert ("cut" in values) == (name == "linear")
+
+
+def test_enough_time_changes_nothing() -> None:
+    assert feature_score(score_neighbours, seconds=600).evaluate(Pixels()) == feature_score(score_neighbours).evaluate(
+        Pixels()
+    )
+
+
+def test_time_that_ends_between_batches_leaves_a_beginning() -> None:
+    data = digits_labelled().bank
+    whole = extract(Pixels(), data, autocast=contextlib.nullcontext, device=CPU, batch_size=64)
+    part = extract(
+        Pixels(), data, autocast=contextlib.nullcontext, device=CPU, batch_size=64, until_s=time.perf_counter() + 0.005
+    )
+    assert len(part.labels) % 64 == 0 or len(part.labels) == len(whole.labels)
+    assert torch.equal(part.values, whole.values[: len(part.labels)])
+    assert torch.equal(part.labels, whole.labels[: len(part.labels)])
+
+
+def test_hits_are_counted_among_the_best_and_what_is_not_finite_is_no_answer() -> None:
+    scores = torch.tensor(
+        [
+            [9.0, 1, 2, 3, 4, 5],  # right
+            [1.0, 9, 2, 3, 4, 5],  # the sixth
+            [2.0, 9, 1, 3, 4, 5],  # the fifth
+            [math.nan] * 6,
+            [-math.inf] * 6,
+        ]
+    )
+    assert count_hits(scores, torch.tensor([0, 0, 0, 0, 0])).tolist() == [1, 2]
+    assert count_hits(scores[:, :5], torch.tensor([0, 0, 0, 0, 0])).tolist() == [1]
+
+
+def test_a_report_is_one_line_and_plain_values() -> None:
+    report = feature_score(SCORES["linear"]).report(Pixels())
+    (line,) = report.lines()
+    top1, top5 = report.values["top1"], report.values["top5"]
+    assert line == f"score top-1 {top1:.2%}  top-5 {top5:.2%}  (359 images, learned from 1,438)"
+    assert report.as_dict() == {
+        "top1": top1,
+        "top5": top5,
+        "decay": report.facts["decay"],
+        "images": 359,
+        "bank": 1438,
+        "cut": False,
+    }
