@@ -14,6 +14,8 @@ from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.linear import LinearConfig
 from opsin.methods.base import MethodConfig
 from opsin.methods.dino import DinoConfig
+from opsin.methods.hjepa import HJepaConfig
+from opsin.methods.ijepa import IJepaConfig
 from opsin.methods.supervised import SupervisedConfig
 from opsin.monitors.collapse import CollapseConfig
 from opsin.monitors.gradients import GradientsConfig
@@ -34,6 +36,8 @@ __all__ = [
     "ConvNetConfig",
     "DataConfig",
     "DinoConfig",
+    "HJepaConfig",
+    "IJepaConfig",
     "KnnConfig",
     "LinearConfig",
     "MuonConfig",

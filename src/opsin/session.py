@@ -32,6 +32,7 @@ from opsin.training.state import TrainState
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
 """Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""
+_SHOWN = 8  # differences from a publication that are told one by one
 _LEARNED = ("stages", "epochs", "batch_size", "data.image_size", "data.drop_last", "model.", "method.", "optim.")
 
 
@@ -147,7 +148,8 @@ def against_published(recipe: Recipe) -> str | None:
     lines = [line for line in diff(read(name), recipe) if line.startswith(_LEARNED)]
     if not lines:
         return f"recipe: equals the published one ({name})"
-    return f"recipe: differs from the published one ({name}: published -> here) in {'; '.join(lines)}"
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return f"recipe: differs from the published one ({name}: published -> here) in {'; '.join(lines[:_SHOWN])}{more}"
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -30,6 +30,8 @@ for _module in pkgutil.iter_modules(opsin.methods.__path__):
 NAMES = sorted(name for name, member in MethodConfig.members().items() if member.__module__.startswith("opsin."))
 FACTS = DataFacts(tuple("abc"), samples=64, image_size=16, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 MODEL = ViTConfig(width=32, depth=2, heads=2, patch=4, dropout=0.1, drop_path=0.1)
+PATCHES_ONLY = MODEL.model_copy(update={"class_token": False, "pool": "mean", "position": "sincos", "patch": 2})
+MODELS = {"ijepa": PATCHES_ONLY, "hjepa": PATCHES_ONLY}
 TIMELINE = Timeline([Stage(epochs=10, batch_size=16, steps_per_epoch=4)])
 OPTIM = AdamW(lr=1e-3, clip_norm=1.0)
 
@@ -43,7 +45,7 @@ def config_of(name: str) -> MethodConfig:
 
 def build(name: str, facts: DataFacts = FACTS) -> Method:
     torch.manual_seed(0)
-    return config_of(name).build(MODEL, facts)
+    return config_of(name).build(MODELS.get(name, MODEL), facts)
 
 
 def batch_for(method: Method, step: int = 0, size: int = 16) -> Batch:
@@ -54,7 +56,7 @@ def batch_for(method: Method, step: int = 0, size: int = 16) -> Batch:
         count = crop.count * size * 3 * crop.size**2
         pixels = uniform(0, step, torch.arange(count), view, 1)
         views[view] = (pixels.reshape(crop.count, size, 3, crop.size, crop.size) - 0.5) * 4
-    masks = wanted.masks(size, step) if wanted.masks is not None else {}
+    masks = wanted.masks(0, step, ids) if wanted.masks is not None else {}
     return Batch(views, ids % 3, ids, masks)
 
 
@@ -109,7 +111,7 @@ def test_features_have_one_vector_per_image_and_per_patch(name: str) -> None:
     method = build(name).eval()
     tokens = method.encode(torch.zeros(5, 3, 16, 16))
     assert tokens.pooled.shape == (5, 32)
-    assert tokens.patches.shape == (5, 16, 32)
+    assert tokens.patches.shape == (5, (16 // MODELS.get(name, MODEL).patch) ** 2, 32)
 
 
 def test_a_bad_batch_changes_nothing(name: str) -> None:

@@ -35,7 +35,6 @@ _EVERYWHERE = (
     "log.plots=false",
     "log.csv=false",
     "checkpoints.every=never",
-    "evaluators.val=null",
 )
 _SMALL_VIT = ("model.width=16", "model.depth=2", "model.heads=2")
 # torch draws the masks of dropout with a library that other builds do not have.
@@ -54,6 +53,30 @@ def _sizes(*image_sizes: int) -> tuple[str, ...]:
     )
 
 
+_SMALL_DINO = (
+    "method.prototypes=64",
+    "method.hidden=32",
+    "method.bottleneck=16",
+    "method.freeze_epochs=0.001",
+    "optim.lr=0.01",
+)
+_DINO_SIZES: dict[str, tuple[str, ...]] = {
+    "dino-digits": (),
+    "dino-folder": ("data.image_size=32", "data.eval_resize=32", "model.patch=4", "method.views.local_size=16"),
+    "dino-imagenet-vits16": (
+        "data.image_size=32",
+        "data.eval_resize=32",
+        "model.patch=4",
+        "method.views.local_size=16",
+    ),
+}
+_SMALL_JEPA = ("method.predictor_width=16", "method.predictor_depth=1", "optim.lr=0.01")
+_JEPA_SIZES: dict[str, tuple[str, ...]] = {
+    "digits": (),
+    "cifar10-cpu": (),
+    "cifar10": (),
+    "imagenet-vith14": ("data.image_size=32", "data.eval_resize=32", "model.patch=2"),
+}
 _HYBRID = (*_WHOLE_RUN, "stages.0.batch_size=32", "stages.3.batch_size=32")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "quickstart": (*_SMALL_VIT, *_NO_DROPOUT, "optim.lr=0.01"),
@@ -68,6 +91,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cifar10-progressive": (*_SMALL_CONVNET, *_WHOLE_RUN),
     "cifar10-hybrid": (*_SMALL_CONVNET, *_HYBRID),
     "cifar10-hybrid-freeze": (*_SMALL_CONVNET, *_HYBRID),
+    **{
+        name: (*_SMALL_DINO, "model.width=16", "model.heads=2", "model.depth=2", "model.drop_path=0", *sizes)
+        for name, sizes in _DINO_SIZES.items()
+    },
+    "dino-cifar10": (*_SMALL_DINO, "model.name=resnet10t", "model.stem=imagenet"),
+    "dino-cifar10-cpu": (*_SMALL_DINO, "model.widths=[8,16,16]"),
+    **{
+        f"{kind}-{name}": (*_SMALL_JEPA, "model.width=16", "model.heads=2", "model.depth=2", *sizes)
+        for kind in ("ijepa", "hjepa")
+        for name, sizes in _JEPA_SIZES.items()
+    },
     "imagenet-resnet50": _SMALL_RESNET,
     "imagenet-standard": _SMALL_RESNET,
     "imagenet-finetune": (*_SMALL_RESNET, *_WHOLE_RUN, "model.weights=null"),
@@ -81,7 +115,8 @@ NEEDS_COLOUR = {name for name in VARIANTS if name.startswith("imagenet") or VARI
 
 def first_losses(name: str, data: Path | str) -> list[float]:
     """`train/loss` of the first updates of a variant on the images at `data`."""
-    recipe = read(name, [*_EVERYWHERE, *VARIANTS[name], f"data.path={data}"])
+    unscored = [f"evaluators.{prefix}=null" for prefix in read(name).evaluators]
+    recipe = read(name, [*_EVERYWHERE, *unscored, *VARIANTS[name], f"data.path={data}"])
     with tempfile.TemporaryDirectory(prefix="opsin-golden-") as folder:
         train_recipe(recipe, Path(folder), name=name, quiet=True)
         return [row.values["train/loss"] for row in read_rows(Path(folder) / "metrics.jsonl")]

@@ -71,8 +71,8 @@ class Augment(Protocol):
 class MaskSampler(Protocol):
     """Draws the masks of a batch; a pure function of its arguments."""
 
-    def __call__(self, batch_size: int, seed: int) -> Mapping[str, Tensor]:
-        """Index tensors by name, each with leading dimension B."""
+    def __call__(self, seed: int, epoch: int, ids: Tensor) -> Mapping[str, Tensor]:
+        """Index tensors by name, each with leading dimension B; `ids`, int64 [B], are those of the whole batch."""
         ...
 
 

@@ -79,7 +79,7 @@ class TrainingData:
             place, ids = self._order.ids(step)
             views, clock = self._views[place.stage], self._order.timeline.clock(step)
             part = share(len(ids), rank=self._rank, world=self._world)
-            masks = self._masks(views, step, len(ids), part)
+            masks = self._masks(views, place.epoch, ids, part)
             mixes = clock.stage.mix and clock.epoch < views.mix_until * clock.total_epochs
             yield self._finish(raw, place.epoch, views, masks, mix=views.mix if mixes else None)
 
@@ -118,10 +118,10 @@ class TrainingData:
             pin_memory=self._device.type == "cuda",
         )
 
-    def _masks(self, views: Views, step: int, batch_size: int, part: slice) -> dict[str, Tensor]:
+    def _masks(self, views: Views, epoch: int, ids: Tensor, part: slice) -> dict[str, Tensor]:
         if views.masks is None:
             return {}
-        masks = views.masks(batch_size, seeding.fold_in(self._seed, "masks", step))
+        masks = views.masks(self._seed, epoch, ids)
         return {name: mask[part].to(self._device, non_blocking=True) for name, mask in masks.items()}
 
 

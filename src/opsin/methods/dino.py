@@ -76,6 +76,8 @@ class DinoViews(Settings):
     """Side of a small crop in pixels; `auto` is 3/7 of the large ones, in whole patches."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """How a crop is resized."""
+    flip: Literal["none", "random"] = "random"
+    """Mirror left to right."""
     jitter: Share = 0.8
     """Probability that brightness, contrast, saturation and hue change."""
     brightness: Share = 0.4
@@ -97,11 +99,13 @@ class DinoViews(Settings):
 
     def build(self, image_size: int, local_size: int) -> Views:
         """The views `global_1`, `global_2` and `local`."""
-        large = RandomResizedCrop(size=image_size, scale=self.global_scale, interpolation=self.interpolation)
+        large = RandomResizedCrop(
+            size=image_size, scale=self.global_scale, flip=self.flip, interpolation=self.interpolation
+        )
         crops: dict[str, Crop] = dict.fromkeys(_GLOBAL, large)
         augment = {
             "global_1": self._augment(self.blur[0]),
-            "global_2": [*self._augment(self.blur[1]), Solarize(p=self.solarize)],
+            "global_2": [*self._augment(self.blur[1]), *([Solarize(p=self.solarize)] if self.solarize else [])],
         }
         if self.local_count:
             crops["local"] = replace(large, size=local_size, scale=self.local_scale, count=self.local_count)
@@ -112,7 +116,12 @@ class DinoViews(Settings):
         jitter = ColorJitter(
             brightness=self.brightness, contrast=self.contrast, saturation=self.saturation, hue=self.hue, p=self.jitter
         )
-        return [jitter, Grayscale(p=self.grayscale), GaussianBlur(p=blur, sigma=self.blur_px)]
+        wanted: list[tuple[float, Augment]] = [
+            (self.jitter, jitter),
+            (self.grayscale, Grayscale(p=self.grayscale)),
+            (blur, GaussianBlur(p=blur, sigma=self.blur_px)),
+        ]
+        return [op for p, op in wanted if p > 0]
 
 
 class DinoConfig(MethodConfig):

@@ -29,14 +29,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first Q tokens ask: [B, Q, D]."""
+    def forward(self, x: Tensor, queries: int | None = None, seen: Tensor | None = None) -> Tensor:
+        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first Q tokens ask: [B, Q, D].
+
+        Nobody looks at a token whose `seen`, bool [B, T], is false.
+        """
         q, k, v = self._project(x, queries)
+        mask = None if seen is None else seen[:, None, None]
         if self.fused_attn:
             rate = self.attention_dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
         else:
-            mixed = F.dropout(self._probabilities(q, k), self.attention_dropout, self.training) @ v
+            mixed = F.dropout(self._probabilities(q, k, mask), self.attention_dropout, self.training) @ v
         out: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
         return out
 
@@ -45,8 +49,10 @@ class Attention(nn.Module):
         q, k, _ = self._project(x, None)
         return self._probabilities(q, k)
 
-    def _probabilities(self, q: Tensor, k: Tensor) -> Tensor:
+    def _probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
         scores: Tensor = (q * self.scale) @ k.transpose(-2, -1)  # [B, H, Q, T]
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(dim=-1)
 
     def _project(self, x: Tensor, queries: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Position embeddings for another grid than the one they were learned on.
+"""Position embeddings: learned ones for another grid than their own, and fixed ones for any place.
 
 Shapes: H, W the old grid, h, w the new one, D width.
 """
@@ -19,6 +19,18 @@ def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
         columns = _interpolation(grid.shape[1], width, grid.device)  # [w, W]
         resized = torch.einsum("hi,ijd->hjd", rows, grid.float())
         return torch.einsum("wj,hjd->hwd", columns, resized).to(grid.dtype)
+
+
+def sincos_positions(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Fixed embeddings [..., width] of places, given in patches: float [...] each; `width` is a multiple of 4.
+
+    Sine and cosine of the column at width / 4 wavelengths from 2 pi to 20,000 pi, then of the row (Vaswani et al.
+    2017, section 3.5, in two dimensions as for MAE and I-JEPA). float32, computed in float64.
+    """
+    assert width % 4 == 0, f"width {width} is no multiple of 4"
+    exponents = torch.arange(width // 4, dtype=torch.float64, device=rows.device) / (width / 4)
+    waves = torch.stack([columns, rows], -1).double()[..., None] / 10_000**exponents  # [..., 2, width / 4]
+    return torch.stack([waves.sin(), waves.cos()], -2).flatten(-3).float()
 
 
 def _interpolation(old: int, new: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ and the initialisation of timm's: tests/unit/nn/test_vit.py compares them.
 Shapes: B images, C channels, N patches, K kept patches, T tokens (class token and patches), D width.
 """
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from opsin.errors import ConfigError
 from opsin.nn.attention import Attention
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
-from opsin.nn.position import resize_grid
+from opsin.nn.position import resize_grid, sincos_positions
 
 
 class ViTConfig(ModelConfig):
@@ -44,6 +45,8 @@ class ViTConfig(ModelConfig):
     """Whether a learned token goes along with the patches."""
     pool: Literal["token", "mean"] = "token"
     """What stands for the image: the class token, or the mean of the patches."""
+    position: Literal["learned", "sincos"] = "learned"
+    """Position embeddings: learned, or fixed sines and cosines of row and column."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ViTConfig":
@@ -54,6 +57,8 @@ class ViTConfig(ModelConfig):
             )
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool 'token' needs class_token true; use pool 'mean'")
+        if self.position == "sincos" and self.width % 4:
+            raise ValueError(f"position 'sincos' needs a width that is a multiple of 4, not {self.width}")
         return self
 
     def build(self, *, image_size: int, channels: int = 3) -> "VisionTransformer":
@@ -84,7 +89,10 @@ class VisionTransformer(Backbone):
         self.prefix = int(config.class_token)
         self.checkpointing = False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.grid**2, config.width))
+        self.sincos = config.position == "sincos"
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.prefix + self.grid**2, config.width), requires_grad=not self.sincos
+        )
         self.patch_embed = PatchEmbed(channels, config.patch, config.width)
         self.pos_drop = nn.Dropout(config.dropout)
         rates = torch.linspace(0.0, config.drop_path, config.depth).tolist()
@@ -136,6 +144,16 @@ class VisionTransformer(Backbone):
         patches = x[:, self.prefix :]
         return Tokens(x[:, 0] if self.pool_kind == "token" else patches.mean(dim=1), patches)
 
+    def forward_depths(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """Patch tokens [B, N, D] as the first 1, 2, ... blocks leave them; after the last one with the final norm."""
+        x = self._embed(images, None)
+        found: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks[: max(depths)], start=1):
+            x = self._run(block, x)
+            if number in depths:
+                found[number] = (self.norm(x) if number == len(self.blocks) else x)[:, self.prefix :]
+        return [found[depth] for depth in depths]
+
     def attention(self, images: Tensor) -> Tensor:
         """What the last block looks at: [B, heads, T, T], row = the token that asks, rows sum to 1.
 
@@ -156,7 +174,9 @@ class VisionTransformer(Backbone):
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         height, width = (side // self.patch for side in images.shape[-2:])
         positions = self.pos_embed[0, self.prefix :]  # [N, D]
-        if (height, width) != (self.grid, self.grid):
+        if (height, width) != (self.grid, self.grid) and self.sincos:
+            positions = _grid_positions(height, width, self.width).to(positions)
+        elif (height, width) != (self.grid, self.grid):
             square = positions.reshape(self.grid, self.grid, -1)
             positions = resize_grid(square, height, width).flatten(0, 1)
         x = self.patch_embed(images, keep) + (positions if keep is None else positions[keep])
@@ -167,14 +187,23 @@ class VisionTransformer(Backbone):
         return out
 
     def _initialise(self) -> None:
-        # timm cuts this distribution at 100 deviations: no cut at all.
-        nn.init.normal_(self.pos_embed, std=0.02)
+        if self.sincos:
+            with torch.no_grad():
+                self.pos_embed[0, self.prefix :] = _grid_positions(self.grid, self.grid, self.width)
+        else:
+            # timm cuts this distribution at 100 deviations: no cut at all.
+            nn.init.normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
+
+
+def _grid_positions(height: int, width: int, size: int) -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return sincos_positions(rows, columns, size).flatten(0, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -218,9 +247,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), dropout=config.dropout)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first of them come out."""
-        x = x[:, :queries] + self._skip(self.attn(self.norm1(x), queries))
+    def forward(self, x: Tensor, queries: int | None = None, seen: Tensor | None = None) -> Tensor:
+        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first of them come out. `seen` as for `Attention`."""
+        x = x[:, :queries] + self._skip(self.attn(self.norm1(x), queries, seen))
         return x + self._skip(self.mlp(self.norm2(x)))
 
     def _skip(self, branch: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ CROPS: Mapping[str, Crop] = {"global": RandomResizedCrop(size=8, count=2), "loca
 VIEWS = Views(CROPS, {"global": [ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomErasing()]})
 
 
-def masks(batch_size: int, seed: int) -> dict[str, Tensor]:
-    draws = seeding.uniform(seed, 0, torch.arange(batch_size), "masks", 5)
+def masks(seed: int, epoch: int, ids: Tensor) -> dict[str, Tensor]:
+    draws = seeding.uniform(seed, epoch, ids, "masks", 5)
     return {"context": (draws * 16).long()}
 
 
@@ -116,10 +116,14 @@ def test_processes_share_the_batch_of_one(pictures: Source, world: int) -> None:
             torch.testing.assert_close(together, view, atol=1e-5, rtol=0)
 
 
-def test_masks_change_with_the_step(pictures: Source) -> None:
-    first, second = training(pictures, Views(CROPS, {}, masks)).batches(0, 2)
+def test_masks_change_with_the_epoch(pictures: Source) -> None:
+    first, *_, later = training(pictures, Views(CROPS, {}, masks)).batches(0, 8)
     assert first.masks["context"].shape == (8, 5)
-    assert not torch.equal(first.masks["context"], second.masks["context"])
+    both = set(first.ids.tolist()) & set(later.ids.tolist())
+    assert both
+    for image in both:
+        drawn = [batch.masks["context"][batch.ids == image] for batch in (first, later)]
+        assert not torch.equal(*drawn)
 
 
 def test_a_short_last_batch_is_delivered(pictures: Source) -> None:

@@ -1,0 +1,281 @@
+"""I-JEPA: features of hidden blocks of an image are predicted from what is visible around them.
+
+Assran et al. 2023, https://arxiv.org/abs/2301.08243. The published settings are the recipe `ijepa-imagenet-vith14`.
+
+Shapes: B images of a part, S side in pixels, N patches, Kc context patches, T target blocks of C cells (patches
+here), D width of the encoder, P of a predictor.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from opsin.config import Range, Settings
+from opsin.data.crops import RandomResizedCrop
+from opsin.data.masks import MaskConfig
+from opsin.errors import ConfigError
+from opsin.methods.base import (
+    Batch,
+    Clock,
+    DataFacts,
+    Losses,
+    Method,
+    MethodConfig,
+    ParamGroup,
+    Tokens,
+    Views,
+    split_by_decay,
+)
+from opsin.nn.backbone import Backbone, ModelConfig
+from opsin.nn.ema import ema_decay, follow
+from opsin.nn.position import sincos_positions
+from opsin.nn.predictor import Predictor
+from opsin.nn.vit import VisionTransformer, ViTConfig
+from opsin.schedule import cosine, linear
+
+
+class JepaViews(Settings):
+    """How a training image is cut; its colours stay."""
+
+    scale: Range = (0.3, 1.0)
+    """Share of the image's area in a crop, from and to."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How a crop is resized."""
+    flip: Literal["none", "random"] = "none"
+    """Mirror left to right."""
+
+    def build(self, image_size: int) -> RandomResizedCrop:
+        """The crop of the view `image`."""
+        return RandomResizedCrop(size=image_size, scale=self.scale, interpolation=self.interpolation, flip=self.flip)
+
+
+class IJepaConfig(MethodConfig):
+    """Prediction of hidden features."""
+
+    published: ClassVar[str | None] = "ijepa-imagenet-vith14"
+    name: Literal["ijepa"] = "ijepa"
+    predictor_width: int | Literal["auto"] = "auto"
+    """Size of a token in the predictor, a multiple of 4 and its heads; `auto` is half the encoder's, up to 384."""
+    predictor_depth: int = Field(6, gt=0)
+    """Blocks of the predictor."""
+    predictor_heads: int | None = Field(None, gt=0)
+    """Attention heads of the predictor; null takes as many as the encoder has."""
+    momentum: float = Field(0.996, ge=0, le=1)
+    """What the target encoder keeps of itself for each `momentum_batch_size` images, at the start; it ends at 1."""
+    momentum_shape: Literal["linear", "cosine"] = "linear"
+    """How the momentum rises."""
+    momentum_warmup: bool = False
+    """Begin with a smaller momentum, (1 + step) / (10 + step), so that the first weights are soon forgotten."""
+    momentum_batch_size: int = Field(2048, gt=0)
+    """Images that the momentum is meant for; a batch of another size keeps as much per image."""
+    norm_targets: bool = True
+    """Bring each target to mean 0 and variance 1; without it features may shrink to nothing."""
+    masks: MaskConfig = MaskConfig()
+    """What is hidden, and what is shown."""
+    views: JepaViews = JepaViews()
+    """The crop."""
+
+    def build(self, model: ModelConfig, facts: DataFacts) -> "IJepa":
+        return IJepa(self, encoder_config(self.name, model), facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """The cells of the target blocks, on a grid of cells of `side` x `side` patches."""
+
+    indices: Tensor
+    """int64 [B, T, C], row by row on that grid."""
+    valid: Tensor
+    """bool [B, T, C]: false where a block has fewer cells and an index is only padding."""
+    side: int
+
+    def positions(self, patches: int, width: int) -> Tensor:
+        """Position embeddings [B, T, C, width] of the centres; the image is `patches` wide."""
+        across, middle = patches // self.side, (self.side - 1) / 2
+        rows = self.indices // across * self.side + middle
+        return sincos_positions(rows, self.indices % across * self.side + middle, width)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[B, T, C, D] out of the values [B, N, D] of all cells."""
+        flat = torch.take_along_dim(values, self.indices.flatten(1)[..., None], dim=1)
+        return flat.view(*self.indices.shape, -1)
+
+
+class IJepa(Method):
+    """Context encoder `encoder`, its slow copy `backbone`, which is evaluated, and the predictor."""
+
+    def __init__(self, config: IJepaConfig, model: ViTConfig, facts: DataFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = model.build(image_size=facts.image_size, channels=facts.channels)
+        self.backbone: VisionTransformer = model.without_drops().build(  # type: ignore[assignment]  # of a ViTConfig
+            image_size=facts.image_size, channels=facts.channels
+        )
+        self.backbone.requires_grad_(False)
+        self.backbone.load_state_dict(self.encoder.state_dict())
+        self.predictors = nn.ModuleList(self._predictor(model) for _ in range(self.levels))
+
+    @property
+    def levels(self) -> int:
+        """How many grids are predicted."""
+        return 1
+
+    @property
+    def trained_backbone(self) -> Backbone:
+        return self.encoder
+
+    def views(self, image_size: int) -> Views:
+        wanted = self.config.masks.model_copy(update={"coarsest": 2 ** (self.levels - 1)})
+        masks = wanted.build(image_size // self.encoder.patch)
+        return Views(crops={"image": self.config.views.build(image_size)}, masks=masks)
+
+    def prepare(self, first_batch: Callable[[], Batch]) -> None:
+        # Starting weights were loaded into the target encoder, which is the one that is exported.
+        self.encoder.load_state_dict(self.backbone.state_dict())
+
+    def forward(self, batch: Batch, clock: Clock) -> Losses:
+        images, cells = batch.views["image"][0], Cells(batch.masks["targets"], batch.masks["target_valid"], 1)
+        raw = self.target_tokens(images, [len(self.backbone.blocks)])[0]
+        context = self.encode_context(images, batch.masks["context"])
+        predictions = self.predict(0, context, batch.masks["context"], cells, images)
+        loss = self.compare(predictions, self.targets(raw, cells), cells)
+        return Losses(loss, features=self.shown(context, {"target": (raw, cells)}, {"prediction": predictions}))
+
+    def encode_context(self, images: Tensor, context: Tensor) -> Tensor:
+        """Tokens [B, Kc, D] of the patches `context` [B, Kc]; the others go into nothing."""
+        with record_function("student forward"):
+            return self.encoder.forward_tokens(images, context).patches
+
+    @torch.no_grad()
+    def target_tokens(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """Tokens [B, N, D] of the target encoder, which sees the whole image, after so many of its blocks."""
+        with record_function("teacher forward"):
+            return self.backbone.forward_depths(images, depths)
+
+    @torch.no_grad()
+    def targets(self, tokens: Tensor, cells: Cells) -> Tensor:
+        """[B, T, C, D]: tokens [B, N, D] averaged within cells and normalised, of the cells that are asked for."""
+        tokens = pooled(tokens, cells.side)
+        tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+        return cells.gather(F.layer_norm(tokens, tokens.shape[-1:]) if self.config.norm_targets else tokens)
+
+    def predict(
+        self, level: int, context: Tensor, kept: Tensor, cells: Cells, images: Tensor, hints: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, C, D], every block from a copy of the context of its own; `hints` [B, T, C, P] go into the queries."""
+        with record_function("predictor"):
+            predictor = self.predictors[level]
+            assert isinstance(predictor, Predictor)
+            patches, blocks = images.shape[-1] // self.encoder.patch, cells.indices.shape[1]
+            places = sincos_positions(kept // patches, kept % patches, predictor.width).to(context.dtype)
+            asked = cells.positions(patches, predictor.width).to(context.dtype)
+            asked = asked if hints is None else asked + hints
+            predicted = predictor(
+                context.repeat_interleave(blocks, 0),
+                places.repeat_interleave(blocks, 0),
+                asked.flatten(0, 1),
+                cells.valid.flatten(0, 1),
+            )
+            return torch.unflatten(predicted, 0, cells.indices.shape[:2])
+
+    def compare(self, predictions: Tensor, targets: Tensor, cells: Cells) -> Tensor:
+        """The mean over images of the mean smooth L1 distance of their valid cells."""
+        with record_function("loss"):
+            apart = F.smooth_l1_loss(predictions.to(targets.dtype), targets, reduction="none").mean(-1)  # [B, T, C]
+            valid = cells.valid.to(apart.dtype)
+            return ((apart * valid).sum((1, 2)) / valid.sum((1, 2))).mean()
+
+    def shown(
+        self, context: Tensor, targets: dict[str, tuple[Tensor, Cells]], predictions: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """One vector of each image for the context, one of each block for targets (before the norm) and predictions."""
+        return {
+            "context": context.detach()[:, 0].float(),
+            **{name: cells.gather(raw)[:, :, 0].flatten(0, 1).float() for name, (raw, cells) in targets.items()},
+            **{name: values.detach()[:, :, 0].flatten(0, 1).float() for name, values in predictions.items()},
+        }
+
+    def after_update(self, clock: Clock, applied: Tensor) -> None:
+        with record_function("teacher update"):
+            kept = self.target_momentum(clock)
+            follow(list(self.backbone.parameters()), list(self.encoder.parameters()), applied * (1 - kept))
+
+    def target_momentum(self, clock: Clock) -> float:
+        """What the target encoder keeps of itself in the update at `clock`."""
+        shape = linear if self.config.momentum_shape == "linear" else cosine
+        kept = shape(clock.epoch / clock.total_epochs, self.config.momentum, 1.0)
+        kept = kept ** (clock.stage.batch_size / self.config.momentum_batch_size)
+        return float(ema_decay(clock.step, decay=kept, warmup=self.config.momentum_warmup))
+
+    def param_groups(self) -> Sequence[ParamGroup]:
+        return [
+            *split_by_decay(self.encoder, name="encoder.", hidden=True),
+            *split_by_decay(self.predictors, name="predictors."),
+        ]
+
+    def encode(self, images: Tensor) -> Tokens:
+        tokens: Tokens = self.backbone(images)
+        return tokens
+
+    def advice(self, trouble: str, clock: Clock) -> str:
+        if trouble not in ("feature_collapse", "no_teacher"):
+            return ""
+        if not self.config.norm_targets:
+            return "targets of any size can be met by shrinking them: set method.norm_targets=true"
+        return (
+            f"the target encoder keeps {self.target_momentum(clock):.4g} of itself in an update: "
+            "try a higher method.momentum, or a lower optim.lr"
+        )
+
+    def _predictor(self, model: ViTConfig) -> Predictor:
+        depth, heads = self.config.predictor_depth, self.config.predictor_heads or model.heads
+        return Predictor(model.width, width=self.predictor_width(model), depth=depth, heads=heads)
+
+    def predictor_width(self, model: ViTConfig) -> int:
+        """The width of a predictor's tokens.
+
+        Raises:
+            ConfigError: it does not fit the heads.
+        """
+        wanted, heads = self.config.predictor_width, self.config.predictor_heads or model.heads
+        unit = math.lcm(4, heads)
+        if wanted == "auto":
+            return max(min(model.width // 2, 384) // unit, 1) * unit
+        if wanted % unit:
+            raise ConfigError(
+                f"method.predictor_width={wanted}: must be a multiple of 4 and of its {heads} heads; "
+                f"use {-(-wanted // unit) * unit}, or set method.predictor_heads"
+            )
+        return wanted
+
+
+def pooled(tokens: Tensor, side: int) -> Tensor:
+    """Tokens [B, N, D] of a square grid, averaged within cells of `side` x `side`."""
+    if side == 1:
+        return tokens
+    grid = round(tokens.shape[1] ** 0.5)
+    square = tokens.transpose(1, 2).unflatten(2, (grid, grid))  # [B, D, h, w]
+    return F.avg_pool2d(square, side).flatten(2).transpose(1, 2)
+
+
+def encoder_config(method: str, model: ModelConfig) -> ViTConfig:
+    """`model`, which must be a vision transformer over patches alone.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    way_out = "model.name=vit model.class_token=false model.pool=mean model.position=sincos"
+    if not isinstance(model, ViTConfig):
+        raise ConfigError(
+            f"model.name={model.name}: method.name={method} leaves out patches, which only vit can do; use {way_out}"
+        )
+    if model.class_token:
+        raise ConfigError(f"model.class_token=true: method.name={method} knows patches only; use {way_out}")
+    return model
