@@ -10,21 +10,13 @@ tensors beyond weights, teacher and moments: activations, gradients and temporar
 Shapes: B images of a batch, S side of a view in pixels.
 """
 
-import argparse
-import gc
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from interleaved import table, take_turns
-from memory_peak import activation_peak
 from opsin.data.base import Batch, DataFacts
 from opsin.methods.dino import DinoConfig, DinoViews
 from opsin.nn.attention import choose_attention, set_attention
@@ -36,7 +28,7 @@ from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState
 from opsin.training.step import train_step
 from published_dino import PublishedDino, StepSettings
-from serving import Contestant, serve
+from step_race import Made, kept_bytes, race, use_our_kernels
 
 try:
     from lightly.loss import DINOLoss
@@ -44,8 +36,6 @@ try:
 except ImportError:
     DINOLoss = None
 
-Step = Callable[[], object]
-MIB = 2**20
 NOTHING_SPARED = MemoryConfig()
 
 
@@ -71,55 +61,13 @@ class Work:
 
 
 WORKS = {
-    "ti16": Work("ViT-Ti/16, 2x224 + 8x96", ViTConfig(), 4, (224, 96)),
-    "s16": Work("ViT-S/16, 2x224 + 8x96", ViTConfig(width=384, heads=6), 8, (224, 96)),
-    "cifar": Work("ViT-Ti/4, 2x32 + 8x16", ViTConfig(patch=4), 64, (32, 16)),
+    "ti16": Work("ViT-Ti/16, 2x224 + 8x96, batch 4", ViTConfig(), 4, (224, 96)),
+    "s16": Work("ViT-S/16, 2x224 + 8x96, batch 8", ViTConfig(width=384, heads=6), 8, (224, 96)),
+    "cifar": Work("ViT-Ti/4, 2x32 + 8x16, batch 64", ViTConfig(patch=4), 64, (32, 16)),
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", nargs="*", choices=list(WORKS), default=list(WORKS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true", help="times only")
-    parser.add_argument("--one", choices=list(WAYS), help="be one contestant, for the program itself")
-    parser.add_argument("--peak", action="store_true", help="with --one: print its memory in bytes")
-    arguments = parser.parse_args()
-    if arguments.one:
-        make = partial(WAYS[arguments.one], WORKS[arguments.work[0]])
-        if arguments.peak:
-            print(peak_bytes(make))
-        else:
-            serve(make()[0])
-        return
-
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds in turns")
-    for name in arguments.work:
-        work = WORKS[name]
-        print(f"\n{work.title}, batch {work.batch}, {work.prototypes:,} prototypes")
-        print(table(["", "s/step", "speed", "over its format", "memory MiB"], list(measure(name, arguments))))
-
-
-def measure(name: str, arguments: argparse.Namespace) -> Iterator[list[str]]:
-    """One row for each way of working; `speed` is over the first one."""
-    peaks: dict[str, int] = {}
-    if not arguments.no_memory:
-        for way in WAYS:
-            command = [sys.executable, "-W", "ignore", __file__, "--work", name, "--one", way, "--peak"]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            peaks[way] = int(said.split()[-1])
-    with ExitStack() as stack:
-        steps = {way: stack.enter_context(Contestant(Path(__file__), "--work", name, "--one", way)) for way in WAYS}
-        timings = take_turns(steps, rounds=arguments.rounds, warmup=2)
-    first = {"fp32": timings[0], "bf16": next(t for t in timings if t.name == "published, bf16")}
-    for timing in timings:
-        own = first["bf16" if "bf16" in timing.name else "fp32"]
-        memory = f"{peaks[timing.name] / MIB:.0f}" if timing.name in peaks else ""
-        speeds = [f"{timing.speed_over(base):.2f}x" for base in (timings[0], own)]
-        yield [timing.name, f"{timing.median_s:.3f}", *speeds, memory]
-
-
-def published(work: Work, asked: str, same_kernels: bool) -> tuple[Step, int]:
+def published(work: Work, asked: str, same_kernels: bool) -> Made:
     """The published step."""
     step = PublishedDino(
         work.sides_px[0],
@@ -132,8 +80,7 @@ def published(work: Work, asked: str, same_kernels: bool) -> tuple[Step, int]:
     )
     views = [image for view in work.views().values() for image in view]
     if same_kernels:
-        # Kernels only: not how freed memory is kept, which is no matter of the published code.
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]  # not in torch's stubs
+        use_our_kernels()
 
     def run() -> None:
         step.step(views, StepSettings())
@@ -141,7 +88,7 @@ def published(work: Work, asked: str, same_kernels: bool) -> tuple[Step, int]:
     return run, kept_bytes([step.student, step.teacher], step.optimizer)
 
 
-def with_lightly(work: Work) -> tuple[Step, int]:
+def with_lightly(work: Work) -> Made:
     """The published backbone and optimizer step, with the head and the loss of lightly."""
     assert DINOLoss is not None
     step = PublishedDino(
@@ -173,9 +120,7 @@ def with_lightly(work: Work) -> tuple[Step, int]:
     return run, kept_bytes([step.student, step.teacher], optimizer)
 
 
-def ours(
-    work: Work, asked: str, *, memory: MemoryConfig = NOTHING_SPARED, freeze_epochs: float = 0.0
-) -> tuple[Step, int]:
+def ours(work: Work, asked: str, *, memory: MemoryConfig = NOTHING_SPARED, freeze_epochs: float = 0.0) -> Made:
     """The step of `opsin train`."""
     device = torch.device("cpu")
     facts = DataFacts((), 1_281_167, work.sides_px[0], 3, (0.5,) * 3, (0.5,) * 3)
@@ -209,30 +154,7 @@ def ours(
     return run, kept_bytes([method], state.optimizer)
 
 
-def kept_bytes(networks: list[nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Weights, buffers and two moments for each weight that learns."""
-    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    learned = [param for group in optimizer.param_groups for param in group["params"]]
-    num_bytes: int = sum(t.nbytes for t in tensors) + 2 * sum(param.nbytes for param in learned if param.requires_grad)
-    return num_bytes
-
-
-def peak_bytes(make: Callable[[], tuple[Step, int]]) -> int:
-    """The peak of building and two steps, without what is kept."""
-    kept: list[int] = []
-
-    def work() -> None:
-        step, num_bytes = make()
-        kept.append(num_bytes)
-        step()
-        step()
-
-    peak = activation_peak(work, warmup=0)
-    gc.collect()
-    return peak - kept[0]
-
-
-WAYS: dict[str, Callable[[Work], tuple[Step, int]]] = {
+WAYS: dict[str, Callable[[Work], Made]] = {
     "published, fp32, as installed": partial(published, asked="fp32", same_kernels=False),
     "published, fp32, same kernels": partial(published, asked="fp32", same_kernels=True),
     "published, bf16": partial(published, asked="bf16", same_kernels=False),
@@ -245,10 +167,9 @@ WAYS: dict[str, Callable[[Work], tuple[Step, int]]] = {
     "opsin, bf16, both": partial(ours, asked="bf16", memory=MemoryConfig(checkpoint_blocks=True, view_chunk=8)),
     "opsin, bf16, prototypes frozen": partial(ours, asked="bf16", freeze_epochs=1000.0),
 }
-"""Each builds a step for a work, and says how many bytes it keeps between steps."""
 if DINOLoss is not None:
     WAYS["lightly's head and loss, fp32"] = with_lightly
 
 
 if __name__ == "__main__":
-    main()
+    race(__file__, __doc__, WORKS, WAYS)

@@ -19,7 +19,7 @@ from opsin.data.quarantine import Quarantine
 from opsin.data.sources import Opened, open_sources
 from opsin.distributed import World, join
 from opsin.errors import RunError
-from opsin.evaluation.labelled import LabelledImages
+from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.export import CARD_FILE, EncoderCard, describe_encoder, write_card
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
@@ -249,6 +249,7 @@ def build_scene(recipe: Recipe, images: Images, numerics: Numerics, console: Con
     return Scene(
         None if images.val is None else still(images.val),
         LabelledImages(images.train, images.val, open_path=open_path, still=still),
+        lambda count: still(spread_evenly(images.train if images.val is None else images.val, count)),
         precision.autocast(numerics.device, numerics.precision),
         numerics.device,
         folder,

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="score a run on its validation images, or others")
     evaluate.add_argument("directory", type=_path, metavar="DIR", help="run directory, or a checkpoint inside it")
-    scores = "accuracy, knn, linear (default: accuracy of a classifier, else knn and linear)"
+    scores = "accuracy, knn, linear, maps (default: accuracy of a classifier, else knn and linear)"
     evaluate.add_argument("scores", nargs="*", metavar="SCORE", help=scores)
     weights = "as trained, their moving average, or those before step 0 (default: raw)"
     evaluate.add_argument("--weights", choices=("raw", "ema", "initial"), default="raw", help=weights)
@@ -230,7 +230,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    known = ("accuracy", "knn", "linear")
+    known = ("accuracy", "knn", "linear", "maps")
     for score in arguments.scores:
         if score not in known:
             from opsin.config_faults import did_you_mean

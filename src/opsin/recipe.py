@@ -12,6 +12,7 @@ from opsin.config import Settings
 from opsin.evaluation.accuracy import AccuracyConfig
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.linear import LinearConfig
+from opsin.evaluation.maps import MapsConfig
 from opsin.methods.base import MethodConfig
 from opsin.methods.dino import DinoConfig
 from opsin.methods.hjepa import HJepaConfig
@@ -40,6 +41,7 @@ __all__ = [
     "IJepaConfig",
     "KnnConfig",
     "LinearConfig",
+    "MapsConfig",
     "MuonConfig",
     "Recipe",
     "TimmConfig",

@@ -33,6 +33,7 @@ from opsin.errors import CheckpointError, ConfigError, DataError, RunError
 from opsin.evaluation.accuracy import Classifier, evaluate
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.linear import LinearConfig
+from opsin.evaluation.maps import MapsConfig
 from opsin.export import (
     BACKBONE_FILE,
     CARD_FILE,
@@ -52,7 +53,7 @@ from opsin.training.scene import Scene
 Weights = Literal["raw", "ema"]
 """Those that were trained, or their moving average."""
 
-ScoreName = Literal["accuracy", "knn", "linear"]
+ScoreName = Literal["accuracy", "knn", "linear", "maps"]
 """What a run can be scored by."""
 
 
@@ -99,10 +100,10 @@ def evaluate_run(
 ) -> dict[ScoreName, Report]:
     """The scores of a run, or of one of its checkpoints, by name.
 
-    None named means accuracy where the method gives class scores, else knn and linear. Each has the settings of
-    the recipe's first evaluator of that kind, or the defaults, but no limit of time. They are taken on the
-    validation images of the recipe, or of `data`, which is what `data.path` could be. The weights `initial` are
-    those before step 0.
+    None named means accuracy where the method gives class scores, else knn and linear; `maps` are pictures, written
+    into DIR/maps. Each has the settings of the recipe's first evaluator of that kind, or the defaults, but no limit
+    of time. They are taken on the validation images of the recipe, or of `data`, which is what `data.path` could be.
+    The weights `initial` are those before step 0.
 
     Raises:
         RunError: no run at `path`.
@@ -130,6 +131,9 @@ def evaluate_run(
     for name in names:
         if name == "accuracy":
             reports[name] = _score_classes(method, scene, images.facts.classes, run.recipe)
+        elif name == "maps":
+            stem = source.name if source.parent == run.checkpoints else "initial" if weights == "initial" else "final"
+            reports[name] = _draw_maps(method, scene, recipe, f"{stem}-ema" if weights == "ema" else stem)
         else:
             reports[name] = _score_features(method, scene, recipe, name, data)
     return reports
@@ -158,6 +162,16 @@ def _score_features(
     key, config = next(found, (name, kind()))
     changed = {"seconds": None} if data is None else {"seconds": None, "path": data}
     return config.model_copy(update=changed).build(scene, key).report(method)
+
+
+def _draw_maps(method: Method, scene: Scene, recipe: Recipe, name: str) -> Report:
+    found = ((key, config) for key, config in recipe.evaluators.items() if isinstance(config, MapsConfig))
+    key, config = next(found, ("maps", MapsConfig()))
+    config.check(method, key)
+    try:
+        return config.build(scene, key).report(method, name)
+    except OSError as error:
+        raise RunError(f"{scene.folder}/maps: cannot be written: {error.strerror or error}; make room there") from error
 
 
 def _with_queries(images: Images, path: str, recipe: Recipe) -> Images:

@@ -9,6 +9,7 @@ DIR/
 ├── quarantine.txt       images that could not be read
 ├── checkpoints/         step-00000123/, ...
 ├── plots/               pictures
+├── maps/                what it sees, predicts and looks at in a few images (with an evaluator `maps`)
 ├── profile/             steps taken apart: split.json, split.png, trace.json (with profile.steps)
 ├── model.safetensors    the final weights
 └── .lock                held by the process that writes the run

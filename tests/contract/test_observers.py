@@ -37,6 +37,16 @@ TEACHER = (
     "method.views.local_count=2",
     "checkpoints.best=null",
 )
+PREDICTOR = (
+    "method.name=ijepa",
+    "method.predictor_depth=1",
+    "method.masks.min_context=2",
+    "model.patch=2",
+    "model.class_token=false",
+    "model.pool=mean",
+    "model.drop_path=0.2",
+    "checkpoints.best=null",
+)
 # Dropout draws from torch's generator and batch norm keeps statistics: what a careless observer would disturb.
 NETWORKS = {
     "vit": (*SMALL_VIT, "model.dropout=0.1"),
@@ -48,7 +58,9 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_run_that_is_watched_learns_the_same(network: str, tmp_path: Path) -> None:
     model = NETWORKS[network]
-    train_digits(tmp_path / "watched", "epochs=1", *EVERYTHING, model=model)
+    # A network of convolutions has no attention to draw maps of.
+    everything = [key for key in EVERYTHING if network == "vit" or not key.startswith("evaluators.maps.")]
+    train_digits(tmp_path / "watched", "epochs=1", *everything, model=model)
     train_digits(tmp_path / "alone", "epochs=1", *UNWATCHED, model=model)
     assert_equal_weights(tmp_path)
     assert "accuracy/top1" in seen_in(tmp_path / "watched")
@@ -62,6 +74,15 @@ def test_a_teacher_that_is_watched_teaches_the_same(tmp_path: Path) -> None:
     assert_equal_weights(tmp_path)
     assert {"collapse/cosine", "collapse/student_rank"} <= seen_in(tmp_path / "watched")
     assert not {name for name in seen_in(tmp_path / "alone") if name.startswith(("collapse/", "system/"))}
+
+
+@pytest.mark.usefixtures("torch_switches")
+def test_a_predictor_that_is_watched_learns_the_same(tmp_path: Path) -> None:
+    observers = [key for key in EVERYTHING if not key.startswith("evaluators.accuracy.")]
+    train_digits(tmp_path / "watched", "epochs=1", *PREDICTOR, "evaluators.val=null", *observers)
+    train_digits(tmp_path / "alone", "epochs=1", *PREDICTOR, *UNWATCHED)
+    assert_equal_weights(tmp_path)
+    assert {"maps/error_0", "maps/attention_spread", "knn/top1"} <= seen_in(tmp_path / "watched")
 
 
 def assert_equal_weights(folder: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_run_can_be_scored_listed_resumed_and_exported(tmp_path: Path, capsys:
 def test_an_unknown_score_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("eval", "anywhere", "knm") == 2
     assert capsys.readouterr().err.startswith(
-        "opsin: command line: unknown score 'knm'; known: accuracy, knn, linear; did you mean knn?"
+        "opsin: command line: unknown score 'knm'; known: accuracy, knn, linear, maps; did you mean knn?"
     )
 
 

@@ -94,6 +94,12 @@ def spread(source: Source, limit: int | None = None) -> Subset:
     return Subset(source.name, source, spread_classes(source.labels)[:limit])
 
 
+def spread_evenly(source: Source, count: int) -> Subset:
+    """So many images at even distances, labelled or not; all of them if there are fewer."""
+    count = min(count, len(source))
+    return Subset(source.name, source, torch.arange(count) * len(source) // count)
+
+
 def spread_classes(labels: Tensor) -> Tensor:
     """Indices of the labelled images, int64 [n], in an order whose every beginning is stratified.
 

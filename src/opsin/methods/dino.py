@@ -72,7 +72,7 @@ class DinoViews(Settings):
     """Share of the image's area in a small crop, from and to."""
     local_count: int = Field(8, ge=0)
     """Small crops of each image."""
-    local_size: int | Literal["auto"] = "auto"
+    local_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Side of a small crop in pixels; `auto` is 3/7 of the large ones, in whole patches."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """How a crop is resized."""
@@ -129,7 +129,7 @@ class DinoConfig(MethodConfig):
 
     published: ClassVar[str | None] = "dino-imagenet-vits16"
     name: Literal["dino"] = "dino"
-    prototypes: int | Literal["auto"] = "auto"
+    prototypes: Annotated[int, Field(gt=1)] | Literal["auto"] = "auto"
     """Outputs of the head; `auto` is 1,024 up to 20,000 images, 65,536 from 500,000."""
     hidden: int = Field(2048, gt=0)
     """Width of the head's inner layers."""
@@ -141,13 +141,13 @@ class DinoConfig(MethodConfig):
     """Whether prototypes have learned lengths; true trains faster and may be unstable."""
     student_temperature: float = Field(0.1, gt=0)
     """Sharpness of the student's probabilities."""
-    teacher_temperature: float | Literal["auto"] = "auto"
+    teacher_temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Sharpness of the teacher's probabilities; `auto` is 0.04 to 0.07."""
     warmup_temperature: float = Field(0.04, gt=0)
     """The teacher's temperature at the beginning."""
     warmup_temperature_epochs: int = Field(0, ge=0)
     """Epochs until the teacher has its own temperature, with a step each epoch."""
-    momentum: float | Literal["auto"] = "auto"
+    momentum: Share | Literal["auto"] = "auto"
     """What the teacher keeps of itself for each `momentum_batch_size` images, at the start; it ends at 1."""
     center_momentum: float = Field(0.9, ge=0, le=1)
     """What the centre keeps of itself for as many images; 1 is no centring."""

@@ -6,16 +6,17 @@ abstraction, each level helped by the one above. docs/HJEPA.md defines ours; wit
 Shapes: L levels, level l a grid of cells of 2^l x 2^l patches; the others as in `ijepa.py`, C cells of a block.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from opsin.data.masks import MaskConfig
 from opsin.errors import ConfigError
-from opsin.methods.base import Batch, Clock, DataFacts, Losses, ParamGroup, split_by_decay
-from opsin.methods.ijepa import Cells, IJepa, IJepaConfig, encoder_config, pooled
+from opsin.methods.base import Batch, Clock, DataFacts, Losses, ParamGroup, Views, split_by_decay
+from opsin.methods.ijepa import Cells, IJepa, IJepaConfig, Level, encoder_config, pooled
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.vit import ViTConfig
 from opsin.schedule import Schedule
@@ -28,7 +29,7 @@ class HJepaConfig(IJepaConfig):
     name: Literal["hjepa"] = "hjepa"  # type: ignore[assignment]  # another member of the family
     levels: int = Field(3, ge=1)
     """Grids; each has cells of twice the side of the one below it."""
-    level_weights: tuple[float, ...] | None = None
+    level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """Weight of each level's loss, the finest first; null halves it from level to level: 1, 0.5, 0.25."""
     depths: tuple[int, ...] | None = None
     """Blocks of the target encoder after which each level takes its targets, the finest first; null: all of them."""
@@ -46,7 +47,7 @@ class HJepa(IJepa):
 
     def __init__(self, config: HJepaConfig, model: ViTConfig, facts: DataFacts) -> None:
         self._levels = config.levels
-        _check(config, model, facts.image_size)
+        _check_lists(config, model)
         super().__init__(config, model, facts)
         self.weights = config.level_weights or tuple(0.5**level for level in range(config.levels))
         self.depths = config.depths or (model.depth,) * config.levels
@@ -58,17 +59,41 @@ class HJepa(IJepa):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
+        self.views(facts.image_size)  # a size that does not work is told before a run begins
+
     @property
     def levels(self) -> int:
         return self._levels
 
+    def views(self, image_size: int) -> Views:
+        _check_grid(self.levels, image_size, self.encoder.patch)
+        return super().views(image_size)
+
+    def masks(self) -> MaskConfig:
+        side, given = 2 ** (self.levels - 1), self.config.masks.coarsest
+        if given != 1 and given % side:
+            raise ConfigError(
+                f"method.masks.coarsest={given}: {self.levels} levels need cells of a multiple of {side} patches; "
+                "leave it out"
+            )
+        return self.config.masks.model_copy(update={"coarsest": side if given == 1 else given})
+
     def forward(self, batch: Batch, clock: Clock) -> Losses:
-        images, kept = batch.views["image"][0], batch.masks["context"]
-        grid = images.shape[-1] // self.encoder.patch
-        finest = Cells(batch.masks["targets"], batch.masks["target_valid"], 1)
+        context, levels = self.predict_levels(batch.views["image"][0], batch.masks)
+        losses = [self.compare(level) for level in levels]
+        total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
+        targets = {f"target_{n}": (pooled(level.raw, level.cells.side), level.cells) for n, level in enumerate(levels)}
+        # The coarsest first, as they were predicted.
+        said = {f"prediction_{n}": levels[n].predictions for n in reversed(range(self.levels))}
+        parts = {f"level_{n}": loss for n, loss in enumerate(losses)}
+        return Losses(total, parts=parts, features=self.shown(context, targets, said))
+
+    def predict_levels(self, images: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, list[Level]]:
+        kept, grid = masks["context"], images.shape[-1] // self.encoder.patch
+        finest = Cells(masks["targets"], masks["target_valid"], 1)
         cells = [finest, *(coarser(finest, 2**level, grid) for level in range(1, self.levels))]
-        taken = self.target_tokens(images, sorted(set(self.depths)))
-        raw = dict(zip(sorted(set(self.depths)), taken, strict=True))
+        depths = sorted(set(self.depths))
+        raw = dict(zip(depths, self.target_tokens(images, depths), strict=True))
         context = self.encode_context(images, kept)
         predictions: dict[int, Tensor] = {}
         for level in reversed(range(self.levels)):
@@ -77,18 +102,10 @@ class HJepa(IJepa):
                 above = value_above(predictions[level + 1], cells[level], cells[level + 1], grid)
                 hints = self.hints[level](above)
             predictions[level] = self.predict(level, context, kept, cells[level], images, hints)
-        losses = {
-            level: self.compare(predictions[level], self.targets(raw[self.depths[level]], cells[level]), cells[level])
-            for level in range(self.levels)
-        }
-        total = torch.stack([weight * losses[level] for level, weight in enumerate(self.weights)]).sum()
-        targets = {
-            f"target_{level}": (pooled(raw[depth], cells[level].side), cells[level])
+        return context, [
+            Level(cells[level], raw[depth], predictions[level], self.targets(raw[depth], cells[level]))
             for level, depth in enumerate(self.depths)
-        }
-        said = {f"prediction_{level}": values for level, values in predictions.items()}
-        parts = {f"level_{level}": loss for level, loss in losses.items()}
-        return Losses(total, parts=parts, features=self.shown(context, targets, said))
+        ]
 
     def param_groups(self) -> Sequence[ParamGroup]:
         groups = split_by_decay(self.encoder, name="encoder.", hidden=True)
@@ -123,19 +140,28 @@ def value_above(values: Tensor, cells: Cells, above: Cells, grid: int) -> Tensor
     return torch.take_along_dim(values, where[..., None], dim=2)
 
 
-def _check(config: HJepaConfig, model: ViTConfig, image_size: int) -> None:
-    """See that the levels fit the grid, and the lists the levels.
+def _check_grid(levels: int, image_size: int, patch: int) -> None:
+    """See that images of this side can be cut into two coarsest cells a side, at least.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they cannot.
     """
-    side, grid = 2 ** (config.levels - 1), image_size // model.patch
-    if grid % side:
-        sizes = [n * side * model.patch for n in (grid // side, grid // side + 1) if n]
+    side, grid = 2 ** (levels - 1), image_size // patch
+    if levels > 1 and (grid % side or grid < 2 * side):
+        nearest = max(grid // side, 2)
+        sizes = " or ".join(str(cells * side * patch) for cells in (nearest, nearest + 1))
         raise ConfigError(
-            f"method.levels={config.levels}: a grid of {grid} x {grid} patches cannot be halved {config.levels - 1} "
-            f"times; use data.image_size={' or '.join(map(str, sizes))}, or fewer levels"
+            f"method.levels={levels}: a grid of {grid} x {grid} patches (images of {image_size} px) does not consist "
+            f"of cells of {side} x {side} patches, two a side at least; use images of {sizes} px, or fewer levels"
         )
+
+
+def _check_lists(config: HJepaConfig, model: ViTConfig) -> None:
+    """See that there is an entry for each level, and that it means something.
+
+    Raises:
+        ConfigError: there is not.
+    """
     lists = {
         "level_weights": config.level_weights,
         "depths": config.depths,
@@ -146,6 +172,8 @@ def _check(config: HJepaConfig, model: ViTConfig, image_size: int) -> None:
             raise ConfigError(
                 f"method.{key}: has {len(given)} entries for method.levels={config.levels}; give one for each level"
             )
+    if config.level_weights is not None and not any(config.level_weights):
+        raise ConfigError("method.level_weights: all are 0, so that nothing would be learned; give one above 0")
     for depth in config.depths or ():
         if not 1 <= depth <= model.depth:
             raise ConfigError(f"method.depths: {depth} is not among the {model.depth} blocks of the encoder")

@@ -7,9 +7,9 @@ here), D width of the encoder, P of a predictor.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ class IJepaConfig(MethodConfig):
 
     published: ClassVar[str | None] = "ijepa-imagenet-vith14"
     name: Literal["ijepa"] = "ijepa"
-    predictor_width: int | Literal["auto"] = "auto"
+    predictor_width: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Size of a token in the predictor, a multiple of 4 and its heads; `auto` is half the encoder's, up to 384."""
     predictor_depth: int = Field(6, gt=0)
     """Blocks of the predictor."""
@@ -108,6 +108,35 @@ class Cells:
         return flat.view(*self.indices.shape, -1)
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What is predicted on one grid, and what was to be predicted."""
+
+    cells: Cells
+    raw: Tensor
+    """[B, N, D]: what the target encoder says of every patch."""
+    predictions: Tensor
+    """[B, T, C, D]"""
+    targets: Tensor
+    """[B, T, C, D]"""
+
+    def errors(self) -> Tensor:
+        """[B, T, C]: the mean smooth L1 distance of a prediction from its target."""
+        predictions = self.predictions.to(self.targets.dtype)
+        return F.smooth_l1_loss(predictions, self.targets, reduction="none").mean(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelErrors:
+    """How far off the predictions of one level are."""
+
+    cells: Cells
+    across: int
+    """Cells in a row of the grid."""
+    values: Tensor
+    """[B, T, C], as the loss has them; arbitrary where a cell is not valid."""
+
+
 class IJepa(Method):
     """Context encoder `encoder`, its slow copy `backbone`, which is evaluated, and the predictor."""
 
@@ -132,21 +161,35 @@ class IJepa(Method):
         return self.encoder
 
     def views(self, image_size: int) -> Views:
-        wanted = self.config.masks.model_copy(update={"coarsest": 2 ** (self.levels - 1)})
-        masks = wanted.build(image_size // self.encoder.patch)
+        masks = self.masks().build(image_size // self.encoder.patch)
         return Views(crops={"image": self.config.views.build(image_size)}, masks=masks)
+
+    def masks(self) -> MaskConfig:
+        """What the masks are drawn by."""
+        return self.config.masks
 
     def prepare(self, first_batch: Callable[[], Batch]) -> None:
         # Starting weights were loaded into the target encoder, which is the one that is exported.
         self.encoder.load_state_dict(self.backbone.state_dict())
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:
-        images, cells = batch.views["image"][0], Cells(batch.masks["targets"], batch.masks["target_valid"], 1)
-        raw = self.target_tokens(images, [len(self.backbone.blocks)])[0]
-        context = self.encode_context(images, batch.masks["context"])
-        predictions = self.predict(0, context, batch.masks["context"], cells, images)
-        loss = self.compare(predictions, self.targets(raw, cells), cells)
-        return Losses(loss, features=self.shown(context, {"target": (raw, cells)}, {"prediction": predictions}))
+        context, (level,) = self.predict_levels(batch.views["image"][0], batch.masks)
+        shown = self.shown(context, {"target": (level.raw, level.cells)}, {"prediction": level.predictions})
+        return Losses(self.compare(level), features=shown)
+
+    def explain(self, images: Tensor, masks: Mapping[str, Tensor]) -> list[LevelErrors]:
+        """The errors of the predictions on each level, the finest first; images are [B, C, S, S]."""
+        patches = images.shape[-1] // self.encoder.patch
+        _, levels = self.predict_levels(images, masks)
+        return [LevelErrors(level.cells, patches // level.cells.side, level.errors()) for level in levels]
+
+    def predict_levels(self, images: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, list[Level]]:
+        """The tokens [B, Kc, D] of the context, and what is predicted from them, the finest level first."""
+        cells = Cells(masks["targets"], masks["target_valid"], 1)
+        (raw,) = self.target_tokens(images, [len(self.backbone.blocks)])
+        context = self.encode_context(images, masks["context"])
+        predictions = self.predict(0, context, masks["context"], cells, images)
+        return context, [Level(cells, raw, predictions, self.targets(raw, cells))]
 
     def encode_context(self, images: Tensor, context: Tensor) -> Tensor:
         """Tokens [B, Kc, D] of the patches `context` [B, Kc]; the others go into nothing."""
@@ -185,11 +228,11 @@ class IJepa(Method):
             )
             return torch.unflatten(predicted, 0, cells.indices.shape[:2])
 
-    def compare(self, predictions: Tensor, targets: Tensor, cells: Cells) -> Tensor:
-        """The mean over images of the mean smooth L1 distance of their valid cells."""
+    def compare(self, level: Level) -> Tensor:
+        """The mean over images of the mean error of their valid cells."""
         with record_function("loss"):
-            apart = F.smooth_l1_loss(predictions.to(targets.dtype), targets, reduction="none").mean(-1)  # [B, T, C]
-            valid = cells.valid.to(apart.dtype)
+            apart = level.errors()
+            valid = level.cells.valid.to(apart.dtype)
             return ((apart * valid).sum((1, 2)) / valid.sum((1, 2))).mean()
 
     def shown(

@@ -35,6 +35,8 @@ class Backbone(nn.Module, ABC):
     """C, the channels of an image."""
     loaded: frozenset[str] = frozenset()
     """The tensors that were filled from weights: `prepare` leaves them as they are."""
+    computed: frozenset[str] = frozenset()
+    """Tensors that follow from the settings: weights from elsewhere do not change them."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tokens:

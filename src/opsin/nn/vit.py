@@ -90,6 +90,7 @@ class VisionTransformer(Backbone):
         self.checkpointing = False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         self.sincos = config.position == "sincos"
+        self.computed = frozenset({"pos_embed"} if self.sincos else ())
         self.pos_embed = nn.Parameter(
             torch.zeros(1, self.prefix + self.grid**2, config.width), requires_grad=not self.sincos
         )

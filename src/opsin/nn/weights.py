@@ -154,7 +154,11 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, prefixes:
             "give weights of the same model"
         )
     first_filter = next((name for name, tensor in own.items() if tensor.ndim == 4), None)
-    fitted = {name: _fit(name, tensor, own[name], first_filter) for name, tensor in found.items()}
+    computed: frozenset[str] = getattr(module, "computed", frozenset())
+    fitted = {
+        name: own[name].clone() if name in computed else _fit(name, tensor, own[name], first_filter)
+        for name, tensor in found.items()
+    }
     faults = [
         f"{name} {list(found[name].shape)} instead of {list(own[name].shape)}"
         for name, value in fitted.items()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -41,6 +41,14 @@ class Evaluator(Protocol):
     def evaluate(self, method: Method) -> Mapping[str, float]:
         """Scores by short name (`top1`). Must leave weights, modes and random numbers as they are."""
         ...
+
+
+@runtime_checkable
+class StepEvaluator(Evaluator, Protocol):
+    """An evaluator that also leaves files for each step."""
+
+    step: int
+    """How many updates the weights have seen; set before each call of `evaluate`."""
 
 
 class EvaluatorConfig(Family, ABC):
@@ -265,6 +273,8 @@ class Evaluations:
             for prefix, (every, evaluator) in self._evaluators.items():
                 if not self._runs(every, state.step) or any(name.startswith(f"{prefix}/") for name in known):
                     continue
+                if isinstance(evaluator, StepEvaluator):
+                    evaluator.step = state.step
                 if state.ema is not None:
                     # First, so that what an evaluator leaves in a file is of the weights that train.
                     with state.ema.in_place():

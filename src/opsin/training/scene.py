@@ -60,6 +60,8 @@ class Scene:
     Raises:
         ConfigError: there are none, or they do not fit together.
     """
+    sample: Callable[[int], StillData]
+    """So many images, evenly from all validation images, or the training images without these; also unlabelled ones."""
     autocast: Callable[[], AbstractContextManager[None]]
     device: torch.device
     folder: Path

@@ -45,7 +45,7 @@ OPTIM = AdamW(
 # Blocks that differ in size, so that some are padded, and blocks that do not; the latter two of whole cells of the
 # third level, of which the grid has two a side.
 MASKS: dict[str, dict[str, Any]] = {
-    "ragged": {"targets": 3, "edges": "overhang"},
+    "ragged": {"targets": 3, "edges": "overhang", "context_keep": 0.6},  # some contexts repeat patches
     "equal": {"targets": 3, "target_scale": (0.18, 0.19), "target_ratio": (1.0, 1.0)},
     "ragged cells": {"targets": 2, "target_scale": (0.25, 0.5), "target_ratio": (0.5, 2.0)},
     "equal cells": {"targets": 2, "target_scale": (0.25, 0.25), "target_ratio": (1.0, 1.0)},

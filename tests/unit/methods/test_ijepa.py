@@ -81,7 +81,10 @@ def test_steps_equal_those_of_plain_pytorch(masks: str, accumulate: int) -> None
         assert max(far.values()) < CLOSE, far
 
 
-def test_the_comparison_has_padded_blocks_and_both_halves_of_the_loss() -> None:
+def test_the_comparison_has_padded_blocks_repeated_patches_and_both_halves_of_the_loss() -> None:
+    repeats = (~batch_of(build_ijepa()).masks["context_valid"]).any(1)
+    assert repeats.any()
+    assert not repeats.all()
     valid = {masks: batch_of(build_ijepa(masks)).masks["target_valid"] for masks in ("ragged", "equal")}
     assert len(valid["ragged"].sum((1, 2)).unique()) > 1
     assert valid["equal"].all()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 from opsin.errors import ConfigError
 from opsin.nn.attention import AttentionKind, set_attention
 from opsin.nn.vit import VisionTransformer, ViTConfig
+from opsin.nn.weights import load_weights
+from tests.plain_ijepa import patch_positions
 
 SMALL: dict[str, Any] = {"width": 48, "depth": 3, "heads": 3, "patch": 4}
 
@@ -172,6 +175,84 @@ def test_drop_path_skips_whole_images_and_keeps_the_mean() -> None:
     assert out.mean().item() == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.fixture
+def fixed() -> VisionTransformer:
+    """With fixed positions and without a class token, as the JEPAs want it."""
+    torch.manual_seed(3)
+    return ViTConfig(**SMALL, class_token=False, pool="mean", position="sincos").build(image_size=16).eval()
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_fixed_positions_are_sines_of_column_and_row(class_token: bool) -> None:
+    config = ViTConfig(**SMALL, class_token=class_token, pool="mean", position="sincos")
+    vit = config.build(image_size=16)
+    # float64, rounded to float32: values of size 1.
+    found = vit.pos_embed[0, int(class_token) :]
+    torch.testing.assert_close(found, patch_positions(torch.arange(16), 4, 48), rtol=0, atol=1e-7)
+    assert not vit.pos_embed[0, : int(class_token)].any()
+    assert not vit.pos_embed.requires_grad
+    assert [name for name, param in vit.named_parameters() if not param.requires_grad] == ["pos_embed"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (8, 8), (8, 20)])
+def test_fixed_positions_are_computed_for_other_grids(fixed: VisionTransformer, height: int, width: int) -> None:
+    images = torch.randn(2, 3, height, width)
+    columns = width // 4
+    found = fixed._embed(images, None) - fixed.patch_embed(images)
+    expected = patch_positions(torch.arange(height // 4 * columns), columns, 48)
+    # A sum in float32, from which a term of size 1 is taken again.
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-6)
+    if height == width:
+        other = ViTConfig(**SMALL, class_token=False, pool="mean", position="sincos").build(image_size=height).eval()
+        weights = {**fixed.state_dict(), "pos_embed": other.pos_embed}
+        other.load_state_dict(weights)
+        assert torch.equal(other(images).patches, fixed(images).patches)
+
+
+def test_fixed_positions_go_with_kept_patches(fixed: VisionTransformer, images: Tensor) -> None:
+    order = torch.stack([torch.randperm(16), torch.randperm(16)])
+    whole, kept = fixed(images), fixed.forward_tokens(images, order)
+    torch.testing.assert_close(kept.patches, whole.patches[torch.arange(2)[:, None], order], **CLOSE)
+
+
+def test_fixed_positions_stay_where_weights_for_another_grid_are_loaded(
+    fixed: VisionTransformer, tmp_path: Path
+) -> None:
+    torch.save(fixed.state_dict(), tmp_path / "weights.pt")
+    other = ViTConfig(**SMALL, class_token=False, pool="mean", position="sincos").build(image_size=24)
+    load_weights(other, tmp_path / "weights.pt")
+    torch.testing.assert_close(other.pos_embed[0], patch_positions(torch.arange(36), 6, 48), rtol=0, atol=1e-7)
+
+
+def test_learned_positions_learn_as_before(vit: VisionTransformer, images: Tensor) -> None:
+    assert all(param.requires_grad for param in vit.parameters())
+    # The deviation of n draws is known to 1 / sqrt(2 n); six times that never fails by chance.
+    allowed = 6 / (2 * vit.pos_embed.numel()) ** 0.5
+    assert vit.pos_embed.std().item() == pytest.approx(0.02, rel=allowed)
+    vit(images).pooled.square().sum().backward()
+    assert vit.pos_embed.grad is not None
+    assert vit.pos_embed.grad.any(-1).all()
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_depths_give_the_tokens_that_so_many_blocks_leave(images: Tensor, class_token: bool) -> None:
+    vit = ViTConfig(**SMALL, class_token=class_token, pool="mean").build(image_size=16).eval()
+    caught: dict[int, Tensor] = {}
+    for index, block in enumerate(vit.blocks):
+        block.register_forward_hook(lambda layer, inputs, output, depth=index + 1: caught.update({depth: output}))
+    tokens = vit(images)
+    expected = {depth: value[:, int(class_token) :] for depth, value in caught.items()}
+    expected[3] = tokens.patches  # after all blocks with the final norm, as everywhere
+    for depths in ([3], [1], [1, 2, 3], [3, 1], [2, 2]):
+        found = vit.forward_depths(images, depths)
+        assert len(found) == len(depths)
+        assert all(torch.equal(value, expected[depth]) for value, depth in zip(found, depths, strict=True))
+    # Blocks after the last one that is asked for cost nothing.
+    caught.clear()
+    vit.forward_depths(images, [2, 1])
+    assert sorted(caught) == [1, 2]
+
+
 def test_learns_in_bfloat16(vit: VisionTransformer, images: Tensor) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         vit(images[:, :, :8, :8]).pooled.float().square().mean().backward()
@@ -190,6 +271,7 @@ def test_image_size_must_be_a_multiple_of_the_patch(vit: VisionTransformer) -> N
     [
         ({"width": 100}, "width 100 is not a multiple of heads 3; use width 102"),
         ({"class_token": False}, "needs class_token true"),
+        ({"width": 54, "position": "sincos"}, "'sincos' needs a width that is a multiple of 4, not 54"),
         ({"dropout": 1.0}, "less than 1"),
         ({"depth": 0}, "greater than or equal to 1"),
     ],

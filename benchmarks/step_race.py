@@ -1,0 +1,111 @@
+"""Steps of training raced against each other: a table of times and memory for each work.
+
+Each way of doing a step lives in a process of its own (`serving.py`), all do it in turns (`interleaved.py`), and
+what each holds at most is measured alone (`memory_peak.py`).
+"""
+
+import argparse
+import gc
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from interleaved import table, take_turns
+from memory_peak import activation_peak
+from serving import Contestant, serve
+
+Step = Callable[[], object]
+Made = tuple[Step, int]
+"""A step, and how many bytes it keeps between steps."""
+MIB = 2**20
+
+
+class Work(Protocol):
+    """What a step computes."""
+
+    @property
+    def title(self) -> str:
+        """One line about it."""
+        ...
+
+
+W = TypeVar("W", bound=Work)
+
+
+def race(script: str, doc: str, works: Mapping[str, W], ways: Mapping[str, Callable[[W], Made]]) -> None:
+    """The program `script`: every way does every work. The first way is what the others are compared with.
+
+    Ways of one number format have its name (`fp32`, `bf16`) in theirs.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--work", nargs="*", choices=list(works), default=list(works))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--one", choices=list(ways), help="be one contestant, for the program itself")
+    parser.add_argument("--peak", action="store_true", help="with --one: print its memory in bytes")
+    arguments = parser.parse_args()
+    if arguments.one:
+        make = partial(ways[arguments.one], works[arguments.work[0]])
+        if arguments.peak:
+            print(_peak_bytes(make))
+        else:
+            serve(make()[0])
+        return
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds in turns")
+    for name in arguments.work:
+        print(f"\n{works[name].title}")
+        rows = list(_rows(script, name, list(ways), arguments))
+        print(table(["", "s/step", "speed", "over its format", "memory MiB"], rows), flush=True)
+
+
+def use_our_kernels() -> None:
+    """Matrix products in fp32 as opsin computes them; not how freed memory is kept."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]  # not in torch's stubs
+
+
+def kept_bytes(networks: list[nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Weights, buffers and two moments for each weight that learns."""
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    learned = [param for group in optimizer.param_groups for param in group["params"]]
+    num_bytes: int = sum(t.nbytes for t in tensors) + 2 * sum(param.nbytes for param in learned if param.requires_grad)
+    return num_bytes
+
+
+def _rows(script: str, work: str, ways: list[str], arguments: argparse.Namespace) -> Iterator[list[str]]:
+    peaks: dict[str, int] = {}
+    if not arguments.no_memory:
+        for way in ways:
+            command = [sys.executable, "-W", "ignore", script, "--work", work, "--one", way, "--peak"]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            peaks[way] = int(said.split()[-1])
+    with ExitStack() as stack:
+        steps = {way: stack.enter_context(Contestant(Path(script), "--work", work, "--one", way)) for way in ways}
+        timings = take_turns(steps, rounds=arguments.rounds, warmup=2)
+    first = {kind: next(t for t in timings if kind in t.name) for kind in ("fp32", "bf16")}
+    for timing in timings:
+        own = first["bf16" if "bf16" in timing.name else "fp32"]
+        memory = f"{peaks[timing.name] / MIB:.0f}" if timing.name in peaks else ""
+        speeds = [f"{timing.speed_over(base):.2f}x" for base in (timings[0], own)]
+        yield [timing.name, f"{timing.median_s:.3f}", *speeds, memory]
+
+
+def _peak_bytes(make: Callable[[], Made]) -> int:
+    """The peak of building and two steps, without what is kept."""
+    kept: list[int] = []
+
+    def work() -> None:
+        step, num_bytes = make()
+        kept.append(num_bytes)
+        step()
+        step()
+
+    peak = activation_peak(work, warmup=0)
+    gc.collect()
+    return peak - kept[0]
