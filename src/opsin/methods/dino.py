@@ -282,7 +282,7 @@ class Dino(Method):
     def param_groups(self) -> Sequence[ParamGroup]:
         return [
             *split_by_decay(self.student, name="student.", hidden=True),
-            *split_by_decay(self.student_head, name="head."),
+            *split_by_decay(self.student_head, name="head.", hidden=True),
             *split_by_decay(self.prototypes, name="prototypes."),
         ]
 
