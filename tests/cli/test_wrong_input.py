@@ -50,7 +50,8 @@ def test_every_fault_of_a_command_is_told_at_once_and_nothing_is_written(tmp_pat
             f"{place}'verbose' is no setting; write key=value, such as data.path=images",
             f"{place}checkpoints.every: '3 weeks' does not fit; must be like "
             "'500 steps', '1 epoch', '10 minutes' or 'never'",
-            f"{place}method.name: unknown method 'supervize'; known: supervised; did you mean supervised?",
+            f"{place}method.name: unknown method 'supervize'; known: dino, hjepa, ijepa, supervised; "
+            "did you mean supervised?",
             f"{place}device: 'gpu' is no device; must be auto, cpu, cuda or cuda:N",
             f"{place}optim.betas.1: 1 is out of range; must be less than 1",
         ]
