@@ -61,7 +61,6 @@ _SMALL_DINO = (
     "optim.lr=0.01",
 )
 _DINO_SIZES: dict[str, tuple[str, ...]] = {
-    "dino-digits": (),
     "dino-folder": ("data.image_size=32", "data.eval_resize=32", "model.patch=4", "method.views.local_size=16"),
     "dino-imagenet-vits16": (
         "data.image_size=32",
@@ -97,6 +96,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     },
     "dino-cifar10": (*_SMALL_DINO, "model.name=resnet10t", "model.stem=imagenet"),
     "dino-cifar10-cpu": (*_SMALL_DINO, "model.widths=[8,16,16]"),
+    "dino-digits": (*_SMALL_DINO, "model.widths=[8,16,16]"),
     **{
         f"{kind}-{name}": (*_SMALL_JEPA, "model.width=16", "model.heads=2", "model.depth=2", *sizes)
         for kind in ("ijepa", "hjepa")

@@ -22,6 +22,7 @@ from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, Solarize
 from opsin.data.base import Augment
 from opsin.data.crops import Crop, RandomResizedCrop
 from opsin.distributed import add_over_processes
+from opsin.errors import ConfigError
 from opsin.methods.base import (
     Batch,
     Clock,
@@ -42,6 +43,8 @@ from opsin.schedule import cosine, linear
 
 Share = Annotated[float, Field(ge=0, le=1)]
 _GLOBAL = ("global_1", "global_2")
+_SLOW_ENOUGH = 0.8
+"""What a teacher keeps of itself in an update, at least; below, it has no opinion of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +315,11 @@ class Dino(Method):
                 f"the teacher's temperature {temperature:g} is high for {samples}: "
                 f"try method.teacher_temperature={temperature / 2:.2g}, or fewer method.prototypes"
             )
+        kept = self.teacher_momentum(clock)
+        follows = f"the teacher keeps {kept:.3g} of itself in an update: try a higher method.momentum"
         if trouble == "one_prototype_collapse":
+            if kept < _SLOW_ENOUGH:
+                return follows
             if self.config.center_momentum == 1:
                 return "nothing centres the teacher's scores: set method.center_momentum=0.9"
             return (
@@ -320,15 +327,19 @@ class Dino(Method):
                 f"one, a lower optim.lr, or a higher method.teacher_temperature than {temperature:g}"
             )
         if trouble in ("feature_collapse", "no_teacher"):
-            return (
-                f"the teacher keeps {self.teacher_momentum(clock):.4g} of itself in an update: "
-                "try a higher method.momentum, or a lower optim.lr"
-            )
+            return f"{follows}, or a lower optim.lr"
         return ""
 
     def _local_size(self, image_size: int) -> int:
         wanted = self.config.views.local_size
-        return max(round(image_size * 3 / 7 / self.patch), 1) * self.patch if wanted == "auto" else wanted
+        if wanted == "auto":
+            return max(round(image_size * 3 / 7 / self.patch), 1) * self.patch
+        if wanted > image_size and self.config.views.local_count:
+            raise ConfigError(
+                f"method.views.local_size={wanted}: a small crop cannot be larger than the large ones of "
+                f"{image_size} px; use a smaller number, or auto"
+            )
+        return wanted
 
     def _teach(self, batch: Batch, clock: Clock) -> _Lesson:
         with record_function("teacher forward"), torch.no_grad():
