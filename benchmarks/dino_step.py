@@ -19,16 +19,11 @@ from torch import Tensor, nn
 
 from opsin.data.base import Batch, DataFacts
 from opsin.methods.dino import DinoConfig, DinoViews
-from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.vit import ViTConfig
-from opsin.timeline import Stage, Timeline
-from opsin.training import precision
-from opsin.training.memory import MemoryConfig, save_memory
-from opsin.training.optim import AdamW, build_optimizer, pace_setter
-from opsin.training.state import StepPlan, TrainState
-from opsin.training.step import train_step
+from opsin.training.memory import MemoryConfig
+from opsin.training.optim import AdamW
 from published_dino import PublishedDino, StepSettings
-from step_race import Made, kept_bytes, race, use_our_kernels
+from step_race import Made, kept_bytes, opsin_step, race, use_our_kernels
 
 try:
     from lightly.loss import DINOLoss
@@ -122,36 +117,16 @@ def with_lightly(work: Work) -> Made:
 
 def ours(work: Work, asked: str, *, memory: MemoryConfig = NOTHING_SPARED, freeze_epochs: float = 0.0) -> Made:
     """The step of `opsin train`."""
-    device = torch.device("cpu")
     facts = DataFacts((), 1_281_167, work.sides_px[0], 3, (0.5,) * 3, (0.5,) * 3)
     wanted = DinoConfig(
         prototypes=work.prototypes,
         freeze_epochs=freeze_epochs,
         views=DinoViews(local_size=work.sides_px[1], local_count=work.local_count),
     )
-    method = wanted.build(work.model, facts).train()
-    precision.configure(device, asked, deterministic=True)
-    set_attention(method, choose_attention(device, asked)[0])
-    save_memory(memory, method)
-    optim = AdamW(lr=5e-4, weight_decay=0.04, clip_norm=3.0, clip="each")
-    state = TrainState(method, build_optimizer(optim, method))
-    plan = StepPlan(
-        forward=method,
-        clock=Timeline([Stage(epochs=100, batch_size=work.batch, steps_per_epoch=1000)]).clock,
-        set_pace=pace_setter(optim, method),
-        autocast=precision.autocast(device, asked),
-        seed=0,
-        view_chunk=memory.view_chunk,
-        clip_norm=optim.clip_norm,
-        clip_each=True,
-    )
     ids = torch.arange(work.batch)
     batch = Batch(work.views(), torch.full_like(ids, -1), ids)
-
-    def run() -> None:
-        train_step(state, batch, plan)
-
-    return run, kept_bytes([method], state.optimizer)
+    optim = AdamW(lr=5e-4, weight_decay=0.04, clip_norm=3.0, clip="each")
+    return opsin_step(wanted.build(work.model, facts), optim, asked, batch, memory)
 
 
 WAYS: dict[str, Callable[[Work], Made]] = {

@@ -20,16 +20,11 @@ from opsin.data.base import Batch, DataFacts
 from opsin.data.masks import MaskConfig
 from opsin.methods.hjepa import HJepaConfig
 from opsin.methods.ijepa import IJepaConfig
-from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.vit import ViTConfig
-from opsin.timeline import Stage, Timeline
-from opsin.training import precision
-from opsin.training.memory import MemoryConfig, save_memory
-from opsin.training.optim import AdamW, build_optimizer, pace_setter
-from opsin.training.state import StepPlan, TrainState
-from opsin.training.step import train_step
+from opsin.training.memory import MemoryConfig
+from opsin.training.optim import AdamW
 from published_ijepa import PublishedIJepa, published_masks
-from step_race import Made, kept_bytes, race, use_our_kernels
+from step_race import Made, kept_bytes, opsin_step, race, use_our_kernels
 
 NOTHING_SPARED = MemoryConfig()
 
@@ -95,7 +90,6 @@ def ours(
     work: Work, asked: str, *, levels: int = 0, memory: MemoryConfig = NOTHING_SPARED, unbiased: bool = False
 ) -> Made:
     """The step of `opsin train`: I-JEPA, or H-JEPA with so many levels."""
-    device = torch.device("cpu")
     facts = DataFacts((), 1_281_167, work.side_px, 3, (0.5,) * 3, (0.5,) * 3)
     width, depth = work.predictor
     masks = MaskConfig(min_context=4, coarsest=2 ** max(levels - 1, 0))
@@ -103,19 +97,6 @@ def ours(
         wanted: IJepaConfig = HJepaConfig(predictor_width=width, predictor_depth=depth, levels=levels, masks=masks)
     else:
         wanted = IJepaConfig(predictor_width=width, predictor_depth=depth, masks=masks)
-    method = wanted.build(work.model, facts).train()
-    precision.configure(device, asked, deterministic=True)
-    set_attention(method, choose_attention(device, asked)[0])
-    save_memory(memory, method)
-    optim = AdamW(lr=1e-3, weight_decay=0.04)
-    state = TrainState(method, build_optimizer(optim, method))
-    plan = StepPlan(
-        forward=method,
-        clock=Timeline([Stage(epochs=100, batch_size=work.batch, steps_per_epoch=1000)]).clock,
-        set_pace=pace_setter(optim, method),
-        autocast=precision.autocast(device, asked),
-        seed=0,
-    )
     ids = torch.arange(work.batch)
     if unbiased or levels:
         drawn = dict(masks.build(work.grid)(0, 0, ids))
@@ -123,7 +104,8 @@ def ours(
         context, targets = work.masks()
         drawn = {"context": context, "targets": targets, "target_valid": torch.ones_like(targets, dtype=torch.bool)}
     batch = Batch({"image": work.images()[None]}, torch.full_like(ids, -1), ids, drawn)
-    return partial(train_step, state, batch, plan), kept_bytes([method], state.optimizer)
+    optim = AdamW(lr=1e-3, weight_decay=0.04)
+    return opsin_step(wanted.build(work.model, facts), optim, asked, batch, memory)
 
 
 WAYS: dict[str, Callable[[Work], Made]] = {

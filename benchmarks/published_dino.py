@@ -59,7 +59,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm and beside a residual path."""
 
-    def __init__(self, width: int, heads: int, drop_path: float) -> None:
+    def __init__(self, width: int, heads: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)

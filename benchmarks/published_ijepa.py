@@ -18,44 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from published_dino import Block
+
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 # B images, N patches, D width of the encoder, P of the predictor, H heads, X tokens of a sequence, M context masks
 # of Kc patches, T target masks of Kt patches
-
-
-class Attention(nn.Module):
-    """Self-attention with explicit weights; gives them too, as the published code does."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        B, X, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, X, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [B, H, X, D/H]
-        weights = ((q @ k.transpose(2, 3)) * (D // self.heads) ** -0.5).softmax(dim=3)  # [B, H, X, X]
-        return self.proj((weights @ v).transpose(1, 2).reshape(B, X, D)), weights
-
-
-class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and beside a residual path."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The weights live until the block ends, as in the published code.
-        y, _weights = self.attention(self.norm1(x))
-        x = x + y
-        return cast("Tensor", x + self.mlp(self.norm2(x)))
 
 
 class Encoder(nn.Module):

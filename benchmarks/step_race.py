@@ -19,6 +19,15 @@ from torch import nn
 
 from interleaved import table, take_turns
 from memory_peak import activation_peak
+from opsin.data.base import Batch
+from opsin.methods.base import Method
+from opsin.nn.attention import choose_attention, set_attention
+from opsin.timeline import Stage, Timeline
+from opsin.training import precision
+from opsin.training.memory import MemoryConfig, save_memory
+from opsin.training.optim import OptimConfig, build_optimizer, pace_setter
+from opsin.training.state import StepPlan, TrainState
+from opsin.training.step import train_step
 from serving import Contestant, serve
 
 Step = Callable[[], object]
@@ -63,6 +72,26 @@ def race(script: str, doc: str, works: Mapping[str, W], ways: Mapping[str, Calla
         print(f"\n{works[name].title}")
         rows = list(_rows(script, name, list(ways), arguments))
         print(table(["", "s/step", "speed", "over its format", "memory MiB"], rows), flush=True)
+
+
+def opsin_step(method: Method, optim: OptimConfig, asked: str, batch: Batch, memory: MemoryConfig) -> Made:
+    """The update of `opsin train` on the CPU, in the number format asked for."""
+    device = torch.device("cpu")
+    precision.configure(device, asked, deterministic=True)
+    set_attention(method, choose_attention(device, asked)[0])
+    save_memory(memory, method)
+    state = TrainState(method.train(), build_optimizer(optim, method))
+    plan = StepPlan(
+        forward=method,
+        clock=Timeline([Stage(epochs=100, batch_size=len(batch), steps_per_epoch=1000)]).clock,
+        set_pace=pace_setter(optim, method),
+        autocast=precision.autocast(device, asked),
+        seed=0,
+        view_chunk=memory.view_chunk,
+        clip_norm=optim.clip_norm,
+        clip_each=optim.clip == "each",
+    )
+    return partial(train_step, state, batch, plan), kept_bytes([method], state.optimizer)
 
 
 def use_our_kernels() -> None:

@@ -1,25 +1,21 @@
 """Two processes with half a batch each train DINO as one process does with all of it."""
 
 import math
-import multiprocessing
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from opsin.methods.dino import Dino
 from opsin.training.step import train_step
+from tests.distributed.two_processes import PROCESSES, run_together
 from tests.unit.methods.dino_parts import batch_of, build_dino, plan_for, state_of
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 3  # over the end of the rest of the prototypes
-PROCESSES = 2
 PIECES: dict[str, dict[str, Any]] = {
     "whole": {},
     "in parts": {"accumulate": 3},
@@ -38,11 +34,8 @@ def train(method: Dino, forward: torch.nn.Module, rank: int, processes: int, pie
     assert train_step(state, bad.split(processes)[rank], plan).applied == 0
 
 
-def work(rank: int, folder: Path) -> None:
-    """One of the processes: leaves what each way of training gave in a file of its own."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+def work(rank: int) -> dict[str, dict[str, Tensor]]:
+    """One of the processes: what each way of training gives."""
     results = {}
     for name, pieces in PIECES.items():
         method = build_dino(learn_scale=True)
@@ -51,24 +44,12 @@ def work(rank: int, folder: Path) -> None:
         forward = DistributedDataParallel(method, find_unused_parameters=True, broadcast_buffers=False)
         train(method, forward, rank, PROCESSES, pieces)
         results[name] = method.state_dict()
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("processes")
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=work, args=(rank, folder), daemon=True) for rank in range(PROCESSES)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    if any(process.exitcode != 0 for process in processes):
-        for process in processes:
-            process.kill()
-        pytest.fail(f"exit codes {[process.exitcode for process in processes]}: see the captured error output")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return run_together(work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,21 @@
 """Two processes with half a batch each train the JEPAs as one process does with all of it."""
 
 import math
-import multiprocessing
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from opsin.methods.ijepa import IJepa
 from opsin.training.step import train_step
+from tests.distributed.two_processes import PROCESSES, run_together
 from tests.unit.methods.jepa_parts import batch_of, build_hjepa, build_ijepa, plan_for, state_of
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 3
-PROCESSES = 2
 METHODS: dict[str, Callable[[], IJepa]] = {"ijepa": build_ijepa, "hjepa": build_hjepa}
 PARTS = (1, 3)
 
@@ -35,11 +31,8 @@ def train(method: IJepa, forward: torch.nn.Module, rank: int, processes: int, pa
     assert train_step(state, bad.split(processes)[rank], plan).applied == 0
 
 
-def work(rank: int, folder: Path) -> None:
-    """One of the processes: leaves what each way of training gave in a file of its own."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+def work(rank: int) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """One of the processes: what each way of training gives."""
     results = {}
     for name, build in METHODS.items():
         for parts in PARTS:
@@ -47,8 +40,7 @@ def work(rank: int, folder: Path) -> None:
             # No unused parameters are looked for: every one that learns has a gradient in each step.
             train(method, DistributedDataParallel(method), rank, PROCESSES, parts)
             results[name, parts] = method.state_dict()
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 Results = list[dict[tuple[str, int], dict[str, Tensor]]]
@@ -56,18 +48,7 @@ Results = list[dict[tuple[str, int], dict[str, Tensor]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("processes")
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=work, args=(rank, folder), daemon=True) for rank in range(PROCESSES)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    if any(process.exitcode != 0 for process in processes):
-        for process in processes:
-            process.kill()
-        pytest.fail(f"exit codes {[process.exitcode for process in processes]}: see the captured error output")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return run_together(work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("parts", PARTS)

@@ -232,8 +232,7 @@ class Dino(Method):
     def forward(self, batch: Batch, clock: Clock) -> Losses:
         lesson = batch.targets if isinstance(batch.targets, _Lesson) else self._teach(batch, clock)
         with record_function("student forward"):
-            seen = {side: self.student.pool(images) for side, images in _by_size(batch.views).items()}
-            features = torch.cat(list(seen.values()))  # [V B, D]
+            features = torch.cat([self.student.pool(images) for images in _by_size(batch.views)])  # [V B, D]
             vectors = self.student_head(features)
         with record_function("loss"):
             summed = cross_entropy(
@@ -265,8 +264,6 @@ class Dino(Method):
 
     def after_update(self, clock: Clock, applied: Tensor) -> None:
         with record_function("teacher update"), torch.no_grad():
-            share = clock.stage.batch_size / self.config.momentum_batch_size
-            kept = self.teacher_momentum(clock)
             pairs = (
                 (self.backbone, self.student),
                 (self.teacher_head, self.student_head),
@@ -275,10 +272,10 @@ class Dino(Method):
             # Parameters only: a teacher's running statistics are its own.
             teacher = [param for part, _ in pairs for param in part.parameters()]
             student = [param for _, part in pairs for param in part.parameters()]
-            follow(teacher, student, applied * (1 - kept))
+            follow(teacher, student, applied * (1 - self.teacher_momentum(clock)))
             add_over_processes(self.score_sum, self.score_count)
             mean = self.score_sum / self.score_count.clamp(min=1)
-            self.center.lerp_(mean, applied * (1 - self.config.center_momentum**share))
+            self.center.lerp_(mean, applied * (1 - self._for_batch(self.config.center_momentum, clock)))
             self.score_sum.zero_()
             self.score_count.zero_()
 
@@ -306,7 +303,11 @@ class Dino(Method):
         """What the teacher keeps of itself in the update at `clock`."""
         assert not isinstance(self.config.momentum, str), "settled"
         kept = cosine(clock.epoch / clock.total_epochs, self.config.momentum, 1.0)
-        return float(kept ** (clock.stage.batch_size / self.config.momentum_batch_size))
+        return self._for_batch(kept, clock)
+
+    def _for_batch(self, momentum: float, clock: Clock) -> float:
+        """What a batch of this size keeps, where one of `momentum_batch_size` keeps `momentum`."""
+        return float(momentum ** (clock.stage.batch_size / self.config.momentum_batch_size))
 
     def advice(self, trouble: str, clock: Clock) -> str:
         temperature, samples = self.teacher_temperature(clock), f"{self.samples:,} images"
@@ -381,9 +382,9 @@ def _ordered(views: Mapping[str, Tensor]) -> list[str]:
     return [name for name in (*_GLOBAL, "local") if name in views]
 
 
-def _by_size(views: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def _by_size(views: Mapping[str, Tensor]) -> list[Tensor]:
     """Images of one size together, [count B, C, S, S], in the order of the views."""
     found: dict[int, list[Tensor]] = {}
     for name in _ordered(views):
         found.setdefault(views[name].shape[-1], []).append(views[name].flatten(0, 1))
-    return {side: torch.cat(group) for side, group in found.items()}
+    return [torch.cat(group) for group in found.values()]
