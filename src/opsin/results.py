@@ -17,16 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from opsin.assembly import (
-    Images,
-    assemble,
-    build_method,
-    build_scene,
-    choose_numbers,
-    open_images,
-    place,
-    settle_numerics,
-)
+from opsin.assembly import assemble, build_method
+from opsin.assembly_images import Images, build_scene, open_images
+from opsin.assembly_numerics import choose_numbers, place, settle_numerics
 from opsin.console import Console, open_console
 from opsin.data.sources import open_sources
 from opsin.errors import CheckpointError, ConfigError, DataError, RunError

@@ -15,7 +15,8 @@ from typing import cast
 
 import torch
 
-from opsin.assembly import build_method, open_images
+from opsin.assembly import build_method
+from opsin.assembly_images import open_images
 from opsin.console import Console
 from opsin.data.base import Batch, Source
 from opsin.data.quarantine import read_or_replace

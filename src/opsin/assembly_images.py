@@ -1,0 +1,149 @@
+"""The images of a recipe: opened, split, and as training and evaluators see them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from opsin.assembly_numerics import Numerics
+from opsin.console import Console
+from opsin.data.base import DataFacts, Source
+from opsin.data.holdout import hold_out
+from opsin.data.loading import EvaluationData, TrainingData
+from opsin.data.order import Order
+from opsin.data.quarantine import Quarantine
+from opsin.data.sources import Opened, open_sources
+from opsin.distributed import World
+from opsin.evaluation.labelled import LabelledImages, spread_evenly
+from opsin.methods.base import Method
+from opsin.recipe import DataConfig, Recipe
+from opsin.rundir import RunDirectory
+from opsin.timeline import Timeline
+from opsin.training import precision
+from opsin.training.scene import Scene
+
+Say = Callable[[str], None]
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "digits": ((0.3053, 0.3053, 0.3053), (0.3760, 0.3760, 0.3760)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Both sides of the data, and what a method may know of them."""
+
+    train: Source
+    val: Source | None
+    facts: DataFacts
+
+
+def open_images(recipe: Recipe, say: Say) -> Images:
+    """The training and validation images; without a split of their own, some are held out.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    wanted = recipe.data
+    opened = open_sources(
+        wanted.path,
+        kind=wanted.kind,
+        labels=wanted.labels,
+        image_column=wanted.image_column,
+        label_column=wanted.label_column,
+        cache=Path(os.path.expanduser(wanted.cache)),
+    )
+    say(f"data: {opened.said}")
+    train, val = opened.train, opened.val
+    if val is None and wanted.holdout > 0:
+        # Also where nothing evaluates: looking never changes which images train.
+        train, val = hold_out(train, wanted.holdout, recipe.seed)
+        say(f"data: held out {len(val):,} of them for validation (data.holdout={wanted.holdout:g})")
+    mean, std = _STATISTICS.get(opened.kind, _IMAGENET)
+    facts = DataFacts(
+        classes=train.classes,
+        samples=len(train),
+        image_size=wanted.image_size,
+        channels=3,
+        mean=wanted.mean or mean,
+        std=wanted.std or std,
+        unlabelled=int((train.labels < 0).sum()),
+    )
+    return Images(train, val, facts)
+
+
+def build_scene(recipe: Recipe, images: Images, numerics: Numerics, console: Console, folder: Path) -> Scene:
+    """What evaluators may look at; `folder` is the run directory."""
+
+    def still(source: Source) -> EvaluationData:
+        return still_data(recipe, source, images.facts, numerics, console)
+
+    def open_path(path: str) -> Opened:
+        opened = open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))
+        console.notice(f"labelled images: {opened.said}")
+        return opened
+
+    return Scene(
+        None if images.val is None else still(images.val),
+        LabelledImages(images.train, images.val, open_path=open_path, still=still),
+        lambda count: still(spread_evenly(images.train if images.val is None else images.val, count)),
+        precision.autocast(numerics.device, numerics.precision),
+        numerics.device,
+        folder,
+    )
+
+
+def still_data(
+    recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics, console: Console
+) -> EvaluationData:
+    """The images of a source as evaluators see them, normalised as `facts` says."""
+    return EvaluationData(
+        source,
+        facts=replace(
+            facts,
+            classes=source.classes,
+            samples=len(source),
+            unlabelled=int((source.labels < 0).sum()),
+        ),
+        resize=recipe.data.eval_resize or recipe.data.image_size,
+        device=numerics.device,
+        workers=_count_workers(recipe.data),
+        resident=recipe.data.resident,
+        channels_last=numerics.channels_last,
+        warn=console.warning,
+    )
+
+
+def training_data(
+    recipe: Recipe,
+    images: Images,
+    timeline: Timeline,
+    method: Method,
+    numerics: Numerics,
+    directory: RunDirectory,
+    world: World,
+) -> TrainingData:
+    """The training images as the loop sees them: this process's part of every batch."""
+    return TrainingData(
+        images.train,
+        [method.views(stage.image_size) for stage in timeline.stages],
+        Order(seed=recipe.seed, labels=images.train.labels, timeline=timeline, drop_last=recipe.data.drop_last),
+        facts=images.facts,
+        seed=recipe.seed,
+        device=numerics.device,
+        quarantine=Quarantine(directory.quarantine, total=len(images.train), limit=recipe.data.max_unreadable),
+        workers=_count_workers(recipe.data),
+        prefetch=recipe.data.prefetch,
+        resident=recipe.data.resident,
+        channels_last=numerics.channels_last,
+        rank=world.rank,
+        world=world.size,
+    )
+
+
+def _count_workers(wanted: DataConfig) -> int:
+    if wanted.workers == "auto":
+        return min(os.cpu_count() or 1, 8)
+    return wanted.workers
