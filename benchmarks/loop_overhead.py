@@ -14,7 +14,7 @@ import argparse
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import nn
 from interleaved import Timing, table
 from opsin.assembly import assemble
 from opsin.console import Console
-from opsin.data.base import Batch, Data, DataFacts
+from opsin.data.base import Batch, Data, DataFacts, Detour
 from opsin.methods.base import Method
 from opsin.methods.supervised import Supervised
 from opsin.recipe import Recipe, read
@@ -89,10 +89,10 @@ class Turns:
     def __post_init__(self) -> None:
         self.facts = self.data.facts
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, detours: Sequence[Detour] = ()) -> Iterator[Batch]:
         """The batches of the data; the time between is measured round by round."""
         began = 0.0
-        for number, batch in enumerate(self.data.batches(start, stop)):
+        for number, batch in enumerate(self.data.batches(start, stop, detours)):
             if number % self.steps == 0:
                 if number:
                     self.own_s.append(time.perf_counter() - began)

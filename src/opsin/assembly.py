@@ -1,10 +1,12 @@
 """From a recipe to a run: every object of a training is built here, in reading order."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from opsin.assembly_guard import build_alerts, reach, streak_answer
 from opsin.assembly_images import build_scene, open_images, training_data
 from opsin.assembly_numerics import Numerics, choose_numbers, place, settle_numerics
 from opsin.config import to_yaml
@@ -25,23 +27,35 @@ from opsin.seeding import fold_in
 from opsin.stages import announce_stage, plan_stages, plan_time
 from opsin.timeline import Timeline
 from opsin.training import precision
-from opsin.training.alerts import Alerts
+from opsin.training.alerts import Monitor
 from opsin.training.checkpoint import Checkpoints, find_checkpoints
 from opsin.training.freeze import LayerFreezer
+from opsin.training.guard import Guard
 from opsin.training.loop import Run
 from opsin.training.memory import save_memory
 from opsin.training.observe import Evaluations, Evaluator, EvaluatorConfig, Observations
 from opsin.training.optim import build_optimizer, pace_setter
 from opsin.training.profile import Profile, StepProfile
 from opsin.training.scene import Scene
-from opsin.training.state import LossScale, StepPlan, TrainState
+from opsin.training.splits import Splits, uses_batch_statistics
+from opsin.training.state import GradientViewer, LossScale, StepPlan, TrainState
 from opsin.training.stop import Stop
 
 Say = Callable[[str], None]
 
 
-def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console: Console, *, fingerprint: str) -> Run:
+def assemble(
+    recipe: Recipe,
+    directory: RunDirectory,
+    journal: Journal,
+    console: Console,
+    *,
+    fingerprint: str,
+    on_written: Callable[[Path], None] = lambda path: None,
+) -> Run:
     """A run that `fit` can train. Everything that can be checked before the first step is checked here.
+
+    `on_written` gets each checkpoint once it is complete, in the thread that writes.
 
     Raises:
         ConfigError: settings do not fit together, the data, or this machine.
@@ -59,18 +73,13 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
     method = place(method, numerics)
     card = _card(recipe, images.facts, method, fingerprint)
     data = training_data(recipe, images, timeline, method, numerics, directory, world)
-    plan = _step_plan(recipe, timeline, method, freezer, numerics, world)
-    steps = min(timeline.total_steps, recipe.limits.steps or timeline.total_steps)
-    checkpoints = Checkpoints(
-        directory.checkpoints,
-        recipe.checkpoints,
-        timeline,
-        fingerprint=fingerprint,
-        say=partial(_tell, journal, console),
-        last_step=steps,
-        on_restore=partial(_go_on, recipe, card, directory, journal, last_step=steps),
-    )
+    splits = _splits(recipe, method, directory, journal, console)
     monitors = {name: wanted.build(timeline) for name, wanted in recipe.monitors.items()}
+    plan = _step_plan(recipe, timeline, method, freezer, numerics, splits, monitors.values(), world)
+    steps = min(timeline.total_steps, recipe.limits.steps or timeline.total_steps)
+    go_on = partial(_go_on, recipe, card, directory, journal, last_step=steps)
+    checkpoints = _checkpoints(recipe, timeline, directory, journal, console, fingerprint, steps, go_on, on_written)
+    alerts = build_alerts(recipe, timeline, journal, console, monitors, last_step=steps)
     observations = Observations(
         journal,
         timeline,
@@ -81,25 +90,67 @@ def assemble(recipe: Recipe, directory: RunDirectory, journal: Journal, console:
         monitors=[(recipe.monitors[name].every, monitor) for name, monitor in monitors.items()],
         also_when=lambda state: checkpoints.is_due(state) or evaluations.is_due(state.step),
         on_stage=partial(announce_stage, timeline, freezer, journal, console),
+        on_streak=streak_answer(recipe, alerts),
     )
-    scored = recipe.evaluators.items()
     scene = build_scene(recipe, images, numerics, console, directory.path)
-    evaluations = Evaluations(
+    watchers = (checkpoints, observations)
+    evaluations = _evaluations(recipe, timeline, journal, console, scene, method, *watchers, last_step=steps)
+    resuming = bool(find_checkpoints(directory.checkpoints))
+    fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice, resuming=resuming)
+    start_over = partial(_start_over, recipe, images.facts, numerics, data)
+    guard = Guard(recipe.guard, timeline, checkpoints, journal, console, start_over=start_over)
+    stop = Stop(hours=recipe.limits.hours)
+    profile = _profile(recipe, directory, console, device, observations, evaluations, last_step=steps)
+    return Run(fresh, data, plan, steps, *watchers, evaluations, alerts, guard, stop, directory, profile)
+
+
+def _checkpoints(
+    recipe: Recipe,
+    timeline: Timeline,
+    directory: RunDirectory,
+    journal: Journal,
+    console: Console,
+    fingerprint: str,
+    last_step: int,
+    go_on: Callable[[int], None],
+    on_written: Callable[[Path], None],
+) -> Checkpoints:
+    return Checkpoints(
+        directory.checkpoints,
+        recipe.checkpoints,
+        timeline,
+        fingerprint=fingerprint,
+        say=partial(_tell, journal, console),
+        last_step=last_step,
+        on_restore=go_on,
+        on_written=on_written,
+        margin=reach(recipe, timeline),
+    )
+
+
+def _evaluations(
+    recipe: Recipe,
+    timeline: Timeline,
+    journal: Journal,
+    console: Console,
+    scene: Scene,
+    method: Method,
+    checkpoints: Checkpoints,
+    observations: Observations,
+    *,
+    last_step: int,
+) -> Evaluations:
+    scored = recipe.evaluators.items()
+    return Evaluations(
         journal,
         timeline,
         {prefix: (wanted.every, _evaluator(wanted, prefix, scene, method)) for prefix, wanted in scored},
         console=console,
         observations=observations,
-        last_step=steps,
+        last_step=last_step,
         on_scores=checkpoints.note_scores,
+        same_weights=scene.same_weights.shown,
     )
-    actions = {name: (recipe.monitors[name].action, monitor) for name, monitor in monitors.items()}
-    alerts = Alerts(journal, timeline, console, actions)
-    resuming = bool(find_checkpoints(directory.checkpoints))
-    fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice, resuming=resuming)
-    stop = Stop(hours=recipe.limits.hours)
-    profile = _profile(recipe, directory, console, device, observations, evaluations, last_step=steps)
-    return Run(fresh, data, plan, steps, checkpoints, observations, evaluations, alerts, stop, directory, profile)
 
 
 def _evaluator(wanted: EvaluatorConfig, prefix: str, scene: Scene, method: Method) -> Evaluator:
@@ -132,19 +183,48 @@ def build_method(recipe: Recipe, facts: DataFacts) -> Method:
     return recipe.method.build(recipe.model, facts)
 
 
+def _splits(recipe: Recipe, method: Method, directory: RunDirectory, journal: Journal, console: Console) -> Splits:
+    """Where batches are split because memory ended; none where the recipe forbids it."""
+    policy = recipe.memory.on_out_of_memory
+    if policy == "stop" or (policy == "split" and uses_batch_statistics(method)):
+        return Splits()
+    sizes = [stage.batch_size or recipe.batch_size for stage in recipe.stages] or [recipe.batch_size]
+    asked = f"batch_size {sizes} in accumulate {recipe.accumulate}"
+    splits = Splits(directory.splits, asked=asked, say=partial(_tell, journal, console))
+    if (split := splits.newest) is not None:
+        place = f"from step {split.step + 1} on, where memory ended ({directory.splits.name})"
+        console.notice(f"accumulate: {recipe.accumulate * split.factor} {place}")
+    return splits
+
+
 def _step_plan(
-    recipe: Recipe, timeline: Timeline, method: Method, freezer: LayerFreezer, numerics: Numerics, world: World
+    recipe: Recipe,
+    timeline: Timeline,
+    method: Method,
+    freezer: LayerFreezer,
+    numerics: Numerics,
+    splits: Splits,
+    monitors: Iterable[Monitor],
+    world: World,
 ) -> StepPlan:
     ema = recipe.ema or EmaConfig()
+    viewers = [monitor for monitor in monitors if isinstance(monitor, GradientViewer)]
+
+    def show_gradients(method: Method, step: int) -> None:
+        for viewer in viewers:
+            viewer.view_gradients(method, step)
+
     return StepPlan(
         forward=torch.compile(method) if recipe.compile else method,
         clock=timeline.clock,
         set_pace=pace_setter(recipe.optim, method),
         set_layers=freezer,
+        show_gradients=show_gradients,
         ema_decay=partial(ema_decay, decay=ema.decay, warmup=ema.warmup),
         autocast=precision.autocast(numerics.device, numerics.precision),
         seed=recipe.seed,
         accumulate=recipe.accumulate,
+        splits=splits,
         view_chunk=recipe.memory.view_chunk,
         clip_norm=recipe.optim.clip_norm,
         clip_each=recipe.optim.clip == "each",
@@ -166,6 +246,16 @@ def _fresh_state(
     scale = LossScale.start(numerics.device) if numerics.precision == "fp16" else None
     ema = None if recipe.ema is None else ModelEma(method)
     return TrainState(method, build_optimizer(recipe.optim, method), scale, ema)
+
+
+def _start_over(recipe: Recipe, facts: DataFacts, numerics: Numerics, data: TrainingData, state: TrainState) -> None:
+    """Take a state back to what it was before step 0: the same bits, since all follows from the seed."""
+    method = build_method(recipe, facts)
+    for param, begun in zip(state.method.parameters(), method.parameters(), strict=True):
+        param.requires_grad_(begun.requires_grad)  # a stage may have frozen it
+    state.method.load_state_dict(method.state_dict())
+    fresh = _fresh_state(recipe, state.method, numerics, data, lambda line: None, resuming=False)
+    state.optimizer, state.loss_scale, state.ema = fresh.optimizer, fresh.loss_scale, fresh.ema
 
 
 def _profile(

@@ -13,12 +13,15 @@ from opsin.data.loading import EvaluationData, TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
 from opsin.data.sources import Opened, open_sources
+from opsin.data.watched import watch
 from opsin.distributed import World
 from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.methods.base import Method
+from opsin.outlets import write_if_possible
 from opsin.recipe import DataConfig, Recipe
 from opsin.rundir import RunDirectory
 from opsin.timeline import Timeline
+from opsin.trail import Trail
 from opsin.training import precision
 from opsin.training.scene import Scene
 
@@ -92,6 +95,7 @@ def build_scene(recipe: Recipe, images: Images, numerics: Numerics, console: Con
         precision.autocast(numerics.device, numerics.precision),
         numerics.device,
         folder,
+        write=write_if_possible(console.warning),
     )
 
 
@@ -126,8 +130,9 @@ def training_data(
     world: World,
 ) -> TrainingData:
     """The training images as the loop sees them: this process's part of every batch."""
+    trail = Trail.from_environment()
     return TrainingData(
-        images.train,
+        watch(images.train, trail, directory.put_aside),
         [method.views(stage.image_size) for stage in timeline.stages],
         Order(seed=recipe.seed, labels=images.train.labels, timeline=timeline, drop_last=recipe.data.drop_last),
         facts=images.facts,
@@ -138,6 +143,7 @@ def training_data(
         prefetch=recipe.data.prefetch,
         resident=recipe.data.resident,
         channels_last=numerics.channels_last,
+        trail=trail,
         rank=world.rank,
         world=world.size,
     )

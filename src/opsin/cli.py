@@ -13,6 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 from opsin import __version__
+from opsin.cli_backup import add_commands, directory_of_resume, out_of_train, take_local
+from opsin.cli_checkpoints import add_checkpoints
+from opsin.cli_supervision import supervised, take_supervision
 from opsin.errors import ConfigError, OpsinError
 
 _WEIGHTS = "as trained, or their moving average where the recipe has `ema` (default: raw)"
@@ -100,27 +103,22 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a recipe; goes on where the run directory holds a checkpoint")
     _take_recipe(train)
-    train.add_argument("--out", type=_path, metavar="DIR", help="run directory (default: runs/RECIPE)")
+    train.add_argument("--out", metavar="DIR", help="run directory (default: runs/RECIPE), or s3://BUCKET/FOLDER")
+    take_local(train)
     train.add_argument("--fresh", action="store_true", help="start over; an earlier run in DIR is moved aside")
     train.add_argument("--quiet", action="store_true", help="print warnings only")
+    take_supervision(train)
     train.set_defaults(run=_train)
 
     resume = commands.add_parser("resume", help="go on with a run, with changed keys if wanted")
-    resume.add_argument("directory", type=_path, metavar="DIR", help="run directory")
+    resume.add_argument("directory", metavar="DIR", help="run directory, or s3://BUCKET/FOLDER")
+    take_local(resume)
     resume.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
     resume.add_argument("--quiet", action="store_true", help="print warnings only")
+    take_supervision(resume)
     resume.set_defaults(run=_resume)
 
-    evaluate = commands.add_parser("eval", help="score a run on its validation images, or others")
-    evaluate.add_argument("directory", type=_path, metavar="DIR", help="run directory, or a checkpoint inside it")
-    scores = "accuracy, knn, linear, maps (default: accuracy of a classifier, else knn and linear)"
-    evaluate.add_argument("scores", nargs="*", metavar="SCORE", help=scores)
-    weights = "as trained, their moving average, or those before step 0 (default: raw)"
-    evaluate.add_argument("--weights", choices=("raw", "ema", "initial"), default="raw", help=weights)
-    evaluate.add_argument("--data", metavar="PATH", help="score on these labelled images, as in data.path")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.set_defaults(run=_eval)
-
+    _add_eval(commands.add_parser("eval", help="score a run on its validation images, or others"))
     verify = commands.add_parser("verify", help="train straight, and killed and resumed; compare the weights' hashes")
     _take_recipe(verify)
     verify.add_argument("--steps", type=int, default=200, help="steps to train (default: 200)")
@@ -134,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
     recipes.set_defaults(run=_recipes)
 
+    restore = commands.add_parser("restore", help="get a run back from its backup")
+    add_commands(restore, commands.add_parser("backup", help="bring the backup of a run up to date"))
+    add_checkpoints(commands.add_parser("checkpoints", help="list, verify, prune or restore the checkpoints"), _path)
     schema = commands.add_parser("schema", help="print the JSON schema of recipes, for editors")
     schema.set_defaults(run=_schema)
 
@@ -155,6 +156,17 @@ def _parser() -> argparse.ArgumentParser:
 def _take_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", help="a shipped recipe (see `opsin recipes`) or a YAML file")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+
+
+def _add_eval(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("directory", type=_path, metavar="DIR", help="run directory, or a checkpoint inside it")
+    scores = "accuracy, knn, linear, maps (default: accuracy of a classifier, else knn and linear)"
+    evaluate.add_argument("scores", nargs="*", metavar="SCORE", help=scores)
+    weights = "as trained, their moving average, or those before step 0 (default: raw)"
+    evaluate.add_argument("--weights", choices=("raw", "ema", "initial"), default="raw", help=weights)
+    evaluate.add_argument("--data", metavar="PATH", help="score on these labelled images, as in data.path")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(run=_eval)
 
 
 def _add_tune(tune: argparse.ArgumentParser) -> None:
@@ -211,7 +223,10 @@ def _bits(text: str) -> int | None:
 
 def _train(arguments: argparse.Namespace) -> int:
     name = Path(arguments.recipe).stem
-    out = arguments.out or Path("runs", name)
+    out = out_of_train(arguments)
+    command = ["train", arguments.recipe, *arguments.overrides, "--out", str(out)]
+    if (status := supervised(arguments, command, out, fresh=arguments.fresh)) is not None:
+        return status
     with _signals_interrupt():
         from opsin.recipe import read
         from opsin.session import train_recipe
@@ -222,10 +237,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
+    directory = directory_of_resume(arguments)
+    command = ["resume", str(directory), *arguments.overrides]
+    if (status := supervised(arguments, command, directory)) is not None:
+        return status
     with _signals_interrupt():
         from opsin.session import resume_run
 
-        resume_run(arguments.directory, arguments.overrides, quiet=arguments.quiet)
+        resume_run(directory, arguments.overrides, quiet=arguments.quiet)
     return 0
 
 

@@ -6,7 +6,8 @@ OpsinError
 ├── RunError          the run directory cannot be used as asked                 exit status 2
 ├── CheckpointError   a checkpoint or a weights file cannot be loaded           exit status 2
 ├── Stopped           a signal or the time limit ended the run, all is saved    exit status 3
-└── TrainingError     training itself failed (Diverged: not finite any more)    exit status 4
+└── TrainingError     training itself failed (Diverged: not finite any more;    exit status 4
+                      WorkerEnded: a process that reads images is gone)
 
 Each fault is one line: the place, the value, the rule, the way out.
 """
@@ -57,4 +58,8 @@ class TrainingError(OpsinError):
 
 
 class Diverged(TrainingError):
-    """Losses or gradients are not finite any more: the last states are not worth a checkpoint."""
+    """Losses are not finite any more, or rollbacks do not help: the last states are not worth a checkpoint."""
+
+
+class WorkerEnded(TrainingError):
+    """A process that reads images ended by itself. Another attempt may succeed, as after no other `TrainingError`."""

@@ -1,4 +1,4 @@
-"""Pictures of a run: accuracy, loss, schedule and speed, drawn from `metrics.jsonl` and `events.jsonl`.
+"""Pictures of a run: accuracy, loss, schedule, speed and gradients, drawn from `metrics.jsonl` and `events.jsonl`.
 
 `draw_run` draws once. While a run trains, the sink of `sinks.py` keeps `python -m opsin.plots DIR` beside it.
 
@@ -6,6 +6,7 @@ However long the run, a curve has at most 2,000 points (`curves.py`): rows that 
 their mean, inside a light band from the lowest to the highest of them.
 """
 
+import math
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 from opsin.curves import EPOCH, HIGH, LOW, MEAN, MINUTES, History, Table
 from opsin.errors import RunError
 from opsin.pictures import COLOURS, new_figure, to_png
+from opsin.quantiles import GRADIENTS, quantile_names
 from opsin.reporting import read_events
 from opsin.rundir import RunDirectory, write_atomic
 
@@ -39,6 +41,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _FEW_POINTS = 30
 _MAX_NAME_LINES = 4
 _MAX_NAME = 40
+_MAX_PARTS = 24
 _PANEL_INCHES = (4.4, 3.2)
 _TEXT, _SMALL = 9.0, 7.5
 _GRID, _GREY = "#E8E8E8", "#606060"
@@ -67,6 +70,7 @@ class RunPlots:
             "loss.png": _loss,
             "schedule.png": _schedule,
             "speed.png": _speed,
+            "gradients.png": _gradients,
         }
         self._history.refresh()
         stages = [(name, *self._history.place(step)) for name, step in _stages(self._directory / "events.jsonl")]
@@ -220,6 +224,51 @@ def _speed(sheet: _Sheet, history: History) -> "Figure | None":
     return figure
 
 
+def _gradients(sheet: _Sheet, history: History) -> "Figure | None":
+    """For each part of the network the median size of its gradients, and all quantiles as last measured."""
+    prefix, ending = f"{GRADIENTS}/", "_q50"
+    names = [name for name in history.names(ending) if name.startswith(prefix)]
+    # Layers from the image on, then what stands around them.
+    names.sort(key=lambda name: (not name.startswith(f"{prefix}layer_"), name))
+    medians = {name[len(prefix) : -len(ending)]: table for name in names if (table := history.table(name)) is not None}
+    if not medians:
+        return None
+    figure, (over_time, now) = sheet.panels("sizes of gradients by part", 2)
+    for index, (part, table) in enumerate(medians.items()):
+        colour = _shade(index / max(len(medians) - 1, 1))
+        marker = _MARKERS[0] if len(table) <= _FEW_POINTS else None
+        over_time.plot(table[:, EPOCH], _positive(table[:, MEAN]), color=colour, marker=marker, markersize=3, lw=1.2)
+        q05, q25, q50, q75, q95, _ = (_newest(history, name) for name in quantile_names(GRADIENTS, part))
+        now.plot(_positive(np.array([q05, q95])), [index, index], color=colour, linewidth=1.2)
+        now.plot(_positive(np.array([q25, q75])), [index, index], color=colour, linewidth=5, solid_capstyle="butt")
+        now.plot(_positive(np.array([q50])), [index], color="white", marker="|", markersize=5)
+    over_time.set_yscale("log")
+    sheet.finish(over_time, EPOCH, label="median size")
+    now.set_xscale("log")
+    every = -(-len(medians) // _MAX_PARTS)
+    now.set_yticks(range(0, len(medians), every), list(medians)[::every], fontsize=_SMALL, parse_math=False)
+    now.invert_yaxis()
+    now.set_xlabel("size: 5 to 95 %, 25 to 75 %, median", fontsize=_TEXT)
+    return figure
+
+
+def _shade(place: float) -> Any:
+    """A colour for a part, from the image (0) to the head (1)."""
+    import matplotlib as mpl
+
+    return mpl.colormaps["viridis"](0.9 * place)
+
+
+def _positive(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """What a logarithmic axis can show, the rest NaN."""
+    return np.where(values > 0, values, np.nan)
+
+
+def _newest(history: History, name: str) -> float:
+    table = history.table(name)
+    return math.nan if table is None else float(_finite(table)[1][-1])
+
+
 def _stack(axes: "Axes", times: dict[str, Table]) -> None:
     epochs = next(iter(times.values()))[:, EPOCH]
     layers = np.array([np.interp(epochs, *_finite(table)) for table in times.values()])  # [parts, P]
@@ -278,7 +327,8 @@ def _who(name: str) -> str:
 
 
 def _is_drawn(name: str) -> bool:
-    return name.endswith(_SCORES) or name in _SCHEDULE or name in _TIMES or name == _SPEED
+    is_known = name in _SCHEDULE or name in _TIMES or name == _SPEED
+    return is_known or name.endswith(_SCORES) or name.startswith(f"{GRADIENTS}/")
 
 
 def _stages(path: Path) -> list[tuple[str, int]]:

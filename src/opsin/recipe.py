@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from opsin import config
+from opsin.backup.config import BackupConfig
 from opsin.config import Settings
 from opsin.evaluation.accuracy import AccuracyConfig
 from opsin.evaluation.knn import KnnConfig
@@ -20,6 +21,10 @@ from opsin.methods.ijepa import IJepaConfig
 from opsin.methods.supervised import SupervisedConfig
 from opsin.monitors.collapse import CollapseConfig
 from opsin.monitors.gradients import GradientsConfig
+from opsin.monitors.histograms import HistogramsConfig
+from opsin.monitors.loss import LossConfig
+from opsin.monitors.memory import MemoryCreepConfig
+from opsin.monitors.starvation import StarvationConfig
 from opsin.monitors.throughput import ThroughputConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.convnet import ConvNetConfig
@@ -27,10 +32,12 @@ from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
 from opsin.training.alerts import MonitorConfig
 from opsin.training.checkpoint import CheckpointConfig
+from opsin.training.guard import GuardConfig
 from opsin.training.memory import MemoryConfig
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig
 from opsin.training.profile import ProfileConfig
+from opsin.webhook import check_setting
 
 __all__ = [
     "SGD",
@@ -38,6 +45,7 @@ __all__ = [
     "DataConfig",
     "DinoConfig",
     "HJepaConfig",
+    "HistogramsConfig",
     "IJepaConfig",
     "KnnConfig",
     "LinearConfig",
@@ -155,6 +163,13 @@ class LogConfig(Settings):
     """Draw curves into plots/ while training."""
 
 
+class AlertsConfig(Settings):
+    """Who is told of alerts, rollbacks and the end of a run, besides the console and the logs."""
+
+    webhook: Annotated[str, AfterValidator(check_setting)] | None = None
+    """A URL that gets them as JSON by POST; `env:NAME` takes it from an environment variable, where it is a secret."""
+
+
 class Recipe(Settings):
     """What a run is asked to do."""
 
@@ -194,8 +209,14 @@ class Recipe(Settings):
     """A moving average of the weights, scored beside them; null for none."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """When state is saved, and what is kept."""
+    backup: BackupConfig | None = None
+    """A second place that the run is copied to while it trains; null for none."""
     limits: LimitsConfig = LimitsConfig()
     """When a run ends early."""
+    guard: GuardConfig = GuardConfig()
+    """What a rollback does; monitors whose action is `rollback` ask for one."""
+    alerts: AlertsConfig = AlertsConfig()
+    """Who is told of alerts and ends of runs."""
     log: LogConfig = LogConfig()
     """What is written while training."""
     profile: ProfileConfig = ProfileConfig()
@@ -203,7 +224,10 @@ class Recipe(Settings):
     monitors: dict[str, MonitorConfig] = {
         "collapse": CollapseConfig(),
         "gradients": GradientsConfig(),
+        "loss": LossConfig(),
         "throughput": ThroughputConfig(),
+        "starvation": StarvationConfig(),
+        "memory": MemoryCreepConfig(),
     }
     """Numbers of the training itself and verdicts on it, by name."""
     evaluators: dict[str, EvaluatorConfig] = {"val": AccuracyConfig()}

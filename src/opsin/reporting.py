@@ -9,16 +9,17 @@ JSON has no NaN and no infinity: a value that is not finite is written as null a
 
 import json
 import math
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from opsin.errors import RunError
+from opsin.outlets import Outlet
 from opsin.rundir import write_atomic
 
 Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
@@ -66,50 +67,57 @@ class Sink(Protocol):
         """Forget what stands after `step`; `metrics.jsonl` has forgotten it already."""
         ...
 
+    def catch_up(self, step: int) -> None:
+        """Make good from `metrics.jsonl` what is missing up to `step`: more calls failed than are kept."""
+        ...
+
     def close(self) -> None:
         """Nothing more will come."""
         ...
 
 
 class Journal:
-    """Writes the history of a run. Once it is open, nothing that happens to a file stops training.
+    """Writes the history of a run, in any thread. Once it is open, nothing that happens to a file stops training.
 
     What cannot be written (a full disk, say) waits in memory and is written when that is possible
-    again; the first fault of each file or sink is a warning, each recovery an event.
+    again; the first fault of each file or sink is a warning, each recovery an event. Of each, the
+    newest 10,000 entries are kept; sinks make good from `metrics.jsonl` what they lost.
     """
 
     def __init__(self, folder: Path, sinks: Sequence[Sink] = (), *, warn: Callable[[str], None]) -> None:
         self._folder = folder
         self._metrics_file = _LineFile(folder / "metrics.jsonl")
         self._events_file = _LineFile(folder / "events.jsonl")
-        self._metrics = _Outlet("metrics.jsonl", warn)
-        self._events = _Outlet("events.jsonl", warn)
-        self._summary = _Outlet("summary.json", warn)
-        self._sinks = [(_Outlet(sink.name, warn), sink) for sink in sinks]
+        self._metrics = Outlet("metrics.jsonl", warn)
+        self._events = Outlet("events.jsonl", warn)
+        self._summary = Outlet("summary.json", warn)
+        self._sinks = [(Outlet(sink.name, warn, make_good=partial(self._catch_up, sink)), sink) for sink in sinks]
         self._last: Row | None = None
         self._scores: dict[str, _Score] = {}
+        self._lock = threading.RLock()
         self._load()
 
     def log(self, step: int, epoch: float, values: Mapping[str, float], *, time_s: float) -> None:
         """Write values; those of the last step are added to its row."""
-        last_step = -1 if self._last is None else self._last.step
-        assert step >= last_step, f"step {step} is logged after step {last_step}"
-        merge = step == last_step
-        self._last = row = Row(step, epoch, time_s, {**self.row(step), **values})
-        self._note(step, values)
-        self._metrics.put(partial(self._metrics_file.write, _row_line(row), replace=merge))
-        for outlet, sink in self._sinks:
-            outlet.put(partial(sink.write, Row(step, epoch, time_s, dict(values))))
-        self._tell_recoveries(step)
+        with self._lock:
+            last_step = -1 if self._last is None else self._last.step
+            assert step >= last_step, f"step {step} is logged after step {last_step}"
+            self._last = row = Row(step, epoch, time_s, {**self.row(step), **values})
+            self._note(step, values)
+            self._metrics.put(partial(self._metrics_file.write, _row_line(row), step=step))
+            for outlet, sink in self._sinks:
+                outlet.put(partial(sink.write, Row(step, epoch, time_s, dict(values))))
+            self._tell_recoveries(step)
 
     def event(self, kind: str, step: int, **facts: Fact) -> None:
         """Write that something happened after `step` updates."""
-        event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), step, kind, facts)
-        line = _line({"time": event.time, "step": step, "kind": kind, **facts})
-        self._events.put(partial(self._events_file.write, line, replace=False))
-        for outlet, sink in self._sinks:
-            outlet.put(partial(sink.event, event))
-        self._tell_recoveries(step)
+        with self._lock:
+            event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), step, kind, facts)
+            line = _line({"time": event.time, "step": step, "kind": kind, **facts})
+            self._events.put(partial(self._events_file.write, line))
+            for outlet, sink in self._sinks:
+                outlet.put(partial(sink.event, event))
+            self._tell_recoveries(step)
 
     def row(self, step: int) -> Mapping[str, float]:
         """The values of `step` if it is the last one logged, else none."""
@@ -148,37 +156,44 @@ class Journal:
         Raises:
             RunError: a file cannot be rewritten.
         """
-        try:
-            self._metrics_file.rewind(step)
-            self._events_file.rewind(step)
-        except OSError as error:
-            raise RunError(f"{self._folder}: cannot rewind the log to step {step}: {error}") from error
-        self._load()
-        for outlet, sink in self._sinks:
-            outlet.put(partial(sink.rewind, step))
+        with self._lock:
+            try:
+                self._metrics_file.rewind(step)
+                self._events_file.rewind(step)
+            except OSError as error:
+                raise RunError(f"{self._folder}: cannot rewind the log to step {step}: {error}") from error
+            self._load()
+            for outlet, sink in self._sinks:
+                outlet.put(partial(sink.rewind, step))
 
     def summarize(self, *, steps: int, seconds: float, peak_memory_bytes: int | None = None) -> None:
         """Replace `summary.json`: last and best of every score, steps, seconds, peak memory."""
-        scores: dict[str, Fact] = {name: self._scores[name].facts() for name in sorted(self._scores)}
-        facts: dict[str, Fact] = {
-            "steps": steps,
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes,
-            "scores": scores,
-        }
-        text = json.dumps(_finite(facts), indent=2, allow_nan=False) + "\n"
-        self._summary.drop()
-        self._summary.put(partial(write_atomic, self._folder / "summary.json", text.encode()))
-        self._tell_recoveries(steps)
+        with self._lock:
+            scores: dict[str, Fact] = {name: self._scores[name].facts() for name in sorted(self._scores)}
+            facts: dict[str, Fact] = {
+                "steps": steps,
+                "seconds": round(seconds, 3),
+                "peak_memory_bytes": peak_memory_bytes,
+                "scores": scores,
+            }
+            text = json.dumps(_finite(facts), indent=2, allow_nan=False) + "\n"
+            self._summary.drop()
+            self._summary.put(partial(write_atomic, self._folder / "summary.json", text.encode()))
+            self._tell_recoveries(steps)
 
     def close(self) -> None:
-        """Write what waits and close the sinks; what cannot be written now is lost, with a warning."""
-        for outlet, sink in self._sinks:
-            outlet.put(sink.close)
-        for outlet in self._outlets():
-            outlet.give_up()
+        """Write what waits and close the sinks; what cannot be written now is lost, with a warning.
 
-    def _outlets(self) -> list["_Outlet"]:
+        Events that come later go to `events.jsonl` alone.
+        """
+        with self._lock:
+            for outlet, sink in self._sinks:
+                outlet.put(sink.close)
+            for outlet in self._outlets():
+                outlet.give_up()
+            self._sinks = []
+
+    def _outlets(self) -> list[Outlet]:
         return [self._metrics, self._events, self._summary, *(outlet for outlet, _ in self._sinks)]
 
     def _load(self) -> None:
@@ -193,11 +208,16 @@ class Journal:
             assert name not in _PLACE, f"{name} is the place of a row, not a value"
             self._scores[name] = _Score.after(self._scores.get(name), name, step, value)
 
+    def _catch_up(self, sink: Sink) -> None:
+        if self._last is not None:
+            sink.catch_up(self._last.step)
+
     def _tell_recoveries(self, step: int) -> None:
         for outlet in self._outlets():
             if outlet.state == "recovered":
                 outlet.state = "well"
-                self.event("log_recovered", step, log=outlet.name)
+                lost, outlet.lost = outlet.lost, 0
+                self.event("log_recovered", step, log=outlet.name, **({"lost": lost} if lost else {}))
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -238,59 +258,17 @@ class _Score:
         return {"last": self.last, "best": self.best, "best_step": self.best_step}
 
 
-class _Outlet:
-    """Calls made in order. One that fails waits, with all that follow, for the next."""
-
-    def __init__(self, name: str, warn: Callable[[str], None]) -> None:
-        self.name = name
-        self.state: Literal["well", "failing", "recovered"] = "well"
-        self._warn = warn
-        self._warned = False
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._fault: Exception | None = None
-
-    def put(self, call: Callable[[], None]) -> None:
-        self._waiting.append(call)
-        self._make_calls()
-
-    def drop(self) -> None:
-        self._waiting.clear()
-
-    def give_up(self) -> None:
-        self._make_calls()
-        if self._waiting:
-            self._warn(f"{self.name}: {len(self._waiting)} entries could not be written and are lost: {self._fault}")
-            self.drop()
-
-    def _make_calls(self) -> None:
-        while self._waiting:
-            try:
-                self._waiting[0]()
-            except Exception as error:  # a sink is anybody's code, and no log is worth a run
-                self._fail(error)
-                return
-            self._waiting.popleft()
-        if self.state == "failing":
-            self.state = "recovered"
-
-    def _fail(self, error: Exception) -> None:
-        self.state = "failing"
-        self._fault = error
-        if not self._warned:
-            self._warned = True
-            self._warn(f"{self.name} cannot be written: {error}; training goes on, its entries wait in memory")
-
-
 class _LineFile:
-    """Lines of JSON of which the last can be replaced."""
+    """Lines of JSON; one of the same step as the last takes its place."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._start, self._end = self._last_line()
+        self._start, self._end, self._step = self._last_line()
 
-    def write(self, line: bytes, *, replace: bool) -> None:
-        """Add a line, or put it in the place of the last. A failed write may be repeated."""
+    def write(self, line: bytes, *, step: int | None = None) -> None:
+        """Add a line, or put it in the place of the last if that is of this step. A failed write may be repeated."""
         # One write over the old line, never shorter than it: killed before or after, the file is whole.
+        replace = step is not None and step == self._step
         data = line.ljust(self._end - self._start - 1) + b"\n" if replace else line + b"\n"
         start = self._start if replace else self._end
         with self._path.open("r+b" if self._path.exists() else "xb", buffering=0) as file:
@@ -298,19 +276,25 @@ class _LineFile:
             if file.write(data) < len(data):
                 raise OSError("no space left on the device")
             file.truncate()  # a torn line of an earlier process may reach further
-        self._start, self._end = start, start + len(data)
+        self._start, self._end, self._step = start, start + len(data), step
 
     def rewind(self, step: int) -> None:
         """Keep the whole lines up to `step`."""
         if self._path.exists():
             kept = [line + b"\n" for line, item in _read_lines(self._path) if item["step"] <= step]
             write_atomic(self._path, b"".join(kept))
-        self._start, self._end = self._last_line()
+        self._start, self._end, self._step = self._last_line()
 
-    def _last_line(self) -> tuple[int, int]:
+    def _last_line(self) -> tuple[int, int, int | None]:
+        """Where the last whole line begins and ends, and its step."""
         content = self._path.read_bytes() if self._path.exists() else b""
         end = content.rfind(b"\n") + 1
-        return content.rfind(b"\n", 0, max(0, end - 1)) + 1, end
+        start = content.rfind(b"\n", 0, max(0, end - 1)) + 1
+        try:
+            item = json.loads(content[start:end] or b"null")
+        except ValueError:
+            item = None
+        return start, end, item.get("step") if isinstance(item, dict) else None
 
 
 def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

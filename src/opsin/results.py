@@ -121,14 +121,17 @@ def evaluate_run(
     features: tuple[ScoreName, ...] = ("knn", "linear")
     names = scores or (("accuracy",) if isinstance(method, Classifier) else features)
     reports: dict[ScoreName, Report] = {}
-    for name in names:
-        if name == "accuracy":
-            reports[name] = _score_classes(method, scene, images.facts.classes, run.recipe)
-        elif name == "maps":
-            stem = source.name if source.parent == run.checkpoints else "initial" if weights == "initial" else "final"
-            reports[name] = _draw_maps(method, scene, recipe, f"{stem}-ema" if weights == "ema" else stem)
-        else:
-            reports[name] = _score_features(method, scene, recipe, name, data)
+    with scene.same_weights.shown():
+        for name in names:
+            if name == "accuracy":
+                reports[name] = _score_classes(method, scene, images.facts.classes, run.recipe)
+            elif name == "maps":
+                stem = (
+                    source.name if source.parent == run.checkpoints else "initial" if weights == "initial" else "final"
+                )
+                reports[name] = _draw_maps(method, scene, recipe, f"{stem}-ema" if weights == "ema" else stem)
+            else:
+                reports[name] = _score_features(method, scene, recipe, name, data)
     return reports
 
 

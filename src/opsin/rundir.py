@@ -7,6 +7,8 @@ DIR/
 ├── events.jsonl         what happened, one JSON object per line
 ├── summary.json         last and best of each score, steps, seconds, peak memory
 ├── quarantine.txt       images that could not be read
+├── put_aside.json       images that are not read because training crashed with them
+├── splits.json          from which steps on batches are in more parts, where memory ended
 ├── checkpoints/         step-00000123/, ...
 ├── plots/               pictures
 ├── maps/                what it sees, predicts and looks at in a few images (with an evaluator `maps`)
@@ -15,14 +17,10 @@ DIR/
 └── .lock                held by the process that writes the run
 """
 
-import errno
-import fcntl
 import json
 import os
 import platform
 import subprocess
-import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +31,7 @@ from typing import Any, Literal, Self
 
 from opsin import __version__
 from opsin.errors import RunError
+from opsin.runlock import RunLock, is_held
 
 _PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "pydantic", "safetensors")
 _UNWRITTEN = "choose another folder with --out, or make room for this one"
@@ -77,13 +76,14 @@ class RunDirectory:
         self.events = path / "events.jsonl"
         self.summary = path / "summary.json"
         self.quarantine = path / "quarantine.txt"
+        self.put_aside = path / "put_aside.json"
+        self.splits = path / "splits.json"
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
         self.profile = path / "profile"
         self.model = path / "model.safetensors"
         self.averaged = path / "model_ema.safetensors"
-        self._lock_file = path / ".lock"
-        self._unlock: Callable[[], object] = lambda: None
+        self._lock = RunLock(path / ".lock")
         self._facts: dict[str, Any] = {}
 
     @classmethod
@@ -108,11 +108,11 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run._check_foreign()
-            run._lock(notice)
+            run._lock.take(notice)
             if fresh and run.exists():
                 notice(f"{path}: the earlier run was moved to {run._move_aside()}")
                 path.mkdir()
-                run._lock(notice)
+                run._lock.take(notice)
             run._take_recipe(recipe_yaml, differences)
             for leftover in path.glob(".*.writing"):
                 leftover.unlink()
@@ -121,6 +121,18 @@ class RunDirectory:
             if isinstance(error, OSError):
                 raise RunError(f"{path}: cannot be written: {_reason(error)}; {_UNWRITTEN}") from error
             raise
+        return run
+
+    @classmethod
+    def locked(cls, path: Path, notice: Callable[[str], None] = lambda text: None) -> Self:
+        """The directory of a run that was begun, locked and otherwise as it is.
+
+        Raises:
+            RunError: another process is writing it.
+            OSError: the lock cannot be written.
+        """
+        run = cls(path)
+        run._lock.take(notice)
         return run
 
     def exists(self) -> bool:
@@ -140,7 +152,7 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let other processes write this run."""
-        self._unlock()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -182,27 +194,6 @@ class RunDirectory:
                 f"{self.path}: holds {len(others)} other files ({others[0]}, ...) and no run; "
                 "choose an empty or a new folder with --out"
             )
-
-    def _lock(self, notice: Callable[[str], None]) -> None:
-        self._unlock()
-        descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
-        self._unlock = weakref.finalize(self, os.close, descriptor)
-        for _ in range(10):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)  # `list_runs` of another process holds it for a moment
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
-                notice(f"{self.path}: this file system has no locks; keep other processes from writing this run")
-                break
-        else:
-            holder = self._lock_file.read_text().strip() or "unknown"
-            raise RunError(f"{self.path}: process {holder} is writing this run; stop it first, or choose another --out")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def _move_aside(self) -> Path:
         number = 1
@@ -305,7 +296,7 @@ def _summary_of(run: RunDirectory) -> RunSummary:
         facts = json.loads(run.run_json.read_text()) if run.run_json.exists() else {"status": "new"}
         scores = json.loads(run.summary.read_text())["scores"] if run.summary.exists() else {}
         status = facts["status"]
-        if status == "running" and not _is_locked(run.path / ".lock"):
+        if status == "running" and not is_held(run.path / ".lock"):
             status = "killed"
         best = {score: float(history["best"]) for score, history in scores.items() if "best" in history}
         return RunSummary(name, status, facts.get("recipe"), last_step(run.metrics), best, facts.get("started"))
@@ -326,17 +317,6 @@ def last_step(metrics: Path) -> int | None:
         except (ValueError, KeyError, TypeError):  # cut off by a crash
             continue
     return None
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def _git(*arguments: str) -> str | None:

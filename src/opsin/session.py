@@ -9,26 +9,33 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from opsin.assembly import assemble
+from opsin.backup.config import BackupConfig
+from opsin.backup.elsewhere import begin_elsewhere, find_elsewhere
+from opsin.backup.service import open_backup
 from opsin.config import diff, flatten, to_yaml
 from opsin.console import Console, describe, duration, open_console
-from opsin.errors import ConfigError, RunError, Stopped, TrainingError
+from opsin.errors import ConfigError, RunError, Stopped, TrainingError, WorkerEnded
 from opsin.export import write_model
 from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
 from opsin.rundir import RunDirectory, write_atomic
 from opsin.sinks import SinkName, TextLog, open_sinks
+from opsin.trail import Trail
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit
 from opsin.training.observe import AVERAGED
 from opsin.training.precision import choose_device, describe_device, peak_memory_bytes
+from opsin.training.splits import is_out_of_memory
 from opsin.training.state import TrainState
+from opsin.webhook import Webhook, webhook_url
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
 """Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""
@@ -40,6 +47,8 @@ def train(
     recipe: str | Path | Recipe, *, out: str | Path | None = None, fresh: bool = False, **overrides: object
 ) -> Run:
     """Train a recipe: a shipped name, a YAML path, or a `Recipe`. Goes on where `out` holds a checkpoint.
+
+    `out` may be an address (`s3://BUCKET/FOLDER`): the run is in `~/.cache/opsin/runs` and copied there.
 
     Overrides are keyword arguments: `train("quickstart", epochs=3, **{"optim.lr": 0.001})`.
 
@@ -54,6 +63,11 @@ def train(
         texts = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
         name, wanted = Path(recipe).stem, read(str(recipe), texts)
     place = Path("runs", name) if out is None else Path(os.path.expanduser(out))
+    if out is not None and (elsewhere := find_elsewhere(str(out), None)) is not None:
+        begin_elsewhere(elsewhere)
+        place = elsewhere.folder
+        backup = wanted.backup or BackupConfig(path=elsewhere.url)
+        wanted = wanted.model_copy(update={"backup": backup.model_copy(update={"path": elsewhere.url})})
     return train_recipe(wanted, place, name=name, fresh=fresh)
 
 
@@ -159,7 +173,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequence[str], *, quiet: bool) -> Run:
-    console = open_console(quiet=quiet, also=TextLog(directory.path).line)
+    console = open_console(quiet=quiet, also=TextLog(directory.path).say)
     for note in notes:
         console.notice(note)
     if (line := against_published(recipe)) is not None:
@@ -173,21 +187,36 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     if recipe.log.plots:
         sinks.append("plots")
     copies = open_sinks(directory.path, sinks, notice=console.notice, warn=console.warning)
+    if recipe.alerts.webhook is not None:
+        url = webhook_url(recipe.alerts.webhook)
+        copies.append(Webhook(directory.path, url, recipe=name, warn=console.warning))
     journal = Journal(directory.path, copies, warn=console.warning)
     device = choose_device(recipe.device)
     hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
+    resuming = bool(find_checkpoints(directory.checkpoints))
+    tell = partial(_tell_of_backup, journal, console)
+    backup = open_backup(recipe.backup, directory.path, resuming=resuming, say=tell)
     directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
-    with _session(directory, journal, console, device), in_words(recipe):
-        run = assemble(recipe, directory, journal, console, fingerprint=fingerprint(recipe))
-        state = fit(run)
-        if run.checkpoints.newest_step != state.step:
-            raise RunError(
-                f"{directory.path}: training is done, but its last checkpoint could not be written (see above): "
-                f"make room, then opsin resume {directory.path} does again what was not saved"
-            )
-        _write_final(directory, state)
-    console.finish(_last_words(directory, journal))
+    with backup:
+        with _session(directory, journal, console, device), in_words(recipe):
+            run = assemble(recipe, directory, journal, console, fingerprint=fingerprint(recipe), on_written=backup.take)
+            state = fit(run)
+            if run.checkpoints.newest_step != state.step:
+                raise RunError(
+                    f"{directory.path}: training is done, but its last checkpoint could not be written (see above): "
+                    f"make room, then opsin resume {directory.path} does again what was not saved"
+                )
+            _write_final(directory, state)
+        # Before the last files are copied: these words are in one of them.
+        console.finish(_last_words(directory, journal))
     return run
+
+
+def _tell_of_backup(journal: Journal, console: Console, kind: str, text: str) -> None:
+    """An event of the backup, for the journal and the reader; in any thread."""
+    is_good = kind in ("backup_recovered", "backup_waiting")
+    journal.event(kind, 0 if journal.last is None else journal.last.step, **{"message" if is_good else "warning": text})
+    (console.notice if is_good else console.warning)(text)
 
 
 def _last_words(directory: RunDirectory, journal: Journal) -> str:
@@ -220,6 +249,8 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
     except BaseException as error:
         status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
         reason = str(error) or type(error).__name__
+        if isinstance(error, TrainingError) and not isinstance(error, WorkerEnded):
+            Trail.from_environment().verdict(reason)
         raise
     finally:
         console.finish()
@@ -240,11 +271,13 @@ def in_words(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             sizes = [stage.batch_size or recipe.batch_size for stage in recipe.stages] or [recipe.batch_size]
             raise TrainingError(
                 f"out of memory at batches of up to {max(sizes)} images and accumulate={recipe.accumulate}: raise "
-                "accumulate, or lower batch_size, the image size (of the stages too) or the size of the model"
+                "accumulate, or lower batch_size, the image size (of the stages too) or the size of the model; updates "
+                "are split where memory.on_out_of_memory allows it (with batch norm it must say `always`), in pieces "
+                "of one image at the least"
             ) from error
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             reason = str(error).splitlines()[0]

@@ -7,18 +7,29 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import os
 import select
+import struct
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from opsin.quantiles import GRADIENTS, PERCENTS, quantile_names, quantiles_by_part
 from opsin.reporting import Event, Row, Sink, read_rows
 from opsin.rundir import write_atomic
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.histogram_pb2 import HistogramProto  # type: ignore[import-untyped]
+
+_SMALLEST = 1e-30
+"""Zero has no logarithm."""
 
 SinkName = Literal["csv", "tensorboard", "plots", "text"]
 
@@ -74,6 +85,9 @@ class CsvTable:
     def rewind(self, step: int) -> None:
         self._make()
 
+    def catch_up(self, step: int) -> None:
+        self._make()
+
     def close(self) -> None:
         self._make()
 
@@ -93,7 +107,7 @@ class CsvTable:
 
 
 class TensorBoard:
-    """`tensorboard/`: every value by step.
+    """`tensorboard/`: every value by step, the quantiles of a part as one histogram.
 
     Records are written in this thread: the thread of TensorBoard's own writer dies on a full disk.
     The package is imported at the first row (about 0.2 s), not before the first step.
@@ -103,6 +117,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "tensorboard"
+        self._metrics = folder / "metrics.jsonl"
         self._begin(purge_from=None)
 
     def write(self, row: Row) -> None:
@@ -117,8 +132,14 @@ class TensorBoard:
             if self._purge_from is not None:
                 start = SessionLog(status=SessionLog.START)
                 records.append(Record(wall_time=now, step=self._purge_from, session_log=start))
+        parts = quantiles_by_part(GRADIENTS, row.values)
+        in_parts = {name for part in parts for name in quantile_names(GRADIENTS, part)}
         places = {"epoch": row.epoch, **row.values}
-        values = [Summary.Value(tag=name, simple_value=places[name]) for name in sorted(places)]
+        values = [Summary.Value(tag=name, simple_value=places[name]) for name in sorted(places.keys() - in_parts)]
+        values += [
+            Summary.Value(tag=f"{GRADIENTS}/{part} (log10)", histo=_histogram(quantiles))
+            for part, quantiles in parts.items()
+        ]
         records.append(Record(wall_time=now, step=row.step, summary=Summary(value=values)))
         self._append([record.SerializeToString() for record in records])
 
@@ -126,7 +147,16 @@ class TensorBoard:
         pass
 
     def rewind(self, step: int) -> None:
-        self._begin(purge_from=step + 1)
+        """Forget later steps, and write those before that an earlier session could not or did not write."""
+        last = last_recorded_step(self._folder)
+        whole = -1 if last is None else min(last, step) - 1  # of the last step itself only a part may be there
+        self._begin(purge_from=None if last is None else whole + 1)
+        for row in read_rows(self._metrics):
+            if whole < row.step <= step:
+                self.write(row)
+
+    def catch_up(self, step: int) -> None:
+        self.rewind(step)
 
     def close(self) -> None:
         pass
@@ -150,6 +180,18 @@ class TensorBoard:
             if file.write(data.getvalue()) < data.tell():
                 raise OSError("no space left on the device")
         self._end += data.tell()
+
+
+def _histogram(quantiles: Sequence[float]) -> "HistogramProto":
+    """Shares of values by the logarithm of their size; the smallest lie within a decade."""
+    from tensorboard.compat.proto.histogram_pb2 import HistogramProto
+
+    shares: dict[float, float] = {}
+    for quantile, percent, below in zip(quantiles, PERCENTS, (0, *PERCENTS), strict=False):
+        edge = math.log10(max(quantile, _SMALLEST))
+        shares[edge] = shares.get(edge, 0.0) + (percent - below) / 100
+    edges = list(shares)
+    return HistogramProto(min=edges[0] - 1, max=edges[-1], num=1.0, bucket_limit=edges, bucket=list(shares.values()))
 
 
 class Plots:
@@ -191,6 +233,9 @@ class Plots:
         pass
 
     def rewind(self, step: int) -> None:
+        pass
+
+    def catch_up(self, step: int) -> None:
         pass
 
     def close(self) -> None:
@@ -262,6 +307,33 @@ def _start_painter(folder: Path) -> "subprocess.Popen[bytes]":
     )
 
 
+def last_recorded_step(folder: Path) -> int | None:
+    """The last step in the newest TensorBoard file of `folder` that has one; None where there is none."""
+    for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+        if (record := _last_record(path.read_bytes())) is None:
+            continue
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.event_pb2 import Event as Record
+
+        with suppress(DecodeError):
+            event = Record.FromString(record)
+            if event.HasField("summary"):
+                return int(event.step)
+    return None
+
+
+def _last_record(data: bytes) -> bytes | None:
+    """A record is its length in 8 bytes, a checksum in 4, the content, and a checksum in 4."""
+    start, last = 0, None
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        if start + 16 + length > len(data):  # torn
+            break
+        last = data[start + 12 : start + 12 + length]
+        start += 16 + length
+    return last
+
+
 class TextLog:
     """`log.txt`: one line per row, event and console message, for `tail -f`. Never rewritten."""
 
@@ -269,11 +341,31 @@ class TextLog:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / self.name
+        self._unsaid: deque[str] = deque(maxlen=1000)
+
+    def say(self, text: str) -> None:
+        """Add a line of any text; one that cannot be written now waits for the next, the oldest of many are lost."""
+        self._unsaid.append(_dated(text))
+        with suppress(OSError):
+            while self._unsaid:
+                self._add(self._unsaid[0])
+                self._unsaid.popleft()
 
     def line(self, text: str) -> None:
-        """Add a line of any text."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+        """Add a line of any text.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._add(_dated(text))
+
+    def _add(self, line: str) -> None:
+        data = line.encode("utf-8", "replace")
+        with self._path.open("ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(data) < len(data):
+                file.truncate(before)
+                raise OSError("no space left on the device")
 
     def write(self, row: Row) -> None:
         values = "  ".join(f"{name} {value:.6g}" for name, value in sorted(row.values.items()))
@@ -286,5 +378,12 @@ class TextLog:
     def rewind(self, step: int) -> None:
         self.line(f"continues after step {step}; what stands above of later steps is done anew")
 
+    def catch_up(self, step: int) -> None:
+        self.line(f"lines up to step {step} could not be written; the values are in metrics.jsonl")
+
     def close(self) -> None:
         pass
+
+
+def _dated(text: str) -> str:
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n"

@@ -35,6 +35,7 @@ def verify(recipe: str, overrides: Sequence[str], *, steps: int, kills: int) -> 
     if steps < 1 or kills < 1:
         raise ConfigError(f"command line: --steps {steps} --kills {kills}: both must be at least 1")
     own = [*overrides, f"limits.steps={steps}", "limits.hours=null", "log.tensorboard=false", "log.plots=false"]
+    own += ["backup=null", "alerts.webhook=null"]
     if not any(text.startswith("checkpoints.every=") for text in overrides):
         own.append(f"checkpoints.every={max(1, steps // 10)} steps")
     # Written down once: a recipe file that is edited meanwhile does not count.

@@ -154,6 +154,7 @@ def main() -> None:
     import torch._dynamo  # noqa: F401
 
     import opsin.session  # noqa: F401
+    import tests.chaos.poisoned  # noqa: F401  # makes its method known
 
     gc.freeze()  # children share the memory of what is never collected
     commands: dict[str, Callable[[Mapping[str, Any]], object]] = {"train": train, "stop": stop, "kill": kill}

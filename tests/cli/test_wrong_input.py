@@ -263,7 +263,7 @@ def test_damage_is_survived_where_it_can_be_and_told_where_not(tmp_path: Path, o
     assert (tmp_path / "flipped" / "model.safetensors").read_bytes() == whole
 
     damaged = (f"hopeless/{newest}: state.pt: has 0 bytes", "hopeless/checkpoints/step-00000002: state.pt: has 0 bytes")
-    too_new = f"new/{newest}: too new: format 99, this opsin .* reads up to 1; upgrade opsin"
+    too_new = f"new/{newest}: too new: format 99, this opsin .* reads up to 2; upgrade opsin"
     expected = (
         (too_new,),
         (*damaged, "hopeless/checkpoints: no valid checkpoint is left; start over with --fresh"),

@@ -72,7 +72,7 @@ def test_a_teacher_that_is_watched_teaches_the_same(tmp_path: Path) -> None:
     train_digits(tmp_path / "watched", "epochs=1", *TEACHER, "evaluators.val=null", *monitors)
     train_digits(tmp_path / "alone", "epochs=1", *TEACHER, *UNWATCHED)
     assert_equal_weights(tmp_path)
-    assert {"collapse/cosine", "collapse/student_rank"} <= seen_in(tmp_path / "watched")
+    assert {"collapse/cosine", "collapse/student_rank", "gradients/student_head_q50"} <= seen_in(tmp_path / "watched")
     assert not {name for name in seen_in(tmp_path / "alone") if name.startswith(("collapse/", "system/"))}
 
 

@@ -15,6 +15,7 @@ from opsin import curves
 from opsin.curves import EPOCH, HIGH, LOW, MAX_POINTS, MEAN, MINUTES, Curve, History
 from opsin.errors import RunError
 from opsin.plots import RunPlots, draw_run
+from opsin.quantiles import PERCENTS
 from opsin.reporting import Journal
 from tests.digits_run import train_digits
 
@@ -89,9 +90,28 @@ def test_the_picture_widens_with_the_number_of_panels(tmp_path: Path) -> None:
         assert two.width == 2 * width
 
 
+def test_gradients_are_drawn_by_part(tmp_path: Path) -> None:
+    parts = {
+        f"gradients/{part}_q{percent:02}": 10.0 ** (depth - 4 + percent / 100)
+        for depth, part in enumerate(["layer_00", "layer_01", "head"])
+        for percent in PERCENTS
+    }
+    journal = open_journal(tmp_path)
+    for step in (1, 2):
+        journal.log(step, float(step), parts, time_s=step)
+    assert names(draw_run(tmp_path)) == ["gradients.png"]
+    with Image.open(tmp_path / "plots" / "gradients.png") as picture:
+        assert 0.02 < np.mean(np.asarray(picture.convert("L")) < 250) < 0.5
+
+
 @pytest.mark.parametrize(
     "values",
     [
+        pytest.param({f"gradients/a_q{percent:02}": 0.0 for percent in PERCENTS}, id="gradients of nothing"),
+        pytest.param({"gradients/a_q50": 1.0}, id="a quantile alone"),
+        pytest.param(
+            {f"gradients/part_{n}_q{percent:02}": 1e-3 for n in range(80) for percent in PERCENTS}, id="many parts"
+        ),
         pytest.param({"train/lr": 0.0, "train/momentum": 0.0}, id="zeros"),
         pytest.param({"train/loss": -3.0}, id="negative loss"),
         pytest.param({"train/loss": math.nan, "train/lr": 1e-12}, id="nothing finite"),

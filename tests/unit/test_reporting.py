@@ -28,6 +28,9 @@ class Memory:
     def event(self, event: Event) -> None:
         self._keep(event)
 
+    def catch_up(self, step: int) -> None:
+        self._keep(f"catch up {step}")
+
     def rewind(self, step: int) -> None:
         self._keep(f"rewind {step}")
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from opsin.errors import CheckpointError, ConfigError, RunError
 from opsin.evaluation.accuracy import AccuracyReport
 from opsin.reporting import read_rows
-from opsin.results import evaluate_run, export_run, load
+from opsin.results import ScoreName, Weights, evaluate_run, export_run, load
 from tests.digits_run import STEPS_PER_EPOCH, train_digits
 from tests.unit.data.pictures import fill
+
+SCORES: tuple[ScoreName, ...] = ("knn", "linear")
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 
@@ -91,6 +93,18 @@ def test_features_are_scored_as_the_run_scores_them(tmp_path: Path) -> None:
             assert report.as_dict()[score] == last[f"{prefix}/{score}"]
     assert reports["knn"].as_dict()["bank"] == 900
     assert reports["knn"].lines()[0].startswith("k-NN (k 5) top-1 ")
+
+
+def test_scores_that_share_features_are_those_taken_one_by_one(tmp_path: Path) -> None:
+    train_digits(tmp_path / "run", "epochs=1", "ema.decay=0.9", "evaluators={knn: {}, linear: {}}")
+    last = list(read_rows(tmp_path / "run" / "metrics.jsonl"))[-1].values
+    kinds: list[tuple[Weights, str]] = [("raw", ""), ("ema", "_ema")]
+    for weights, suffix in kinds:
+        alone = {name: evaluate_run(tmp_path / "run", (name,), weights=weights)[name] for name in SCORES}
+        together = evaluate_run(tmp_path / "run", SCORES, weights=weights)
+        for name in SCORES:
+            assert together[name].as_dict() == alone[name].as_dict()
+            assert last[f"{name}{suffix}/top1"] == alone[name].as_dict()["top1"]
 
 
 def test_the_weights_that_a_run_began_with_can_be_scored_without_any_saved(run: Path) -> None:

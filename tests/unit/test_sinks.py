@@ -12,6 +12,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from opsin.plots import draw_run
+from opsin.quantiles import quantile_names
 from opsin.reporting import Journal, read_rows
 from opsin.sinks import CsvTable, Plots, SinkName, TensorBoard, open_sinks
 
@@ -94,6 +95,19 @@ def test_a_missing_package_is_a_notice(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(notices) == 2
     assert "pip install tensorboard" in notices[0]
     assert "pip install matplotlib" in notices[1]
+
+
+def test_tensorboard_has_quantiles_as_a_histogram(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path, "tensorboard")
+    sizes = [0.0, 0.01, 0.01, 0.1, 1.0, 10.0]
+    quantiles = dict(zip(quantile_names("gradients", "layer_00"), sizes, strict=True))
+    journal.log(1, 0.5, {**quantiles, "train/loss": 1.0, "gradients/odd_q05": 1.0}, time_s=1.0)
+    journal.close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(reader.Tags()["scalars"]) == {"epoch", "gradients/odd_q05", "train/loss"}
+    (seen,) = reader.Histograms("gradients/layer_00 (log10)")
+    assert seen.histogram_value.bucket_limit == pytest.approx([-30, -2, -1, 0, 1])
+    assert seen.histogram_value.bucket == pytest.approx([0.05, 0.45, 0.25, 0.2, 0.05])
 
 
 def test_tensorboard_goes_on_after_a_folder_could_not_be_written(tmp_path: Path) -> None:

@@ -141,11 +141,27 @@ class Batch:
         )
 
 
+class Detour(Protocol):
+    """The updates `first` to `last - 1` get other images than they had; `attempt` says which."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
+
+    @property
+    def attempt(self) -> int: ...
+
+
 class Data(Protocol):
     """Batches addressed by step."""
 
     facts: DataFacts
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of updates `start` to `stop - 1`; resume is a later `start`."""
+    def batches(self, start: int, stop: int, detours: Sequence[Detour] = ()) -> Iterator[Batch]:
+        """The batches of updates `start` to `stop - 1`; resume is a later `start`.
+
+        `detours`, the newest last, are the ways around earlier troubles.
+        """
         ...

@@ -188,8 +188,12 @@ def rectangles(
     return torch.where(found, height.gather(1, first)[:, 0], 0), torch.where(found, width.gather(1, first)[:, 0], 0)
 
 
-def cut(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """`box` out of `image` uint8 [C, H, W], resized and mirrored as asked: uint8 [C, S, S]."""
+def cut(image: Tensor, box: Box, crop: Crop, *, interleaved: bool = False) -> Tensor:
+    """`box` out of `image` uint8 [C, H, W], resized and mirrored as asked: uint8 [C, S, S].
+
+    `interleaved` asks for the colours of a pixel side by side in memory: the kernel that resizes works that way, and
+    would put them apart at almost the price of the resize.
+    """
     top, left, height, width, flip = box
     if top >= 0 and left >= 0 and top + height <= image.shape[1] and left + width <= image.shape[2]:
         region = image[:, top : top + height, left : left + width]
@@ -200,7 +204,8 @@ def cut(image: Tensor, box: Box, crop: Crop) -> Tensor:
         if crop.padding == "zero":
             region = region * (row_inside.T & column_inside).to(image.device)
     if (height, width) != (crop.size, crop.size):
-        region = _resize(region[None], crop.size, crop.size, crop)[0]
+        region = region[None].contiguous(memory_format=torch.channels_last) if interleaved else region[None]
+        region = _resize(region, crop.size, crop.size, crop)[0]
     return region.flip(-1) if flip else region
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opsin import seeding
 from opsin.data.augment import Normalize, num_cached
-from opsin.data.base import Augment, Batch, Blend, DataFacts, Source, Views
+from opsin.data.base import Augment, Batch, Blend, DataFacts, Detour, Source, Views
 from opsin.data.crops import CenterCrop
 from opsin.data.mix import Mix
 from opsin.data.order import Order, share
@@ -21,6 +21,7 @@ from opsin.data.quarantine import Failure, Quarantine
 from opsin.data.resident import Residence, Resident, byte_limit, read_everything
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError
+from opsin.trail import Trail
 
 
 class TrainingData:
@@ -46,10 +47,12 @@ class TrainingData:
         prefetch: int = 4,
         resident: Residence = "auto",
         channels_last: bool = False,
+        trail: Trail | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.facts = facts
+        self._trail = trail or Trail()
         self._source = source
         self._views = views
         self._order = order
@@ -64,7 +67,7 @@ class TrainingData:
         self._finish = _Finish(facts, seed=seed, device=device, channels_last=channels_last)
         self._resident: Resident | None = None
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, detours: Sequence[Detour] = ()) -> Iterator[Batch]:
         """The batches of updates `start` to `stop - 1`; a resumed run begins with a later `start`.
 
         Raises:
@@ -72,19 +75,22 @@ class TrainingData:
             ConfigError: `resident` is true and the images have several sizes.
             TrainingError: a worker process ended by itself.
         """
-        tasks = (self._task(step) for step in range(start, stop))
+        self._trail.at_step(start)
+        tasks = (self._task(step, detours) for step in range(start, stop))
         for step, raw in enumerate(self._read(tasks), start):
             for failure in raw.failures:
                 self._quarantine.add(*failure)
-            place, ids = self._order.ids(step)
+            place, ids = self._order.ids(step, detours)
+            self._trail.at_step(step, ids.numpy().tobytes())
             views, clock = self._views[place.stage], self._order.timeline.clock(step)
             part = share(len(ids), rank=self._rank, world=self._world)
             masks = self._masks(views, place.epoch, ids, part)
             mixes = clock.stage.mix and clock.epoch < views.mix_until * clock.total_epochs
             yield self._finish(raw, place.epoch, views, masks, mix=views.mix if mixes else None)
+            self._trail.at_step(step + 1)
 
-    def _task(self, step: int) -> Task:
-        place, ids = self._order.ids(step)
+    def _task(self, step: int, detours: Sequence[Detour]) -> Task:
+        place, ids = self._order.ids(step, detours)
         own = ids[share(len(ids), rank=self._rank, world=self._world)]
         return Task(self._views[place.stage].crops, place.epoch, own)
 
@@ -111,7 +117,7 @@ class TrainingData:
         if self._resident is not None:
             return map(self._resident.read, tasks)
         return read_batches(
-            Reader(self._source, self._seed),
+            Reader(self._source, self._seed, interleaved=self._device.type != "cpu"),
             tasks,
             workers=self._workers,
             prefetch=self._prefetch,
@@ -149,7 +155,7 @@ class EvaluationData:
     ) -> None:
         self.facts = facts
         self._views = Views({"image": CenterCrop(size=facts.image_size, resize=resize, flip="none")})
-        self._reader = Reader(source, seed=0, unreadable="leave out")
+        self._reader = Reader(source, seed=0, unreadable="leave out", interleaved=device.type != "cpu")
         self._device = device
         self._workers = workers
         self._prefetch = prefetch
@@ -240,7 +246,7 @@ class _Finish:
             at_once = num_cached(images)
             for first in range(0, len(images), at_once):
                 part = slice(first, first + at_once)
-                coloured = images[part].float().div_(255)
+                coloured = images[part].to(torch.float32, memory_format=torch.contiguous_format).div_(255)
                 for op, numbers in zip(ops, draws, strict=True):
                     coloured = op(coloured, numbers[part])
                 self._normalize(coloured, out=out[part])

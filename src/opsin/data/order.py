@@ -1,17 +1,22 @@
-"""Which images each step trains on: a pure function of (seed, step).
+"""Which images each step trains on: a pure function of (seed, step), and of the detours where there are some.
 
 Shapes: b images of a batch over all processes, N of a source, n of a stage.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from opsin import seeding
+from opsin.data.base import Detour
 from opsin.errors import ConfigError
 from opsin.timeline import Place, Timeline
+
+_EPOCHS = 1 << 32
+"""More than any run has; even, since some things alternate from epoch to epoch."""
 
 
 class Order:
@@ -28,24 +33,51 @@ class Order:
         self.timeline = timeline
         self._seed = seed
         self._members = [class_share(labels, stage.data_fraction, seed) for stage in timeline.stages]
-        self._epochs: dict[int, Tensor] = {}
+        self._passes: dict[tuple[object, ...], Tensor] = {}
         for stage, members in zip(timeline.stages, self._members, strict=True):
             steps_per_epoch(len(members), stage.batch_size, drop_last=drop_last)
 
-    def ids(self, step: int) -> tuple[Place, Tensor]:
-        """Where `step` lies, and the ids of its batch, int64 [b]."""
+    def ids(self, step: int, detours: Sequence[Detour] = ()) -> tuple[Place, Tensor]:
+        """Where `step` lies, and the ids of its batch, int64 [b].
+
+        In a detour (the newest comes last) these are images of the same pass that no step of a detour showed before,
+        as far as the pass has such. The place then has an epoch of its own: all that is drawn for the images differs.
+        """
         place = self.timeline.place(step)
         first = place.batch * place.batch_size
-        return place, self._epoch(place)[first : first + place.batch_size]
+        ids = self._pass(step, place, detours)[first : first + place.batch_size]
+        attempt = max((detour.attempt for detour in detours if detour.first <= step < detour.last), default=0)
+        return replace(place, epoch=place.epoch + attempt * _EPOCHS), ids
 
-    def _epoch(self, place: Place) -> Tensor:
-        if place.epoch not in self._epochs:
-            # The end of one epoch and the start of the next are asked for in turns by loaders that read ahead.
-            for old in sorted(self._epochs)[:-1]:
-                del self._epochs[old]
-            members = self._members[place.stage]
-            self._epochs[place.epoch] = members[seeding.permutation(self._seed, place.epoch, len(members))]
-        return self._epochs[place.epoch]
+    def _pass(self, step: int, place: Place, detours: Sequence[Detour]) -> Tensor:
+        """The ids of the pass over the data that `step` lies in, in order, int64 [n]."""
+        start = step - place.batch
+        length = self.timeline.stages[place.stage].steps_per_epoch
+        inside = tuple(
+            (detour.attempt, max(detour.first - start, 0), min(detour.last - start, length))
+            for detour in detours
+            if detour.first < start + length and start < detour.last
+        )
+        key = (place.epoch, inside)
+        if key not in self._passes:
+            # The end of one pass and the start of the next are asked for in turns by loaders that read ahead.
+            for old in list(self._passes)[:-1]:
+                del self._passes[old]
+            self._passes[key] = self._shuffle(place, inside)
+        return self._passes[key]
+
+    def _shuffle(self, place: Place, detours: Sequence[tuple[int, int, int]]) -> Tensor:
+        """The ids of a pass; `detours` are attempts with the batches of the pass, from and to, that they replace."""
+        members = self._members[place.stage]
+        number = seeding.permutation(self._seed, place.epoch, len(members))
+        left_out = torch.zeros(len(members), dtype=torch.bool)
+        for attempt, first, last in detours:
+            batches = slice(first * place.batch_size, last * place.batch_size)
+            left_out[number[batches]] = True
+            others = seeding.permutation(seeding.fold_in(self._seed, "detour", attempt), place.epoch, len(members))
+            others = others[left_out[others].argsort(stable=True)]
+            number[batches] = others[: len(number[batches])]
+        return members[number]
 
 
 def class_share(labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from opsin.data.base import Source, UnreadableImage
 from opsin.data.crops import Crop, boxes_for, cut
 from opsin.data.quarantine import Failure, Read, read_or_replace
-from opsin.errors import DataError, OpsinError, TrainingError
+from opsin.errors import DataError, OpsinError, WorkerEnded
 
 _GROUP_BYTES = 64 << 20
 
@@ -71,6 +71,8 @@ class Reader:
     source: Source
     seed: int
     unreadable: Literal["replace", "leave out"] = "replace"
+    interleaved: bool = False
+    """Keep the colours of a pixel side by side in memory: less work here, more where a CPU colours the images."""
 
     def read(self, task: Task) -> RawBatch:
         """The images of `task`, as they look in its epoch.
@@ -78,10 +80,7 @@ class Reader:
         Raises:
             DataError: an image and all that could replace it are unreadable.
         """
-        views = {
-            name: torch.empty(crop.count, len(task.ids), 3, crop.size, crop.size, dtype=torch.uint8)
-            for name, crop in task.crops.items()
-        }
+        views = {name: self._room(crop, len(task.ids)) for name, crop in task.crops.items()}
         failures: list[Failure] = []
         kept: list[int] = []
         labels: list[int] = []
@@ -92,6 +91,12 @@ class Reader:
             self._cut(task, group, {name: view[:, first : len(kept)] for name, view in views.items()})
         views = {name: view[:, : len(kept)] for name, view in views.items()}
         return RawBatch(views, _int64(labels), _int64(kept), tuple(failures))
+
+    def _room(self, crop: Crop, count: int) -> Tensor:
+        """uint8 [copies, count, C, S, S], not filled."""
+        if self.interleaved:
+            return torch.empty(crop.count, count, crop.size, crop.size, 3, dtype=torch.uint8).movedim(-1, 2)
+        return torch.empty(crop.count, count, 3, crop.size, crop.size, dtype=torch.uint8)
 
     def _reads(self, ids: Tensor, failures: list[Failure]) -> Iterator[tuple[int, Read]]:
         """Each id that is kept with its image; what could not be read is added to `failures`."""
@@ -117,7 +122,7 @@ class Reader:
                     crop, heights, widths, seed=self.seed, epoch=task.epoch, ids=ids, view=name, copy=copy
                 )
                 for shown, (_, read), box in zip(view, group, boxes.one_by_one(), strict=True):
-                    shown.copy_(cut(read.image, box, crop))
+                    shown.copy_(cut(read.image, box, crop, interleaved=self.interleaved))
 
 
 def read_batches(
@@ -130,7 +135,7 @@ def read_batches(
 
     Raises:
         OpsinError: what a worker raised.
-        TrainingError: a worker ended by itself.
+        WorkerEnded: a worker ended by itself.
     """
     if workers == 0:
         return map(reader.read, tasks)
@@ -189,7 +194,7 @@ def _from_workers(
                     raise batch.kind(*batch.faults)
                 yield batch
         except RuntimeError as error:
-            raise TrainingError(_describe_end(error, workers)) from error
+            raise WorkerEnded(_describe_end(error, workers)) from error
         finally:
             # Ends the workers in order. Left to the garbage collector, the loader would wait for its own dead threads.
             del batches

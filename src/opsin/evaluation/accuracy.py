@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opsin.errors import ConfigError, DataError
 from opsin.methods.base import Method
-from opsin.rundir import write_atomic
+from opsin.outlets import write_whole
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.scene import Scene, StillData, untouched
 
@@ -29,6 +29,9 @@ class AccuracyConfig(EvaluatorConfig):
     name: Literal["accuracy"] = "accuracy"
     batch_size: int = Field(256, gt=0)
     """Images per forward pass; changes speed and memory, not scores."""
+    views: Literal[1, 2, 6] = 1
+    """Views of an image whose probabilities are averaged: 1 is the image, 2 adds its mirror image, 6 both shifted by
+    a pixel to either side as well. More views cost as many forward passes; say so beside the score."""
 
     def build(self, scene: Scene, prefix: str) -> "Accuracy":
         if scene.validation is None:
@@ -46,7 +49,9 @@ class AccuracyConfig(EvaluatorConfig):
             autocast=scene.autocast,
             device=scene.device,
             batch_size=self.batch_size,
-            save_to=scene.folder / "confusion.json",
+            views=self.views,
+            write=scene.write,
+            save_to=scene.folder / ("confusion.json" if prefix == "val" else f"confusion_{prefix}.json"),
         )
 
     def check(self, method: Method, prefix: str) -> None:
@@ -130,14 +135,18 @@ class Accuracy:
         autocast: Callable[[], AbstractContextManager[None]],
         device: torch.device,
         batch_size: int = 256,
+        views: int = 1,
         save_to: Path | None = None,
+        write: Callable[[Path, bytes], None] = write_whole,
     ) -> None:
         """`save_to` is a JSON file that holds the confusions of the last evaluation."""
         self._data = data
         self._autocast = autocast
         self._device = device
         self._batch_size = batch_size
+        self._views = views
         self._save_to = save_to
+        self._write = write
 
     def evaluate(self, method: Method) -> Mapping[str, float]:
         """`top1`, `loss`, and `top5` where there are more than five classes.
@@ -146,9 +155,16 @@ class Accuracy:
             DataError: the data does not fit, see `evaluate` of this module.
         """
         assert isinstance(method, Classifier), "checked when the run was assembled"
-        report = evaluate(method, self._data, autocast=self._autocast, device=self._device, batch_size=self._batch_size)
+        report = evaluate(
+            method,
+            self._data,
+            autocast=self._autocast,
+            device=self._device,
+            batch_size=self._batch_size,
+            views=self._views,
+        )
         if self._save_to is not None:
-            save_confusion(self._save_to, report)
+            self._write(self._save_to, confusion_json(report))
         return report.values
 
 
@@ -160,8 +176,9 @@ def evaluate(
     device: torch.device,
     top: tuple[int, ...] = (1, 5),
     batch_size: int = 256,
+    views: int = 1,
 ) -> AccuracyReport:
-    """The scores of `method` on all labelled images of `data`.
+    """The scores of `method` on all labelled images of `data`, each seen in so many `views`.
 
     Leaves weights, train mode and random numbers as they are. Nothing is read from the device before
     the end. A `top` of K or more is left out, since every guess would be right.
@@ -178,8 +195,8 @@ def evaluate(
         for batch in data.batches(batch_size):
             batch = batch.to(device)
             with autocast():
-                logits = method.logits(batch.views["image"][0])
-            logits = logits.float()  # [B, K]
+                seen = [method.logits(view) for view in show(batch.views["image"][0], views)]
+            logits = mean_scores([logits.float() for logits in seen])  # [B, K]
             if logits.shape[1] != len(classes):
                 raise DataError(
                     f"the network tells {logits.shape[1]} classes apart, the data has {len(classes)}; "
@@ -202,6 +219,25 @@ def evaluate(
     return AccuracyReport({**values, "loss": loss.item() / images}, table, classes, images)
 
 
-def save_confusion(path: Path, report: AccuracyReport) -> None:
-    """Write classes, confusion matrix (row = true class) and accuracy per class as JSON; NaN becomes null."""
-    write_atomic(path, (json.dumps(report.as_dict()) + "\n").encode())
+def show(images: Tensor, views: int) -> list[Tensor]:
+    """The images [B, C, S, S] as they are, mirrored, and both of these shifted along the diagonal: 1, 2 or 6 views."""
+    if views == 1:
+        return [images]
+    both = [images, images.flip(-1)]
+    if views == 2:
+        return both
+    side = images.shape[-1]
+    padded = [F.pad(view, (1, 1, 1, 1), "reflect") for view in both]
+    return both + [view[..., at : at + side, at : at + side] for at in (0, 2) for view in padded]
+
+
+def mean_scores(logits: list[Tensor]) -> Tensor:
+    """The logarithm of the mean probabilities; one table of scores [B, K] is left as it is."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
+
+
+def confusion_json(report: AccuracyReport) -> bytes:
+    """Classes, confusion matrix (row = true class) and accuracy per class as JSON; NaN becomes null."""
+    return (json.dumps(report.as_dict()) + "\n").encode()

@@ -22,7 +22,7 @@ from opsin.errors import DataError
 from opsin.nn.backbone import Tokens
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.precision import exact_products
-from opsin.training.scene import Labelled, LabelledChoice, Scene, StillData, untouched
+from opsin.training.scene import Labelled, LabelledChoice, SameWeights, Scene, StillData, untouched
 
 TOPS = (1, 5)
 _FEATURES_SHARE = 0.6
@@ -60,6 +60,7 @@ class FeatureScoreConfig(EvaluatorConfig, ABC):
             device=scene.device,
             seconds=self.seconds,
             batch_size=self.batch_size,
+            same_weights=scene.same_weights,
         )
 
 
@@ -142,7 +143,9 @@ class FeatureScore:
         device: torch.device,
         seconds: float | None = None,
         batch_size: int = 256,
+        same_weights: SameWeights | None = None,
     ) -> None:
+        """Features are shared with other scores of the same images through `same_weights`; None for no sharing."""
         self._labelled = labelled
         self._score = score
         self._title = title
@@ -150,6 +153,7 @@ class FeatureScore:
         self._device = device
         self._seconds = math.inf if seconds is None else seconds
         self._batch_size = batch_size
+        self._same_weights = same_weights or SameWeights()
 
     def evaluate(self, method: FeatureNetwork) -> Mapping[str, float]:
         """`top1`, and `top5` where there are more than five classes.
@@ -170,6 +174,17 @@ class FeatureScore:
             DataError: no image can be read.
         """
         started = time.perf_counter()
+        found = self._features(method, started)
+        with torch.no_grad(), exact_products():
+            hits = self._score(found.bank, found.queries, started + self._seconds)
+        values = {f"top{k}": count / hits.images for k, count in hits.right.items()}
+        return FeatureReport(self._title, values, hits.facts, len(found.bank.labels), hits.images, hits.is_cut)
+
+    def _features(self, method: FeatureNetwork, started: float) -> "_Extracted":
+        """The features of bank and queries, or of their first images: those that another score has, where they do."""
+        kept = self._same_weights.found
+        if isinstance(kept, _Extracted) and kept.serves(method, self._labelled, self._batch_size, self._seconds):
+            return kept
         images = [data.facts.samples for data in (self._labelled.queries, self._labelled.bank)]
         # The queries first, in their share of the time: what they leave is for the bank.
         ends = [started + _FEATURES_SHARE * self._seconds * part for part in (images[0] / sum(images), 1.0)]
@@ -179,10 +194,30 @@ class FeatureScore:
             )
             for data, until_s in zip((self._labelled.queries, self._labelled.bank), ends, strict=True)
         )
-        with torch.no_grad(), exact_products():
-            hits = self._score(bank, queries, started + self._seconds)
-        values = {f"top{k}": count / hits.images for k, count in hits.right.items()}
-        return FeatureReport(self._title, values, hits.facts, len(bank.labels), hits.images, hits.is_cut)
+        found = _Extracted(method, self._labelled, self._batch_size, self._seconds, bank, queries)
+        self._same_weights.keep(found)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Extracted:
+    """What a network makes of bank and queries, and how it was asked."""
+
+    network: FeatureNetwork
+    labelled: Labelled
+    batch_size: int
+    seconds: float
+    """Time for the evaluation; where that was too short, features are fewer than images."""
+    bank: Features
+    queries: Features
+
+    def serves(self, network: FeatureNetwork, labelled: Labelled, batch_size: int, seconds: float) -> bool:
+        """Whether a score with these settings would get the same features, or fewer for want of time."""
+        pairs = ((self.bank, labelled.bank), (self.queries, labelled.queries))
+        is_whole = all(len(features.labels) == images.facts.samples for features, images in pairs)
+        # Other batches round otherwise: whose features are shared must not be seen in a score.
+        is_same = self.network is network and self.labelled is labelled and self.batch_size == batch_size
+        return is_same and (is_whole or seconds <= self.seconds)
 
 
 def extract(

@@ -22,7 +22,7 @@ from opsin.errors import ConfigError
 from opsin.evaluation.map_pictures import Blocks, draw_attention, draw_predictions
 from opsin.methods.base import Method
 from opsin.nn.vit import VisionTransformer
-from opsin.rundir import write_atomic
+from opsin.outlets import write_whole
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.scene import Scene, StillData, untouched
 
@@ -47,6 +47,7 @@ class MapsConfig(EvaluatorConfig):
             device=scene.device,
             folder=scene.folder / "maps" / ("" if prefix == "maps" else prefix),
             repeats=self.repeats,
+            write=scene.write,
         )
 
     def check(self, method: Method, prefix: str) -> None:
@@ -127,6 +128,7 @@ class Maps:
         device: torch.device,
         folder: Path,
         repeats: int = 4,
+        write: Callable[[Path, bytes], None] = write_whole,
     ) -> None:
         """Pictures go into `folder`."""
         self.step = 0
@@ -135,6 +137,7 @@ class Maps:
         self._device = device
         self._folder = folder
         self._repeats = repeats
+        self._write = write
 
     def evaluate(self, method: Method) -> Mapping[str, float]:
         """`error_0`, ... by level, the finest first: the mean over all patches or cells that can be hidden.
@@ -162,10 +165,9 @@ class Maps:
                 attention = self.attention(method.backbone, images)
                 values["attention_spread"] = float(_spread(attention).mean())
                 pictures["attention"] = draw_attention(shown, attention)
-        self._folder.mkdir(parents=True, exist_ok=True)
         written = {kind: self._folder / f"{name}-{kind}.png" for kind in pictures}
         for kind, path in written.items():
-            write_atomic(path, pictures[kind])
+            self._write(path, pictures[kind])
         return MapsReport(values, list(written.values()))
 
     def errors(self, method: Explainer, images: Tensor) -> tuple[list[Tensor], list[Blocks]]:

@@ -30,7 +30,9 @@ class Losses:
     measures: Mapping[str, Tensor] = field(default_factory=dict)
     """Detached facts without gradient, logged as `train/<name>`."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """Detached feature vectors [N, D] by encoder (`student`, `teacher`), for monitors."""
+    """Detached feature vectors [N, D] by encoder (`student`, `teacher`), for monitors.
+
+    Those of a predictor have names that begin with `prediction`: they are measured, but say nothing of a collapse."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,7 @@ class HJepa(IJepa):
         groups = split_by_decay(self.encoder, name="encoder.", hidden=True)
         for level, predictor in enumerate(self.predictors):
             factor = self.config.level_schedules[level] if self.config.level_schedules else 1.0
-            groups += split_by_decay(predictor, name=f"predictors.{level}.", lr_factor=factor)
+            groups += split_by_decay(predictor, name=f"predictors.{level}.", lr_factor=factor, hidden=True)
             if level + 1 < self.levels:
                 groups += split_by_decay(self.hints[level], name=f"hints.{level}.", lr_factor=factor)
         return groups

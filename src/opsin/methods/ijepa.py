@@ -260,7 +260,7 @@ class IJepa(Method):
     def param_groups(self) -> Sequence[ParamGroup]:
         return [
             *split_by_decay(self.encoder, name="encoder.", hidden=True),
-            *split_by_decay(self.predictors, name="predictors."),
+            *split_by_decay(self.predictors, name="predictors.", hidden=True),
         ]
 
     def encode(self, images: Tensor) -> Tokens:

@@ -26,6 +26,9 @@ _NOTHING = 1 / 50
 """This share of a small divergence is none."""
 _SAME = 1 / 100
 """This share of a small angle is none."""
+_PREDICTED = "prediction"
+"""How the names of features begin that no encoder gives. What cannot be predicted yet is predicted by its mean: that
+such features are narrow says how little is known, not that encoders have collapsed."""
 
 
 class CollapseConfig(MonitorConfig):
@@ -55,6 +58,9 @@ class CollapseConfig(MonitorConfig):
     """No teacher: the features of teacher and student have at least this cosine while they are below `std`, or come a
     hundred times closer to 1."""
 
+    def delay(self, row_steps: int) -> int:
+        return self.patience + 2 * row_steps
+
     def build(self, timeline: Timeline) -> "Collapse":
         warmup = max(100, timeline.total_steps // 100) if self.warmup == "auto" else self.warmup
         return Collapse(self, warmup=warmup)
@@ -80,7 +86,7 @@ class Collapse(Monitor):
             "feature_collapse from the start": _Spell(10 * patience),
         }
         self._std = math.nan
-        """The smallest of the encoders, as last measured."""
+        """The smallest of the encoders, as last judged."""
         self._vectors = math.inf
         self._largest: dict[str, float] = {}
         """The largest `std` of each encoder so far."""
@@ -119,7 +125,8 @@ class Collapse(Monitor):
         if self._verdict is None:
             return None
         spell = self._spells[self._verdict]
-        return Finding(self._verdict.split()[0], f"{spell.text} since step {spell.since}")
+        assert spell.since is not None, "it lasts"
+        return Finding(self._verdict.split()[0], f"{spell.text} since step {spell.since}", spell.since)
 
     def _symptoms(self, values: Mapping[str, float]) -> "dict[str, _Symptom]":
         """What this row says of each kind; nothing where it lacks the values."""
@@ -226,10 +233,13 @@ class _Spell:
 
 
 def _by_encoder(values: Mapping[str, float], suffix: str) -> dict[str, float]:
-    """The values `collapse/<encoder><suffix>` by encoder."""
+    """The values `collapse/<encoder><suffix>` by encoder; predictions are measured, but not judged."""
     prefix = "collapse/"
     return {
         name[len(prefix) : -len(suffix)]: value
         for name, value in values.items()
-        if name.startswith(prefix) and name.endswith(suffix) and not math.isnan(value)
+        if name.startswith(prefix)
+        and not name.startswith(prefix + _PREDICTED)
+        and name.endswith(suffix)
+        and not math.isnan(value)
     }

@@ -51,4 +51,5 @@ class Gradients(Monitor):
             "gradient_explosion",
             f"gradient explosion: norm {norm:.3g}, {norm / max(usual, 1e-9):.0f} times its median, "
             f"since step {self._since}; lower optim.lr, or set optim.clip_norm",
+            self._since,
         )

@@ -1,29 +1,24 @@
 """Whether training is as fast as it was."""
 
 import math
-import os
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from opsin.cadence import StepEvery
 from opsin.reporting import Row
 from opsin.timeline import Timeline
 from opsin.training.alerts import Finding, Monitor, MonitorConfig
-from opsin.training.state import StepReport, TrainState
 
 
 class ThroughputConfig(MonitorConfig):
-    """Memory of the process, and a verdict where images per second fall behind those of earlier in this session."""
+    """Tells when images per second fall behind those of earlier in this session; measures nothing."""
+
+    judges_the_machine: ClassVar[bool] = True
 
     name: Literal["throughput"] = "throughput"
-    every: StepEvery = "1 epoch"
-    """How often memory is measured; speed is in every row."""
     share: float = Field(0.8, gt=0, lt=1)
     """Slow is below this share of the baseline."""
     skip: int = Field(3, ge=0)
@@ -62,11 +57,6 @@ class Throughput(Monitor):
         self._recent: deque[_Pace] = deque(maxlen=config.patience)
         self._since: int | None = None
 
-    def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
-        """`system/memory_gib`: what this process holds of the machine's memory."""
-        held = _resident_bytes()
-        return {} if held is None else {"system/memory_gib": held / 2**30}
-
     def judge(self, row: Row) -> Finding | None:
         before, self._before = self._before, row
         stage = self._timeline.place(row.step - 1).stage
@@ -88,16 +78,7 @@ class Throughput(Monitor):
         self._since = row.step if self._since is None else self._since
         if len(self._recent) < self._config.patience or any(seen.images_per_s >= limit for seen in self._recent):
             return None
-        return Finding("slow", _in_words(_middle(self._recent), usual, self._since))
-
-
-def _resident_bytes() -> int | None:
-    """None where the system does not tell it as Linux does."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return None
+        return Finding("slow", _in_words(_middle(self._recent), usual, self._since), self._since)
 
 
 def _pace(row: Row, before: Row | None) -> _Pace | None:

@@ -1,7 +1,7 @@
 """A small fast convolutional network for small images, after airbench.
 
 Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (sections 3.1 to 3.3): a fixed first
-layer that whitens patches, three blocks of two convolutions, norms that learn an offset only.
+layer that whitens patches, three blocks of two or three convolutions, norms that learn an offset only.
 Shapes: B images, C channels, S side in pixels, D width of the last block.
 """
 
@@ -20,6 +20,8 @@ from opsin.nn.backbone import Backbone, ModelConfig, Tokens
 _PATCH = 2
 _POOLED = 2**3
 
+BlockConvs = Literal[2, 3]
+
 
 class ConvNetConfig(ModelConfig):
     """A fast network for images of about 32 px."""
@@ -27,6 +29,8 @@ class ConvNetConfig(ModelConfig):
     name: Literal["convnet"] = "convnet"
     widths: tuple[int, int, int] = (32, 128, 128)
     """Channels of the three blocks; each halves the side of the image."""
+    convs: tuple[BlockConvs, BlockConvs, BlockConvs] = (2, 2, 2)
+    """Convolutions in each block, 2 or 3; a third one stands beside a shortcut around it and the second."""
     norm_momentum: float = Field(0.4, gt=0, le=1)
     """Share of the newest batch in the running statistics."""
 
@@ -50,7 +54,10 @@ class ConvNet(Backbone):
         self.whiten.weight.requires_grad = False
         inputs = (whitened, *config.widths[:-1])
         self.blocks = nn.Sequential(
-            *(Block(a, b, config.norm_momentum) for a, b in zip(inputs, config.widths, strict=True))
+            *(
+                Block(a, b, config.norm_momentum, convs=convs)
+                for a, b, convs in zip(inputs, config.widths, config.convs, strict=True)
+            )
         )
 
     def forward(self, images: Tensor) -> Tokens:
@@ -82,18 +89,23 @@ class ConvNet(Backbone):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with norm and activation; the first halves the side."""
+    """Two or three 3x3 convolutions with norm and activation; the first halves the side."""
 
-    def __init__(self, inputs: int, outputs: int, norm_momentum: float) -> None:
+    def __init__(self, inputs: int, outputs: int, norm_momentum: float, *, convs: BlockConvs = 2) -> None:
         super().__init__()
         self.conv1 = _filter(inputs, outputs)
         self.norm1 = _norm(outputs, norm_momentum)
         self.conv2 = _filter(outputs, outputs)
         self.norm2 = _norm(outputs, norm_momentum)
+        self.has_shortcut = convs == 3
+        if self.has_shortcut:
+            self.conv3 = _filter(outputs, outputs)
+            self.norm3 = _norm(outputs, norm_momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        return F.gelu(self.norm2(self.conv2(x)))
+        y = F.gelu(self.norm2(self.conv2(x)))
+        return F.gelu(self.norm3(self.conv3(y)) + x) if self.has_shortcut else y
 
 
 def _check_side(image_size: int) -> None:

@@ -46,10 +46,12 @@ class Prototypes(nn.Module):
         """Unit vectors [..., d] to scores [..., K]; all at once, for small K."""
         return F.linear(vectors, self.weight_g * F.normalize(self.weight_v, dim=1))
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Some prototypes at a time, as [C, d] in `dtype`, without gradient."""
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some prototypes at a time, as [C, d] in `dtype`, and the lengths of their vectors, [C, 1]; no gradient."""
         for part in _parts(len(self.weight_v)):
-            yield part, _scaled(self.weight_v.detach()[part], self.weight_g.detach()[part]).to(dtype)
+            vectors = self.weight_v.detach()[part]
+            norms = vectors.norm(dim=1, keepdim=True)
+            yield part, (vectors * (self.weight_g.detach()[part] / norms)).to(dtype), norms
 
     def reach(self) -> float | None:
         """The highest score of a unit vector, where it is known for all time: lengths are not learned."""
@@ -90,7 +92,7 @@ def teacher_targets(vectors: Tensor, prototypes: Prototypes, center: Tensor, tem
     mean_scores = flat.new_empty(count)
     found: list[tuple[Tensor, ...]] = []
     with torch.autocast(flat.device.type, enabled=False):
-        for part, weights in prototypes.chunks(flat.dtype):
+        for part, weights, _ in prototypes.chunks(flat.dtype):
             mean_scores[part] = F.linear(mean, weights)[0]
             logits = F.linear(sharp, weights.to(dtype)).to(flat.dtype) + offset[part]
             high, winner = logits.max(1)
@@ -174,19 +176,21 @@ class _Pass:
         """The highest exponent of each vector so far, which is taken off all; 0 where none can grow large."""
         reach = prototypes.reach()
         self.bounded = reach is not None and reach / temperature < _SAFE_EXPONENT[self.dtype]
-        num_bytes = len(self.flat) * len(prototypes.weight_v) * self.dtype.itemsize
+        num_bytes = (len(self.flat) + len(self.asked)) * len(prototypes.weight_v) * self.dtype.itemsize
         self.keeps = num_bytes <= _KEPT_BYTES
         self.kept: list[tuple[Tensor, Tensor]] = []
+        self.norms: list[Tensor] = []
 
     def look(self) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient for the vectors."""
         pushed = torch.zeros_like(self.flat)  # sum_k exp(s_k) W_k
         pulled = self.flat.new_zeros(len(self.asked), self.flat.shape[1])  # sum_k q_k W_k
-        for (part, weights), shares in zip(self.prototypes.chunks(self.dtype), self.shares, strict=True):
-            chunk, high = self._exponentials(weights)
+        for (part, weights, norms), shares in zip(self.prototypes.chunks(self.dtype), self.shares, strict=True):
+            both, high = self._both(weights, part)
+            adding = both[: len(self.flat)].sum(1, keepdim=True, dtype=self.sums.dtype)
             # Not `@`: linear layers take the faster kernels of a CPU.
-            pushing, adding = F.linear(chunk, weights.T), chunk.sum(1, keepdim=True, dtype=self.sums.dtype)
-            pulled += F.linear(self.asked[:, part], weights.T) * shares
+            pushing, pulling = F.linear(both, weights.T).tensor_split([len(self.flat)])
+            pulled += pulling * shares
             if self.bounded:
                 pushed += pushing
                 self.sums += adding
@@ -195,8 +199,9 @@ class _Pass:
                 before, now, self.top = torch.exp(self.top - top), torch.exp(high - top), top
                 pushed = pushed * before + pushing * now
                 self.sums = self.sums * before + adding * now
+            self.norms.append(norms)
             if self.keeps:
-                self.kept.append((chunk, high))
+                self.kept.append((both, high))
         answers = torch.einsum("vg,gbd->vbd", self.pairs, pulled.view(self.pairs.shape[1], *self.vectors.shape[1:]))
         counts = self.pairs.sum(1)[:, None]  # [V, 1]
         logs = self.sums.log() if self.bounded else self.sums.log() + self.top
@@ -214,36 +219,37 @@ class _Pass:
         pushing, pulling = pushing / unit, pulling / unit
         grad_v = torch.empty_like(weight_v)
         grad_g = torch.empty_like(weight_g) if scale_learns else None
-        for index, part in enumerate(_parts(len(weight_v))):
+        for index, (part, norms) in enumerate(zip(_parts(len(weight_v)), self.norms, strict=True)):
             vectors, lengths = weight_v[part], weight_g[part]
-            if self.keeps:
-                chunk, high = self.kept[index]
-            else:
-                chunk, high = self._exponentials(_scaled(vectors, lengths).to(self.dtype))
+            weights = None if self.keeps else (vectors * (lengths / norms)).to(self.dtype)
+            both, high = self.kept[index] if weights is None else self._both(weights, part)
             own = pushing if self.bounded else pushing * torch.exp(high - self.top)
-            grad = F.linear(chunk.T, own.T.to(self.dtype)).to(weight_v.dtype)
-            grad -= F.linear(self.asked[:, part].T, (pulling * self.shares[index]).T.to(self.dtype))
-            norms = vectors.norm(dim=1, keepdim=True)
+            factors = torch.cat([own, -pulling * self.shares[index]])
+            grad = F.linear(both.T, factors.T.to(self.dtype)).to(weight_v.dtype)
             along = (grad * vectors).sum(1, keepdim=True) / norms
             if grad_g is not None:
                 grad_g[part] = along * unit
-            grad.sub_(vectors * (along / norms)).mul_(lengths / norms * unit)
-            grad_v[part] = grad
+            # Across the vector only, and straight into its place: these are the largest tensors of a step.
+            slopes = lengths / norms * unit
+            torch.mul(grad, slopes, out=grad_v[part]).addcmul_(vectors, along / norms * slopes, value=-1)
         return grad_v, grad_g
 
+    def _both(self, weights: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """The exponentials of student and teacher, [V B + G B, C], for prototypes [C, d].
+
+        Also what was taken off each exponent of the student, [V B, 1].
+        """
+        exponentials, high = self._exponentials(weights)
+        return torch.cat([exponentials, self.asked[:, part]]), high
+
     def _exponentials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, C] for prototypes [C, d], and what was taken off each exponent, [N, 1]."""
+        """[V B, C] for prototypes [C, d], and what was taken off each exponent, [V B, 1]."""
         logits: Tensor = F.linear(self.sharp, weights)
         if self.bounded:
             return logits.exp_(), self.sums
         exact = logits.to(self.flat.dtype)
         high = exact.amax(1, keepdim=True)
         return exact.sub_(high).exp_().to(self.dtype), high
-
-
-def _scaled(vectors: Tensor, lengths: Tensor) -> Tensor:
-    scaled: Tensor = vectors * (lengths / vectors.norm(dim=1, keepdim=True))
-    return scaled
 
 
 def _parts(count: int) -> Iterator[slice]:

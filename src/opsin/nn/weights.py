@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from opsin.compression import SUFFIX, decompressed
 from opsin.errors import CheckpointError, ConfigError
 from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.position import resize_grid
@@ -22,6 +23,7 @@ from opsin.nn.timm_backbone import TimmBackbone
 
 PREFIXES = ("", "backbone.", "module.", "encoder.", "model.", "teacher.backbone.", "student.backbone.")
 _CONTAINERS = ("method", "state_dict", "model", "teacher", "target_encoder", "encoder")
+_IN_FOLDERS = ("state.pt", f"state.pt{SUFFIX}", "model.safetensors")
 _SHOWN = 5
 
 
@@ -108,7 +110,7 @@ def load_weights(
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
-        if not (inside := [path / name for name in ("state.pt", "model.safetensors") if (path / name).is_file()]):
+        if not (inside := [path / name for name in _IN_FOLDERS if (path / name).is_file()]):
             raise CheckpointError(
                 f"{path}: holds neither model.safetensors nor state.pt; "
                 "name a finished run, or one checkpoint as RUN/checkpoints/step-00000123"
@@ -119,7 +121,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        file = decompressed(path) if path.suffix == SUFFIX else path
+        content: object = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, or is no torch file, and is not opened for safety; "

@@ -1,36 +1,41 @@
-"""Which states of a run are saved and kept, and which one it goes on from."""
+"""The checkpoints of a run: when its state is saved, beside training, and which one it goes on from."""
 
 import errno
-import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from pydantic import Field
-
-from opsin.cadence import Every, StepEvery, is_due
-from opsin.config import Settings
+from opsin.cadence import is_due
 from opsin.errors import CheckpointError, Diverged, RunError, Stopped
 from opsin.reporting import Fact
-from opsin.rundir import write_atomic
 from opsin.timeline import Timeline
+from opsin.training.background import Background
 from opsin.training.checkpoint_format import (
     Checkpoint,
     DamagedCheckpoint,
     find_checkpoints,
     load_into,
+    name_of,
     read_checkpoint,
-    remove_checkpoint,
-    remove_leftovers,
-    size_bytes,
-    write_checkpoint,
 )
-from opsin.training.state import TrainState
+from opsin.training.checkpoint_writer import remove_leftovers, room, write_checkpoint
+from opsin.training.retention import (
+    BEST,
+    CheckpointConfig,
+    Retention,
+    Scored,
+    among_best,
+    best_checkpoint,
+    read_best,
+    write_best,
+)
+from opsin.training.snapshot import Buffers, Snapshot, take_snapshot
+from opsin.training.state import Detour, TrainState
 
 __all__ = [
     "Checkpoint",
@@ -43,23 +48,7 @@ __all__ = [
     "read_checkpoint",
 ]
 
-_BEST = "best.json"
 _MIB = 2**20
-
-
-class CheckpointConfig(Settings):
-    """When state is saved, and what is kept. The last step and a stop are always saved."""
-
-    every: Every = "1 epoch"
-    """How often: `500 steps`, `1 epoch`, `10 minutes` of training, or `never`."""
-    keep: int = Field(2, ge=1)
-    """How many of the newest are kept."""
-    milestones: StepEvery | None = None
-    """Steps or epochs whose checkpoints are saved and kept for ever (`50 epochs`); null for none."""
-    best: str | None = "val/top1"
-    """The score whose best checkpoint is kept; null for none."""
-    best_mode: Literal["max", "min"] = "max"
-    """Whether the highest or the lowest score is the best."""
 
 
 class Checkpoints:
@@ -75,11 +64,15 @@ class Checkpoints:
         say: Callable[[str, Mapping[str, Fact]], None],
         last_step: int | None = None,
         on_restore: Callable[[int], None] = lambda step: None,
+        on_written: Callable[[Path], None] = lambda path: None,
+        margin: Callable[[int], int] | None = None,
     ) -> None:
         """`say` gets the kind and the facts of an event: always `step`; where all is not well `warning`, a sentence.
 
         `last_step` is where the run ends if not with the timeline. `on_restore` gets the step that the run goes on from
-        (0 where there is no checkpoint), before any event: what was logged after it is to be forgotten.
+        (0 where there is no checkpoint), before any event: what was logged after it is to be forgotten. `on_written`
+        gets each complete checkpoint, in the thread that wrote it, before older ones are removed; it must not raise.
+        `margin` gives for a step how many steps before it a healthy checkpoint lies; None where none is asked for.
         """
         self._folder = folder
         self._config = config
@@ -88,13 +81,18 @@ class Checkpoints:
         self._say = say
         self._last_step = timeline.total_steps if last_step is None else last_step
         self._on_restore = on_restore
-        self._newest: int | None = None
+        self._on_written = on_written
+        self._margin = margin
+        self._retention = Retention(folder, config, self._is_milestone, margin=margin)
+        self._buffers = Buffers() if config.background else None
+        self._writing: Background[_Written] | None = None
+        self._newest: tuple[int, tuple[Detour, ...]] | None = None
         self._tried_s = 0.0
 
     @property
     def newest_step(self) -> int | None:
-        """The step of the newest checkpoint that this process has read or written."""
-        return self._newest
+        """The step of the newest checkpoint that this process has read or has on disk."""
+        return None if self._newest is None else self._newest[0]
 
     def restore(self, fresh: TrainState) -> TrainState:
         """`fresh` with the newest valid checkpoint in it, or as it is where there is none.
@@ -123,15 +121,13 @@ class Checkpoints:
                 f"{self._folder}: the run has done {fresh.step} steps, the recipe ends after {self._last_step}; "
                 "ask for more epochs, or train into another --out"
             )
-        self._newest = None if stored is None else stored.step
+        self._newest = None if stored is None else (stored.step, stored.detours)
         self._tried_s = fresh.elapsed_s
         self._on_restore(fresh.step)
         for path, fault in damaged.items():
             self._set_aside(path, fault, fresh.step)
-        best = _read_best(self._folder)
-        if best is not None and best.step > fresh.step:
-            # It will be found again: everything is a function of the step.
-            (self._folder / _BEST).unlink(missing_ok=True)
+        # Later ones will be found again: everything is a function of the step.
+        self._retention.forget_scores_after(fresh.step)
         if stored is not None:
             changed = stored.recipe != self._fingerprint
             self._say("resumed", {"step": stored.step, "elapsed_s": stored.elapsed_s, "recipe_changed": changed})
@@ -140,16 +136,22 @@ class Checkpoints:
     def save_if_due(self, state: TrainState, *, stopping: bool = False) -> Path | None:
         """The checkpoint of this step if one is due, else None; also None where it cannot be written.
 
-        Due are `every`, `milestones`, the last step and a stop: but for minutes, functions of the step.
+        Due are `every`, `milestones`, the last step and a stop: but for minutes, functions of the step. The last two
+        are on disk when this returns; the others may be under way, and a failure is told later.
         A failure at the last step shows in `newest_step`.
 
         Raises:
             RunError: `stopping`, and it cannot be written.
         """
+        if self._writing is not None and self._writing.is_done:
+            self.wait()
         reason = "stop" if stopping else self._why(state)
         if reason is None:
             return None
-        path = self.save(state, reason=reason)
+        path = self._begin(state, reason)
+        if not stopping and state.step != self._last_step:
+            return path
+        path = self._saved(state)
         if path is None and stopping:
             raise RunError(
                 f"{self._folder}: the checkpoint of step {state.step} could not be written before the stop; "
@@ -163,7 +165,10 @@ class Checkpoints:
 
     @contextmanager
     def rescue(self, state: TrainState) -> Iterator[None]:
-        """An exception inside writes an emergency checkpoint, if the state is whole and worth it."""
+        """An exception inside writes an emergency checkpoint, if the state is whole and worth it.
+
+        At the end everything is written, whatever the end is.
+        """
         try:
             yield
         except (Stopped, Diverged):  # a stop has its own already
@@ -171,30 +176,28 @@ class Checkpoints:
         except BaseException:
             self.emergency(state)
             raise
+        finally:
+            self._wait_in_peace(state.step)
 
     def save(self, state: TrainState, *, reason: str) -> Path | None:
-        """The checkpoint of this step, written if it is not there yet; None where it cannot be written.
+        """The checkpoint of this step, on disk when this returns; None where it cannot be written.
 
         A failure is told as an event; the next due step tries again.
         """
-        found = find_checkpoints(self._folder)
-        if state.step == self._newest and state.step in found:
-            return found[state.step]
-        self._tried_s = state.elapsed_s
-        started = time.monotonic()
-        try:
-            path = write_checkpoint(self._folder, state, recipe=self._fingerprint)
-        except OSError as error:
-            self._say("checkpoint_failed", {"step": state.step, "warning": self._failure_in_words(state, error)})
-            return None
-        self._newest = state.step
-        seconds = round(time.monotonic() - started, 3)
-        self._say("checkpoint", {"step": state.step, "path": path.name, "reason": reason, "seconds": seconds})
-        self._prune(state.step)
-        return path
+        self._begin(state, reason)
+        return self._saved(state)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; how that went is told as an event."""
+        if self._writing is None:
+            return
+        self._writing.join()  # a second Ctrl-C may end this, and the thread goes on
+        writing, self._writing = self._writing, None
+        self._tell(writing.result())
 
     def emergency(self, state: TrainState) -> Path | None:
         """After an exception: the checkpoint of the last whole state; None where there is none to save."""
+        self._wait_in_peace(state.step)
         if not state.whole or state.step == 0:
             return None
         try:
@@ -204,31 +207,45 @@ class Checkpoints:
             self._say("checkpoint_failed", {"step": state.step, "warning": warning})
             return None
 
+    def healthy(self, before_step: int) -> Path | None:
+        """The newest checkpoint of step `before_step` or an earlier one; None where there is none."""
+        self.wait()
+        return next(reversed([p for step, p in find_checkpoints(self._folder).items() if step <= before_step]), None)
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps to `unhealthy-step-...`: none is loaded, the next save removes them.
+
+        Raises:
+            OSError: one cannot be renamed.
+        """
+        self.wait()
+        self._retention.set_aside_after(step)
+        if self._newest is not None and self._newest[0] > step:
+            self._newest = None
+
     def note_scores(self, state: TrainState, scores: Mapping[str, float]) -> None:
-        """Mark the state as the best where `scores` says so."""
+        """Mark the state as one of the best where `scores` says so."""
         name = self._config.best
         if name is not None and name in scores:
             self.mark_best(state, scores[name])
 
     def mark_best(self, state: TrainState, score: float) -> bool:
-        """Save and keep the state if `score` beats all before; whether it does and could be saved."""
-        best = _read_best(self._folder)
-        sign = 1 if self._config.best_mode == "max" else -1
+        """Save and keep the state if `score` is among the best; whether it beats all and could be saved."""
         if not math.isfinite(score) or self._config.best is None:
             return False
-        if best is not None and best.name == self._config.best and sign * score <= sign * best.score:
+        mine = Scored(state.step, self._config.best, score)
+        best = among_best(read_best(self._folder), mine, self._config)
+        if best is None or self.save(state, reason="best") is None:
             return False
-        if self.save(state, reason="best") is None:
-            return False
-        facts = asdict(_Best(state.step, self._config.best, score))
         try:
-            write_atomic(self._folder / _BEST, (json.dumps(facts) + "\n").encode())
+            write_best(self._folder, best)
         except OSError as error:
-            self._say("checkpoint_failed", {"step": state.step, "warning": f"{_BEST} was not written: {error}"})
+            self._say("checkpoint_failed", {"step": state.step, "warning": f"{BEST} was not written: {error}"})
             return False
-        self._say("best", facts)
-        self._prune(state.step)
-        return True
+        if best[0] == mine:
+            self._say("best", asdict(mine))
+        self._tell_kept(state.step, self._retention.prune(state.step))
+        return best[0] == mine
 
     def _why(self, state: TrainState) -> str | None:
         if state.step == self._last_step:
@@ -238,18 +255,100 @@ class Checkpoints:
         minutes = (state.elapsed_s - self._tried_s) / 60
         return self._config.every if is_due(self._config.every, self._timeline, state.step, minutes) else None
 
-    def _prune(self, step: int) -> None:
-        """Remove what is neither among the newest, nor a milestone, nor the best."""
-        found = find_checkpoints(self._folder)
-        best = _read_best(self._folder)
-        kept = {*list(found)[-self._config.keep :], self._newest, best.step if best else None}
-        for old, path in found.items():
-            if old in kept or self._is_milestone(old):
-                continue
-            try:
-                remove_checkpoint(path)
-            except OSError as error:
-                self._say("checkpoint_kept", {"step": step, "warning": f"{path}: cannot be removed: {error}"})
+    def _is_milestone(self, step: int) -> bool:
+        return self._config.milestones is not None and is_due(self._config.milestones, self._timeline, step)
+
+    def _saved(self, state: TrainState) -> Path | None:
+        """The checkpoint of this state if it is on disk, once nothing is being written."""
+        self.wait()
+        there = self._newest == (state.step, state.detours)
+        return find_checkpoints(self._folder).get(state.step) if there else None
+
+    def _begin(self, state: TrainState, reason: str) -> Path | None:
+        """Where the state will be, unless writing fails; None where it has failed already."""
+        if (path := self._saved(state)) is not None:
+            return path
+        self._tried_s = state.elapsed_s
+        started = time.monotonic()
+        snapshot = take_snapshot(state, self._buffers)
+        write = partial(self._write, snapshot, reason, started, blocked_s=time.monotonic() - started)
+        if self._buffers is None:
+            self._tell(write())
+            return self._saved(state)
+        self._writing = Background(write, name="checkpoint")
+        return self._folder / name_of(state.step)
+
+    def _write(self, snapshot: Snapshot, reason: str, started: float, *, blocked_s: float) -> "_Written":
+        """Runs beside training: it says nothing itself."""
+        step, config = snapshot.step, self._config
+        level = config.compression_level if config.compression == "zstd" else None
+        about = {
+            "recipe": self._fingerprint,
+            "epoch": round(self._timeline.epoch(step), 4),
+            "milestone": self._is_milestone(step),
+            "margin": None if self._margin is None else self._margin(step),
+        }
+        kept: list[str] = []
+        try:
+            snapshot.wait()
+            kept += self._make_room(snapshot)
+            path = write_checkpoint(self._folder, snapshot, about, level=level)
+        except OSError as error:
+            return _Written(step, snapshot.detours, {}, self._reason(snapshot, error), kept)
+        seconds = time.monotonic() - started
+        self._on_written(path)
+        kept += self._retention.prune(step)
+        blocked_s = blocked_s if self._buffers is not None else seconds
+        times = {"seconds": round(seconds, 3), "blocked_s": round(blocked_s, 3)}
+        facts: dict[str, Fact] = {"step": step, "path": path.name, "reason": reason, **times}
+        return _Written(step, snapshot.detours, facts, None, kept)
+
+    def _make_room(self, snapshot: Snapshot) -> list[str]:
+        """Remove what the new checkpoint replaces if it does not fit beside it; what could not be removed.
+
+        Raises:
+            OSError: it does not fit even so; nothing was written.
+        """
+        faults: list[str] = []
+        needed, free = room(self._folder, snapshot)
+        if free < needed and self._config.make_room:
+            newest = list(find_checkpoints(self._folder).values())[-1:]
+            faults = self._retention.prune(snapshot.step, spared=newest)
+            free = room(self._folder, snapshot)[1]
+        if free < needed:
+            raise OSError(errno.ENOSPC, "the disk is full")
+        return faults
+
+    def _reason(self, snapshot: Snapshot, error: OSError) -> str:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return error.strerror or str(error)
+        needed, free = room(self._folder, snapshot)
+        return f"no space left (needs about {needed / _MIB:.1f} MiB, {free / _MIB:.1f} MiB are free)"
+
+    def _tell(self, written: "_Written") -> None:
+        step = written.step
+        if written.fault is None:
+            self._newest = (step, written.detours)
+            self._say("checkpoint", written.facts)
+        else:
+            warning = (
+                f"checkpoint of step {step} was not written: {written.fault}; {self._newest_in_words()}; "
+                "training goes on and tries again at the next due step"
+            )
+            self._say("checkpoint_failed", {"step": step, "warning": warning})
+        self._tell_kept(step, written.kept)
+
+    def _tell_kept(self, step: int, faults: Sequence[str]) -> None:
+        for fault in faults:
+            self._say("checkpoint_kept", {"step": step, "warning": fault})
+
+    def _wait_in_peace(self, step: int) -> None:
+        """Wait at the end of training, where another exception may be under way that is the one to be seen."""
+        try:
+            self.wait()
+        except Exception as error:
+            warning = f"the last checkpoint was not written: {error}; {self._newest_in_words()}"
+            self._say("checkpoint_failed", {"step": step, "warning": warning})
 
     def _set_aside(self, path: Path, fault: str, step: int) -> None:
         aside = path.with_name(f"damaged-{path.name}")
@@ -264,40 +363,21 @@ class Checkpoints:
             {"step": step, "warning": f"{fault}; renamed to {aside.name}, going back to step {step}"},
         )
 
-    def _is_milestone(self, step: int) -> bool:
-        return self._config.milestones is not None and is_due(self._config.milestones, self._timeline, step)
-
-    def _failure_in_words(self, state: TrainState, error: OSError) -> str:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = next(folder for folder in (self._folder, *self._folder.parents) if folder.exists())
-            needed, free = size_bytes(state) / _MIB, shutil.disk_usage(place).free / _MIB
-            reason = f"no space left (needs about {needed:.1f} MiB, {free:.1f} MiB are free)"
-        return (
-            f"checkpoint of step {state.step} was not written: {reason}; {self._newest_in_words()}; "
-            "training goes on and tries again at the next due step"
-        )
-
     def _newest_in_words(self) -> str:
-        return "there is no complete one" if self._newest is None else f"the newest complete one is step {self._newest}"
-
-
-def best_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in `folder` with the best score; None where none was marked."""
-    best = _read_best(folder)
-    return None if best is None else find_checkpoints(folder).get(best.step)
+        return (
+            "there is no complete one" if self._newest is None else f"the newest complete one is step {self._newest[0]}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class _Best:
+class _Written:
+    """How writing a checkpoint went."""
+
     step: int
-    name: str
-    score: float
-
-
-def _read_best(folder: Path) -> _Best | None:
-    try:
-        facts = json.loads((folder / _BEST).read_bytes())
-        return _Best(int(facts["step"]), str(facts["name"]), float(facts["score"]))
-    except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: the next best replaces it
-        return None
+    detours: tuple[Detour, ...]
+    facts: Mapping[str, Fact]
+    """What there is to tell of it, where all went well."""
+    fault: str | None
+    """Why it was not written."""
+    kept: Sequence[str]
+    """Sentences about older ones that could not be removed."""

@@ -1,10 +1,10 @@
-"""One checkpoint on disk: written whole or not at all, and verified when it is read.
+"""One checkpoint on disk: what is in it, and how it is verified and read.
 
 step-00000123/
-├── state.pt         weights, optimizer state and loss scale: plain tensors and numbers
+├── state.pt         weights, optimizer state and loss scale: plain tensors and numbers (state.pt.zst: compressed)
 └── manifest.json    format, step, training time, versions, and the sha256 of every file and of itself
 
-A checkpoint is written under a hidden name, synced, then renamed: whatever has the final name is complete.
+Whatever has such a name is complete: `training/checkpoint_writer.py` writes under a hidden name and renames.
 """
 
 import hashlib
@@ -16,22 +16,23 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from opsin import __version__
+from opsin.compression import SUFFIX, decompressed
 from opsin.errors import CheckpointError
-from opsin.rundir import sync_folder
-from opsin.training.state import TrainState
+from opsin.training.state import Detour, TrainState
 
-FORMAT = 1
-"""The newest format that this code reads, and the one that it writes."""
+FORMAT = 2
+"""The newest format that this code reads: 1, or 2 for what an older opsin would misread (compression, detours)."""
+
+STATE = "state.pt"
+MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"step-(\d+)")
-_STATE = "state.pt"
-_MANIFEST = "manifest.json"
 _OTHER_RECIPE = "undo the change of the recipe, or train into another --out"
 
 
@@ -53,6 +54,7 @@ class Checkpoint:
     loss_scale: Mapping[str, Tensor] | None
     ema: Mapping[str, Tensor] | None
     """The averaged weights by name; none where the run keeps none."""
+    detours: tuple[Detour, ...] = ()
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
@@ -61,42 +63,44 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def write_checkpoint(folder: Path, state: TrainState, *, recipe: str) -> Path:
-    """`folder/step-N` with the whole of `state`; survives a power cut once this returns.
+def name_of(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The facts about the checkpoint at `path`, verified.
 
     Raises:
-        OSError: it cannot be written (a full disk, say); nothing of it is left.
+        DamagedCheckpoint: it is missing or not what was written.
+        CheckpointError: written by a newer opsin.
     """
-    assert state.whole, "weights and moments belong to different steps"
-    path = folder / f"step-{state.step:08d}"
-    partial = folder / f".writing-{state.step}-{os.getpid()}"
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        sync_folder(folder.parent)
     try:
-        partial.mkdir()
-        facts = {
-            "format": FORMAT,
-            "step": state.step,
-            "elapsed_s": state.elapsed_s,
-            "opsin": __version__,
-            "torch": torch.__version__,
-            "recipe": recipe,
-            "optimizer": type(state.optimizer).__name__,
-            "files": {_STATE: _write_state(partial / _STATE, state)},
-        }
-        text = json.dumps({**facts, "sha256": _digest(facts)}, indent=2) + "\n"
-        with _SyncedFile(partial / _MANIFEST) as file:
-            file.write(text.encode())
-        sync_folder(partial)
-        if path.exists():
-            remove_checkpoint(path)
-        partial.rename(path)
-        sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return path
+        return _read_manifest(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _senseless(path, error) from error
+
+
+def verify(path: Path, *, content: bool = True) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path` after all its files were compared with it.
+
+    Without `content` only their sizes are, which takes no time.
+
+    Raises:
+        DamagedCheckpoint: a file is missing or not what was written.
+        CheckpointError: written by a newer opsin.
+    """
+    manifest = read_manifest(path)
+    try:
+        for name, stored in manifest["files"].items():
+            _verify(path, name, stored["bytes"], stored["sha256"] if content else None)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise _senseless(path, error) from error
+    return manifest
 
 
 def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> Checkpoint:
@@ -106,11 +110,12 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> Che
         DamagedCheckpoint: a file is missing or not what was written.
         CheckpointError: written by a newer opsin.
     """
+    manifest = verify(path)
     try:
-        manifest = _read_manifest(path)
-        for name, stored in manifest["files"].items():
-            _verify(path, name, stored["bytes"], stored["sha256"])
-        content = torch.load(path / _STATE, map_location=map_location, weights_only=True)
+        state: Path | IO[bytes] = path / STATE
+        if STATE not in manifest["files"]:
+            state = decompressed(path / f"{STATE}{SUFFIX}")
+        content = torch.load(state, map_location=map_location, weights_only=True)
         return Checkpoint(
             step=manifest["step"],
             elapsed_s=manifest["elapsed_s"],
@@ -120,10 +125,10 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> Che
             optimizer=content["optimizer"],
             loss_scale=content["loss_scale"],
             ema=content.get("ema"),
+            detours=tuple(Detour(**detour) for detour in manifest.get("detours", ())),
         )
     except OSError as error:
-        name = Path(error.filename or _STATE).name
-        raise DamagedCheckpoint(f"{path}: {name}: cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     except (
         ValueError,
         LookupError,
@@ -133,8 +138,7 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> Che
         RuntimeError,
         pickle.UnpicklingError,
     ) as error:
-        reason = str(error).partition("\n")[0]
-        raise DamagedCheckpoint(f"{path}: cannot be read: {type(error).__name__}: {reason}") from error
+        raise _senseless(path, error) from error
 
 
 def load_into(path: Path, state: TrainState) -> Checkpoint:
@@ -161,6 +165,7 @@ def load_into(path: Path, state: TrainState) -> Checkpoint:
         averages = state.method.state_dict() if stored.ema is None else stored.ema
         state.ema.load_state_dict({name: averages[name] for name in state.ema.state_dict()})
     state.step, state.elapsed_s, state.whole = stored.step, stored.elapsed_s, True
+    state.detours = stored.detours
     return stored
 
 
@@ -175,104 +180,42 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half written or half removed. Only for the one that holds the run's lock."""
-    for pattern in (".writing-*", ".removing-*"):
-        for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
-    for file in folder.glob(".*.writing"):
-        file.unlink(missing_ok=True)
-
-
-def size_bytes(state: TrainState) -> int:
-    """Bytes that a checkpoint of `state` takes on disk, but for a few KiB."""
-    moments = (value for entry in state.optimizer.state.values() for value in entry.values())
-    averages = {} if state.ema is None else state.ema.state_dict()
-    tensors = [
-        *state.method.state_dict().values(),
-        *averages.values(),
-        *(value for value in moments if isinstance(value, Tensor)),
-    ]
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-class _SyncedFile:
-    """A new file, hashed while it is written and synced when closed.
-
-    An error waits until the file is closed: torch writes from C++, where none may pass through.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb", buffering=0)
-        self._sha256 = hashlib.sha256()
-        self._error: OSError | None = None
-        self._bytes = 0
-
-    @property
-    def entry(self) -> dict[str, str | int]:
-        """What the manifest says about the file."""
-        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
-
-    def __enter__(self) -> "_SyncedFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            if self._error is None:
-                os.fsync(self._file.fileno())
-        if self._error is not None:
-            raise self._error
-
-    def write(self, data: bytes | memoryview) -> int:
-        rest = memoryview(data).cast("B")
-        size = len(rest)
-        self._sha256.update(rest)
-        self._bytes += size
-        try:
-            while rest and self._error is None:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            self._error = error
-        return size
-
-    def flush(self) -> None:
-        pass
-
-
-def _write_state(path: Path, state: TrainState) -> dict[str, str | int]:
-    scale = state.loss_scale
-    content = {
-        "method": dict(state.method.state_dict()),
-        "optimizer": state.optimizer.state_dict(),
-        "loss_scale": None if scale is None else {"scale": scale.scale, "good_steps": scale.good_steps},
-        "ema": None if state.ema is None else state.ema.state_dict(),
-    }
-    with _SyncedFile(path) as file:
-        torch.save(content, file)  # type: ignore[arg-type]  # it asks for `write` and `flush` only
-    return file.entry
+def digest(facts: Mapping[str, Any]) -> str:
+    """The sha256 of a manifest without its own."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((path / _MANIFEST).read_bytes())
+    facts: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
     written = facts.pop("sha256", None)
     # Before the hash: what a newer manifest hashes is not known here.
     if isinstance(facts["format"], int) and facts["format"] > FORMAT:
         raise CheckpointError(
             f"{path}: too new: format {facts['format']}, this opsin {__version__} reads up to {FORMAT}; upgrade opsin"
         )
-    if written != _digest(facts):
-        raise DamagedCheckpoint(f"{path}: {_MANIFEST}: does not have the sha256 that it states")
+    if written != digest(facts):
+        raise DamagedCheckpoint(f"{path}: {MANIFEST}: does not have the sha256 that it states")
     return facts
 
 
-def _verify(path: Path, name: str, size: int, sha256: str) -> None:
+def _verify(path: Path, name: str, size: int, sha256: str | None) -> None:
     with (path / name).open("rb") as file:
         found_size = os.fstat(file.fileno()).st_size
         if found_size != size:
             raise DamagedCheckpoint(f"{path}: {name}: has {found_size} bytes, {size} were written")
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+        found = None if sha256 is None else hashlib.file_digest(file, "sha256").hexdigest()
+    if found is not None and sha256 is not None and found != sha256:
         raise DamagedCheckpoint(f"{path}: {name}: sha256 is {found[:12]}..., {sha256[:12]}... was written")
+
+
+def _unreadable(path: Path, error: OSError) -> DamagedCheckpoint:
+    name = Path(error.filename or STATE).name
+    return DamagedCheckpoint(f"{path}: {name}: cannot be read: {error.strerror or error}")
+
+
+def _senseless(path: Path, error: Exception) -> DamagedCheckpoint:
+    reason = str(error).partition("\n")[0]
+    return DamagedCheckpoint(f"{path}: cannot be read: {type(error).__name__}: {reason}")
 
 
 def _check_fit(path: Path, stored: Checkpoint, state: TrainState) -> None:
@@ -295,7 +238,3 @@ def _check_fit(path: Path, stored: Checkpoint, state: TrainState) -> None:
     stored_sizes = [len(group["params"]) for group in stored.optimizer["param_groups"]]
     if sizes != stored_sizes:
         raise CheckpointError(f"{path}: parameter groups of {stored_sizes} tensors, not of {sizes}; {_OTHER_RECIPE}")
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from opsin.data.base import Data
 from opsin.errors import Stopped
 from opsin.rundir import RunDirectory
-from opsin.training.alerts import Alerts
+from opsin.training.alerts import Alerts, RollBack
 from opsin.training.checkpoint import Checkpoints
+from opsin.training.guard import Guard
 from opsin.training.observe import Evaluations, Observations
 from opsin.training.profile import Profile
 from opsin.training.state import StepPlan, TrainState
@@ -27,6 +28,7 @@ class Run:
     observations: Observations
     evaluations: Evaluations
     alerts: Alerts
+    guard: Guard
     stop: Stop
     directory: RunDirectory
     profile: Profile = field(default_factory=Profile)
@@ -35,18 +37,29 @@ class Run:
 def fit(run: Run) -> TrainState:
     """Train to `run.steps`; where checkpoints exist, go on from the newest valid one.
 
-    Only `train_step` changes weights. Saving comes before evaluation, so a long or failing
-    evaluation never costs training.
+    Only `train_step` changes weights, but for a rollback, which brings former ones back. Saving comes
+    before evaluation, so a long or failing evaluation never costs training.
 
     Raises:
         Stopped: a signal or the time limit; a checkpoint of this step is on disk.
-        TrainingError: too many updates in a row were cancelled, or a monitor asks for a stop; says why.
+        TrainingError: too many updates in a row were cancelled, a monitor asks for a stop, or for a rollback too
+            many; says why.
     """
     state = run.checkpoints.restore(run.fresh())
-    with run.stop, run.checkpoints.rescue(state), run.alerts.watch(state), run.observations.watch(state):
+    with run.stop, run.checkpoints.rescue(state):
+        while True:
+            try:
+                return _train(run, state)
+            except RollBack as trouble:
+                run.guard.roll_back(state, trouble)
+
+
+def _train(run: Run, state: TrainState) -> TrainState:
+    """Train `state` to `run.steps`."""
+    with run.alerts.watch(state), run.observations.watch(state):
         run.evaluations.run_if_due(state)
         run.alerts.judge(state)
-        batches = run.observations.waiting(run.data.batches(state.step, run.steps))
+        batches = run.observations.waiting(run.data.batches(state.step, run.steps, state.detours))
         for batch in run.profile.over(batches, state):
             report = train_step(state, batch, run.plan)
             run.profile.end_step(state)

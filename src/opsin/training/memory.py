@@ -5,6 +5,7 @@ from pydantic import Field
 from opsin.config import Settings
 from opsin.errors import ConfigError
 from opsin.methods.base import Method
+from opsin.training.splits import Policy
 
 
 class MemoryConfig(Settings):
@@ -14,6 +15,9 @@ class MemoryConfig(Settings):
     """Keep only what goes into each block, and compute the block once more in the backward pass (Chen et al. 2016)."""
     view_chunk: int | None = Field(None, gt=0)
     """Views of an image that go forward and backward at a time; null for all. For methods that see several."""
+    on_out_of_memory: Policy = "split"
+    """When memory ends: `split` doubles `accumulate` and goes on; `always` does so even where batch norm then sees
+    smaller parts; `stop` ends the run."""
 
 
 def save_memory(config: MemoryConfig, method: Method) -> None:

@@ -8,7 +8,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -23,7 +23,7 @@ from opsin.errors import Diverged
 from opsin.methods.base import Method
 from opsin.reporting import Journal
 from opsin.timeline import Timeline
-from opsin.training.alerts import Monitor
+from opsin.training.alerts import CANCELLED, Finding, Monitor
 from opsin.training.precision import peak_memory_bytes
 from opsin.training.scene import Scene
 from opsin.training.state import StepReport, TrainState
@@ -32,7 +32,7 @@ AVERAGED = "_ema"
 """Behind the prefix of a score: it is one of the averaged weights."""
 
 _SUMMARY = ("train/loss", "train/top1", "train/images_per_s")
-_HIDDEN = ("train/", "loss/", "time/", "collapse/", "system/")
+_HIDDEN = ("train/", "loss/", "time/", "collapse/", "system/", "gradients/")
 
 
 class Evaluator(Protocol):
@@ -89,10 +89,12 @@ class Observations:
         monitors: Sequence[tuple[str, Monitor]] = (),
         also_when: Callable[[TrainState], bool] = lambda state: False,
         on_stage: Callable[[int, int], None] = lambda stage, step: None,
+        on_streak: Callable[[Finding, int], None] = lambda finding, step: None,
     ) -> None:
         """`every` steps make a window; `limit` cancelled updates in a row end the run, as `last_step` does.
 
-        `on_stage` gets the number of each stage that begins, and the step.
+        `on_stage` gets the number of each stage that begins, and the step. `on_streak` is asked, with the step that
+        was one too many, before cancelled updates end the run; it may raise something else.
         """
         self._journal = journal
         self._timeline = timeline
@@ -103,6 +105,7 @@ class Observations:
         self._monitors = monitors
         self._also_when = also_when
         self._on_stage = on_stage
+        self._on_streak = on_streak
         self._window: list[StepReport] = []
         self._started = time.perf_counter()
         self._window_s = 0.0
@@ -190,7 +193,10 @@ class Observations:
         last = reports[-1]
         names = list(last.values)
         table = torch.stack([torch.stack([r.applied, *(r.values[name] for name in names)]) for r in reports]).tolist()
-        values = _means(names, [row[1:] for row in table if row[0] > 0])
+        made = [row[1:] for row in table if row[0] > 0]
+        values = _means(names, made)
+        if len(made) < len(reports):
+            values[CANCELLED] = float(len(reports) - len(made))
         values["train/lr"] = last.pace.lr
         values["train/momentum"] = last.pace.momentum
         values["train/weight_decay"] = last.pace.weight_decay
@@ -232,11 +238,20 @@ class Observations:
             "step_cancelled", report.step, loss=_readable(loss), grad_norm=_readable(norm), ids=report.ids.tolist()
         )
         if self._cancelled_in_a_row >= self._limit:
-            raise Diverged(
-                f"step {report.step}: {what}, and so were the {self._cancelled_in_a_row - 1} updates before it; "
-                f"limits.cancelled_in_a_row allows {self._limit}. The weights are those of step "
-                f"{report.step - self._cancelled_in_a_row}. Lower optim.lr, set optim.clip_norm, or try precision=fp32"
-            )
+            raise self._diverged(what, report.step)
+
+    def _diverged(self, what: str, step: int) -> Diverged:
+        # The numbers are those of the streak, whenever its window was read: a resume finds the same.
+        since = step - self._cancelled_in_a_row + 1
+        text = (
+            f"step {step}: {what}, and so were the {self._cancelled_in_a_row - 1} updates before it; "
+            f"limits.cancelled_in_a_row allows {self._limit}"
+        )
+        self._on_streak(Finding("cancelled", text, since), since + self._limit - 1)
+        return Diverged(
+            f"{text}. The weights are those of step {since - 1}. Lower optim.lr, set optim.clip_norm, or try "
+            "precision=fp32"
+        )
 
 
 class Evaluations:
@@ -252,7 +267,9 @@ class Evaluations:
         last_step: int,
         observations: Observations,
         on_scores: Callable[[TrainState, Mapping[str, float]], None],
+        same_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`same_weights` is entered around all evaluators that see the same weights, and left before these change."""
         self._journal = journal
         self._timeline = timeline
         self._evaluators = evaluators
@@ -260,6 +277,7 @@ class Evaluations:
         self._last_step = last_step
         self._observations = observations
         self._on_scores = on_scores
+        self._same_weights = same_weights
 
     def is_due(self, step: int) -> bool:
         """Whether any evaluator runs after `step` updates."""
@@ -267,21 +285,8 @@ class Evaluations:
 
     def run_if_due(self, state: TrainState) -> None:
         """Evaluate what is due at this step and has no score yet."""
-        known = self._journal.row(state.step)
-        scores: dict[str, float] = {}
         with self._observations.paused():
-            for prefix, (every, evaluator) in self._evaluators.items():
-                if not self._runs(every, state.step) or any(name.startswith(f"{prefix}/") for name in known):
-                    continue
-                if isinstance(evaluator, StepEvaluator):
-                    evaluator.step = state.step
-                if state.ema is not None:
-                    # First, so that what an evaluator leaves in a file is of the weights that train.
-                    with state.ema.in_place():
-                        averaged = evaluator.evaluate(state.method)
-                    scores.update({f"{prefix}{AVERAGED}/{name}": value for name, value in averaged.items()})
-                values = evaluator.evaluate(state.method)
-                scores.update({f"{prefix}/{name}": value for name, value in values.items()})
+            scores = self._score(state)
             if scores:
                 epoch = self._timeline.epoch(state.step)
                 # The best state is marked before the score is written: a run killed in between scores again.
@@ -289,6 +294,31 @@ class Evaluations:
                 self._journal.log(state.step, epoch, scores, time_s=state.elapsed_s)
             if self._timeline.ends_epoch(state.step) or scores:
                 self._summarise_epoch(state)
+
+    def _score(self, state: TrainState) -> dict[str, float]:
+        """What the evaluators say that are due and have no score in the journal, by full name."""
+        known = self._journal.row(state.step)
+        wanted = {
+            prefix: evaluator
+            for prefix, (every, evaluator) in self._evaluators.items()
+            if self._runs(every, state.step) and not any(name.startswith(f"{prefix}/") for name in known)
+        }
+        for evaluator in wanted.values():
+            if isinstance(evaluator, StepEvaluator):
+                evaluator.step = state.step
+        averaged: Mapping[str, Mapping[str, float]] = {}
+        if state.ema is not None and wanted:
+            # First, so that what an evaluator leaves in a file is of the weights that train.
+            with state.ema.in_place(), self._same_weights():
+                averaged = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
+        with self._same_weights():
+            trained = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
+        return {
+            f"{prefix}{suffix}/{name}": value
+            for prefix in wanted
+            for suffix, scores in ((AVERAGED, averaged), ("", trained))
+            for name, value in scores.get(prefix, {}).items()
+        }
 
     def _runs(self, every: str, step: int) -> bool:
         return step == self._last_step or is_due(every, self._timeline, step)

@@ -4,6 +4,7 @@ What is decided here is stated in the first lines of a run, with the reason.
 """
 
 import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -53,6 +54,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what is reserved and not used, so that it serves tensors of other sizes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def cpu_capabilities() -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opsin.data.base import Batch, DataFacts
+from opsin.outlets import write_whole
 
 
 class StillData(Protocol):
@@ -49,6 +50,37 @@ class Labelled:
     """What is scored."""
 
 
+class SameWeights:
+    """What an evaluator found out about the weights that it was shown, kept for others that are shown the same.
+
+    Who shows them says so, `with scene.same_weights.shown():`. Outside of that nothing is kept, so that nothing is
+    ever of other weights.
+    """
+
+    def __init__(self) -> None:
+        self._are_shown = False
+        self._found: object = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, nobody changes the weights; afterwards what was found is forgotten."""
+        self._are_shown = True
+        try:
+            yield
+        finally:
+            self._are_shown, self._found = False, None
+
+    @property
+    def found(self) -> object:
+        """What was kept last; None before."""
+        return self._found
+
+    def keep(self, found: object) -> None:
+        """Keep this for the others in the place of what was kept before."""
+        if self._are_shown:
+            self._found = found
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
     """What evaluators may look at."""
@@ -66,6 +98,10 @@ class Scene:
     device: torch.device
     folder: Path
     """The run directory."""
+    write: Callable[[Path, bytes], None] = write_whole
+    """Puts what an evaluator leaves into a file; no score is worth less because a disk is full."""
+    same_weights: SameWeights = field(default_factory=SameWeights)
+    """What evaluators that see the same weights share."""
 
 
 class Network(Protocol):

@@ -1,8 +1,10 @@
 """What training changes, what an update reports, and how an update is executed."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from opsin.data.base import Batch
 from opsin.methods.base import Losses, Method
 from opsin.nn.ema import ModelEma
 from opsin.timeline import Clock
+from opsin.training.splits import Splits
 from opsin.training.stopwatch import Stopwatch
 
 
@@ -40,6 +43,26 @@ class LossScale:
         self.good_steps.copy_(torch.where(grown, torch.zeros_like(good), good))
 
 
+@dataclass(frozen=True, slots=True)
+class Detour:
+    """A way around a trouble: steps that a rollback takes again, with other images than the first time.
+
+    The images of steps `first` to `last` - 1 follow from these numbers, so that a resume goes the same way.
+    """
+
+    first: int
+    """The step that training went back to."""
+    last: int
+    """The first step after the replaced ones."""
+    attempt: int
+    """1 for the first rollback of a run, 2 for the next."""
+    kind: str
+    """What was found: `Finding.kind`."""
+    lr_factor: float
+    """What learning rates are multiplied by in the steps `first` to `lr_until` - 1."""
+    lr_until: int
+
+
 @dataclass
 class TrainState:
     """Everything that training changes; a checkpoint is exactly this.
@@ -53,8 +76,15 @@ class TrainState:
     ema: ModelEma | None = None
     step: int = 0
     elapsed_s: float = 0.0
+    detours: tuple[Detour, ...] = ()
+    """One for each rollback so far, the newest last."""
     whole: bool = True
     """False in the middle of an update, when weights and moments belong to different steps."""
+
+    @property
+    def lr_factor(self) -> float:
+        """What the detours multiply learning rates by in the next update; 1 without any."""
+        return math.prod(one.lr_factor for one in self.detours if one.first <= self.step < one.lr_until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +117,15 @@ class StepReport:
     """Feature vectors [N, D] by encoder, of the last piece of the batch that had some."""
 
 
+@runtime_checkable
+class GradientViewer(Protocol):
+    """A monitor that looks at gradients, which are gone when an update is reported."""
+
+    def view_gradients(self, method: Method, step: int) -> None:
+        """Note what is wanted of the final gradients of update `step`, without waiting for the device."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """How an update is executed; never saved, may differ after a resume."""
@@ -100,9 +139,14 @@ class StepPlan:
     seed: int
     set_layers: Callable[[Clock], None] = lambda clock: None
     """Sets which layers learn."""
+    show_gradients: Callable[[Method, int], None] = lambda method, step: None
+    """Shows the gradients that the optimizer is about to get to those who watch; the number counts the update."""
     ema_decay: Callable[[int], float] = lambda step: 0.0
     """The decay of the averaged weights at a step."""
     accumulate: int = 1
+    """Parts that a batch is computed in, as asked for."""
+    splits: Splits = field(default_factory=Splits)
+    """More parts where memory ended; without a file it is the end of the run."""
     view_chunk: int | None = None
     """Views of an image that are computed forward and backward at a time; None: all."""
     clip_norm: float | None = None

@@ -5,7 +5,8 @@ finite, weights, moments, buffers and whatever the method updates stay as they w
 step counter moves. The host never waits for the answer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from opsin.data.base import Batch
 from opsin.methods.base import Losses
 from opsin.seeding import seed_layers
 from opsin.timeline import Clock
-from opsin.training.state import StepPlan, StepReport, TrainState
+from opsin.training.precision import release_memory
+from opsin.training.splits import is_out_of_memory
+from opsin.training.state import Pace, StepPlan, StepReport, TrainState
 from opsin.training.step_parts import span
 from opsin.training.stopwatch import Stopwatch
 
@@ -24,21 +27,37 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
 
     The gradient is the mean over the whole batch, in however many parts it is computed. Batch
     statistics (batch norm) see one part at a time; everything else is equal to the undivided batch.
+    Where memory does not suffice and the plan allows it, the update is begun again in smaller parts.
     """
+    while True:
+        parts = plan.accumulate * plan.splits.factor(state.step)
+        try:
+            return _update(state, batch, plan, parts)
+        except (RuntimeError, MemoryError) as error:
+            can_repeat = is_out_of_memory(error) and state.whole
+            if not (can_repeat and plan.splits.double(state.step, parts=parts, images=len(batch))):
+                raise
+        # Here and not above: with the error go the frames that it holds, and with these the tensors in them.
+        release_memory(batch.ids.device)
+
+
+def _update(state: TrainState, batch: Batch, plan: StepPlan, parts: int) -> StepReport:
     clock = plan.clock(state.step)
-    pace = plan.set_pace(state.optimizer, clock)
+    pace = _set_pace(state, clock, plan)
     plan.set_layers(clock)
     times = Stopwatch(batch.ids.device)
     buffers = list(state.method.buffers())
     before = [buffer.clone() for buffer in buffers]
     try:
-        values, features = _accumulate(state, batch, clock, plan, times)
+        values, features = _accumulate(state, batch.split(parts), clock, plan, times)
+        with span("optimizer"):
+            norm, applied = _settle_gradients(state, values["train/loss"], plan)
+            plan.show_gradients(state.method, state.step + 1)
     except BaseException:
         _restore(buffers, before)
         state.optimizer.zero_grad()
         raise
     with span("optimizer"):
-        norm, applied = _settle_gradients(state, values["train/loss"], plan)
         state.whole = False
         state.method.before_update(clock)
         state.optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]  # read by the fused kernels
@@ -58,15 +77,27 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
     return StepReport(state.step, clock, pace, values, applied, batch.ids, len(batch), times, features)
 
 
+def _set_pace(state: TrainState, clock: Clock, plan: StepPlan) -> Pace:
+    """What the schedules set, and for a while after a rollback a part of their learning rates."""
+    pace = plan.set_pace(state.optimizer, clock)
+    factor = state.lr_factor
+    if factor == 1:
+        return pace
+    for group in state.optimizer.param_groups:
+        group["lr"] *= factor
+    return replace(pace, lr=pace.lr * factor)
+
+
 def _accumulate(
-    state: TrainState, batch: Batch, clock: Clock, plan: StepPlan, times: Stopwatch
+    state: TrainState, parts: Sequence[Batch], clock: Clock, plan: StepPlan, times: Stopwatch
 ) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
     """Gradients of the mean loss over the batch, left on the parameters; the mean of what was said, and features."""
     total: dict[str, Tensor] = {}
     features: Mapping[str, Tensor] = {}
-    for index, part in enumerate(batch.split(plan.accumulate)):
+    images = sum(map(len, parts))
+    for index, part in enumerate(parts):
         seed_layers(plan.seed, state.step, plan.rank, index)
-        weight = len(part) / len(batch)
+        weight = len(part) / images
         for losses in _forward(state, part, clock, plan):
             times.lap("forward")
             loss = losses.total * weight

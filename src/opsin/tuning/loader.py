@@ -222,11 +222,15 @@ def measure_copies(recipe: Recipe, setting: Setting, seconds: float, device: tor
 
     def copy(raw: RawBatch) -> int:
         copied = [view.to(device, non_blocking=True) for view in raw.views.values()]
-        int(copied[-1].view(-1)[-1])
+        int(copied[-1][-1, -1, -1, -1, -1])
         return len(raw.ids)
 
     batches = read_batches(
-        Reader(images.train, recipe.seed), tasks(), workers=setting.workers, prefetch=setting.prefetch, pin_memory=pin
+        Reader(images.train, recipe.seed, interleaved=device.type != "cpu"),
+        tasks(),
+        workers=setting.workers,
+        prefetch=setting.prefetch,
+        pin_memory=pin,
     )
     for _ in range(max(1, setting.workers)):
         copy(next(batches))

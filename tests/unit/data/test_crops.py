@@ -67,6 +67,7 @@ def test_both_executors_agree(crop: Crop, height: int, width: int, epoch: int) -
         assert torch.equal(cut(image, box, crop), expected)
         interleaved = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         assert torch.equal(cut(interleaved, box, crop), expected)
+        assert torch.equal(cut(image, box, crop, interleaved=True), expected)
 
 
 @pytest.mark.parametrize("side", [20, 64, 70])

@@ -16,6 +16,7 @@ from opsin.data.mix import Mix
 from opsin.data.order import Order, steps_per_epoch
 from opsin.data.quarantine import Quarantine
 from opsin.data.resident import Residence
+from opsin.data.workers import Reader
 from opsin.errors import DataError
 from opsin.timeline import Stage, Timeline
 from tests.unit.data.pictures import fill
@@ -159,6 +160,18 @@ def test_batches_do_not_depend_on_how_many_images_are_coloured_at_once(
     monkeypatch.setattr("opsin.data.loading.num_cached", lambda _: at_once)
     for batch, whole in zip(training(pictures, views).batches(0, 3), expected, strict=True):
         assert_equal(batch, whole)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_interleaved_views_become_the_same_batch(
+    pictures: Source, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what a GPU is sent; here a CPU finishes them."""
+    expected = next(training(pictures, channels_last=channels_last).batches(0, 1))
+    monkeypatch.setattr("opsin.data.loading.Reader", lambda source, seed, **_: Reader(source, seed, interleaved=True))
+    batch = next(training(pictures, channels_last=channels_last).batches(0, 1))
+    assert_equal(batch, expected)
+    assert all(batch.views[name].stride() == expected.views[name].stride() for name in CROPS)
 
 
 def test_an_unreadable_image_is_replaced_with_its_label_and_listed(pictures: Source) -> None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from opsin.data.order import Order, check_share, class_share, share, steps_per_epoch
 from opsin.errors import ConfigError
 from opsin.timeline import Stage, Timeline
+from opsin.training.state import Detour
 
 
 def order(samples: int, batch_size: int, *, epochs: float = 3, drop_last: bool = True, seed: int = 0) -> Order:
@@ -122,3 +123,56 @@ def test_the_share_that_is_proposed_serves(count: int) -> None:
     with pytest.raises(ConfigError) as caught:
         check_share(labels, 1e-5, ("cat",), key="data_fraction")
     check_share(labels, float(str(caught.value).rpartition(" ")[2]), ("cat",), key="data_fraction")
+
+
+def taken(first: int, last: int, attempt: int = 1) -> Detour:
+    return Detour(first, last, attempt, "trouble", 1.0, first)
+
+
+def shown(source: Order, steps: range, *detours: Detour) -> list[int]:
+    return [index for step in steps for index in source.ids(step, detours)[1].tolist()]
+
+
+def test_a_detour_shows_other_images_of_the_same_pass() -> None:
+    # 100 images make 10 batches: the detour lies in the second pass.
+    source, detour = order(100, 10), taken(13, 16)
+    bad = shown(source, range(13, 16))
+    instead = shown(source, range(13, 16), detour)
+    assert not set(bad) & set(shown(source, range(10, 20), detour)), "the bad images sit out"
+    assert len(set(instead)) == len(bad)
+    for step in [*range(13), *range(16, 30)]:
+        assert torch.equal(source.ids(step, [detour])[1], source.ids(step)[1])
+        assert source.ids(step, [detour])[0] == source.ids(step)[0]
+
+
+def test_draws_of_a_detour_are_others() -> None:
+    source, detours = order(100, 10), [taken(13, 16), taken(15, 18, attempt=2)]
+    epochs = [source.ids(step, detours)[0].epoch for step in range(12, 19)]
+    assert epochs[0] == epochs[-1] == 1
+    assert len({*epochs[1:3]}) == len({*epochs[3:6]}) == 1
+    assert len({*epochs}) == 3
+    assert all(epoch % 2 == 1 for epoch in epochs), "what alternates from pass to pass does so in a detour"
+
+
+def test_a_second_detour_avoids_the_images_of_both() -> None:
+    source, first, second = order(100, 10), taken(13, 15), taken(12, 16, attempt=2)
+    bad = {*shown(source, range(13, 15)), *shown(source, range(12, 16), first)}
+    instead = shown(source, range(12, 16), first, second)
+    assert not bad & set(instead)
+    assert set(instead) != set(shown(source, range(12, 16), first))
+
+
+def test_a_detour_over_a_whole_pass_shows_its_images_in_another_order() -> None:
+    source, detour = order(30, 10), taken(2, 7)
+    assert sorted(shown(source, range(3, 6), detour)) == list(range(30))
+    assert shown(source, range(3, 6), detour) != shown(source, range(3, 6))
+
+
+@given(st.integers(0, 28), st.integers(1, 12), st.integers(0, 29))
+def test_a_step_has_the_same_batch_in_a_detour_whatever_was_asked_before(first: int, length: int, step: int) -> None:
+    detours = (taken(first, first + length), taken(max(0, first - 2), first + 3, attempt=2))
+    used = order(50, 5)
+    for other in (0, 29, step, 7):
+        used.ids(other)
+        used.ids(other, detours)
+    assert torch.equal(used.ids(step, detours)[1], order(50, 5).ids(step, detours)[1])

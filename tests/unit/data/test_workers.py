@@ -111,6 +111,14 @@ def test_a_batch_larger_than_the_held_memory_is_the_same(tmp_path: Path, monkeyp
     assert torch.equal(next(batches(Plain(tmp_path), 0)).views["small"], expected.views["small"])
 
 
+def test_interleaved_views_hold_the_same_pixels(tmp_path: Path) -> None:
+    task = Task({"image": RandomResizedCrop(size=8, count=2)}, epoch=1, ids=torch.arange(SAMPLES))
+    view = Reader(Plain(tmp_path), seed=4).read(task).views["image"]
+    interleaved = Reader(Plain(tmp_path), seed=4, interleaved=True).read(task).views["image"]
+    assert torch.equal(interleaved, view)
+    assert interleaved.stride()[2:] == (1, 8 * 3, 3)
+
+
 def test_reading_leaves_the_global_random_numbers_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     list(batches(Plain(tmp_path), 1))

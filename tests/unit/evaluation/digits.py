@@ -14,7 +14,7 @@ from opsin.data.sources import open_sources
 from opsin.evaluation.features import Features, FeatureScore, Score, extract
 from opsin.evaluation.labelled import LabelledImages
 from opsin.nn.backbone import Tokens
-from opsin.training.scene import Labelled, LabelledChoice
+from opsin.training.scene import Labelled, LabelledChoice, Scene
 
 CPU = torch.device("cpu")
 
@@ -42,6 +42,18 @@ class RandomFeatures(nn.Module):
         return Tokens(pooled, pooled[:, None])
 
 
+class Counted(RandomFeatures):
+    """Counts the images that it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = 0
+
+    def encode(self, images: Tensor) -> Tokens:
+        self.images += len(images)
+        return super().encode(images)
+
+
 @dataclass(frozen=True)
 class Pair:
     """Features of the digits: 1,438 to learn from, 359 to score."""
@@ -65,6 +77,12 @@ def digits_at(part: slice) -> Digits:
     """Some of the digits."""
     whole = load_digits()
     return replace(whole, labels=whole.labels[part], images=whole.images[part])
+
+
+def digits_scene(folder: Path) -> Scene:
+    """What evaluators of a run on the digits may look at; its last 359 are validation images."""
+    train, val = digits_at(slice(1438)), digits_at(slice(1438, None))
+    return Scene(still(val), images_of(train, val), lambda count: still(val), contextlib.nullcontext, CPU, folder)
 
 
 def digits_labelled() -> Labelled:

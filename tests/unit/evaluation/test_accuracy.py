@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from opsin.data.base import Batch, DataFacts
 from opsin.errors import DataError
-from opsin.evaluation.accuracy import AccuracyReport, evaluate, save_confusion
+from opsin.evaluation.accuracy import AccuracyReport, confusion_json, evaluate
 
 CPU = torch.device("cpu")
 
@@ -132,11 +131,10 @@ def test_data_without_labels_is_a_fault() -> None:
         scored(Table(torch.zeros(2, 3), torch.tensor([-1, -1])))
 
 
-def test_the_saved_confusion_is_plain_json(tmp_path: Path) -> None:
+def test_the_saved_confusion_is_plain_json() -> None:
     report = scored(Table(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 0])))
     assert math.isnan(report.per_class["class 1"])
-    save_confusion(tmp_path / "confusion.json", report)
-    assert json.loads((tmp_path / "confusion.json").read_text()) == {
+    assert json.loads(confusion_json(report)) == {
         "top1": 1.0,
         "loss": pytest.approx(math.log1p(math.exp(-9)), rel=1e-3),  # a float32 next to 1, less 1
         "classes": ["class 0", "class 1"],
@@ -160,3 +158,35 @@ def test_lines_name_the_worst_class_and_the_most_frequent_confusion() -> None:
         "  cat    taken for dog  2 times",
         "  horse  taken for cat  1 times",
     ]
+
+
+class FirstPixel(nn.Module):
+    """The top left pixel of each channel as class scores: it tells which way an image was shifted or mirrored."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        return images[:, :, 0, 0]
+
+
+@pytest.mark.parametrize("views", [1, 2, 6])
+def test_views_average_probabilities(views: int) -> None:
+    images = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 1, 0])
+
+    class Images(Table):
+        def batches(self, batch_size: int) -> Iterator[Batch]:
+            yield Batch({"image": images[None]}, labels, torch.arange(5))
+
+    # Where the top left pixel comes from: the image and its mirror image; a border that reflects gives pixel (1, 1) to
+    # one shifted down and right, as to one shifted up and left.
+    places = {1: [(0, 0)], 2: [(0, 0), (0, 3)], 6: [(0, 0), (0, 3), (1, 1), (1, 2), (1, 1), (1, 2)]}[views]
+    expected = torch.stack([images[:, :, row, column].softmax(1) for row, column in places]).mean(0)
+    report = evaluate(
+        FirstPixel(),
+        Images(torch.zeros(5, 3), labels),
+        autocast=contextlib.nullcontext,
+        device=CPU,
+        views=views,
+    )
+    # Scores are compared in float32.
+    assert report.values["loss"] == pytest.approx(log_loss(labels, expected.numpy(), labels=[0, 1, 2]), rel=1e-6)
+    assert report.values["top1"] == (expected.argmax(1) == labels).double().mean()

@@ -4,14 +4,23 @@ import contextlib
 import math
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from opsin.evaluation.features import Score, count_hits, extract
-from opsin.evaluation.knn import score_neighbours
-from opsin.evaluation.linear import score_linear
-from tests.unit.evaluation.digits import CPU, Pixels, RandomFeatures, digits_labelled, feature_score
+from opsin.evaluation.knn import KnnConfig, score_neighbours
+from opsin.evaluation.linear import LinearConfig, score_linear
+from tests.unit.evaluation.digits import (
+    CPU,
+    Counted,
+    Pixels,
+    RandomFeatures,
+    digits_labelled,
+    digits_scene,
+    feature_score,
+)
 
 SCORES: dict[str, Score] = {"knn": score_neighbours, "linear": partial(score_linear, decays=(1e-2, 1e-3))}
 
@@ -88,6 +97,65 @@ def test_time_that_ends_between_batches_leaves_a_beginning() -> None:
     assert len(part.labels) % 64 == 0 or len(part.labels) == len(whole.labels)
     assert torch.equal(part.values, whole.values[: len(part.labels)])
     assert torch.equal(part.labels, whole.labels[: len(part.labels)])
+
+
+DIGITS = 1797
+
+
+def test_scores_of_the_same_weights_share_their_features(tmp_path: Path) -> None:
+    network, scene = Counted(), digits_scene(tmp_path)
+    knn, linear = KnnConfig().build(scene, "knn"), LinearConfig().build(scene, "linear")
+    apart = [score.evaluate(network) for score in (knn, linear)]
+    assert network.images == 2 * DIGITS, "nobody said that the weights are the same"
+    network.images = 0
+    with scene.same_weights.shown():
+        together = [score.evaluate(network) for score in (knn, linear)]
+    assert network.images == DIGITS
+    assert together == apart
+
+
+def test_features_of_other_weights_are_never_shared(tmp_path: Path) -> None:
+    network, scene = Counted(), digits_scene(tmp_path)
+    knn, linear = KnnConfig().build(scene, "knn"), LinearConfig().build(scene, "linear")
+    with scene.same_weights.shown():
+        knn.evaluate(network)
+    with torch.no_grad():
+        network.weight[:, 5:] = 0
+    expected = LinearConfig().build(digits_scene(tmp_path), "linear").evaluate(network)
+    network.images = 0
+    with scene.same_weights.shown():
+        assert linear.evaluate(network) == expected
+        assert network.images == DIGITS
+        other = Counted()
+        linear.evaluate(other)
+        assert other.images == DIGITS, "another network at the same time"
+    assert scene.same_weights.found is None
+
+
+@pytest.mark.parametrize("changed", [{"bank_images": 900}, {"batch_size": 100}, {"path": "digits"}])
+def test_features_that_were_asked_for_otherwise_are_not_shared(changed: dict[str, object], tmp_path: Path) -> None:
+    network, scene = Counted(), digits_scene(tmp_path)
+    knn = KnnConfig().build(scene, "knn")
+    linear = LinearConfig.model_validate({"iterations": 20, **changed}).build(scene, "linear")
+    with scene.same_weights.shown():
+        knn.evaluate(network)
+        network.images = 0
+        linear.evaluate(network)
+    assert network.images == (900 + 359 if "bank_images" in changed else DIGITS)
+
+
+def test_features_that_time_cut_short_are_shared_with_those_who_have_no_more_of_it(tmp_path: Path) -> None:
+    network, scene = Counted(), digits_scene(tmp_path)
+    hurried, as_hurried, patient = (
+        KnnConfig(seconds=seconds, batch_size=100).build(scene, "knn") for seconds in (1e-6, 1e-6, 600)
+    )
+    with scene.same_weights.shown():
+        first = hurried.evaluate(network)
+        assert network.images == 200
+        assert as_hurried.evaluate(network) == first
+        assert network.images == 200
+        assert "bank" not in patient.evaluate(network)
+    assert network.images == 200 + DIGITS
 
 
 def test_hits_are_counted_among_the_best_and_what_is_not_finite_is_no_answer() -> None:

@@ -346,6 +346,18 @@ def test_grid_that_cannot_be_halved_is_refused_with_the_sizes_that_work(size: in
         build(int(good))
 
 
+def test_predictors_learn_as_the_encoder_does() -> None:
+    # With plain momentum beside Muon they lag behind, and what they can predict is little.
+    method = hjepa_config(levels=2, predictor_depth=1).build(VIT, FACTS)
+    names = {id(param): name for name, param in method.named_parameters()}
+    hidden = {names[id(param)] for group in method.param_groups() if group.hidden for param in group.params}
+    inside = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    blocks = [f"encoder.blocks.{block}" for block in range(VIT.depth)]
+    blocks += [f"predictors.{level}.blocks.0" for level in (0, 1)]
+    expected = {f"{block}.{layer}.weight" for block in blocks for layer in inside}
+    assert hidden == expected | {"predictors.0.out.weight", "predictors.1.out.weight"}
+
+
 @pytest.mark.parametrize("key", ["level_weights", "depths", "level_schedules"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_lists_need_an_entry_for_each_level(key: str, count: int) -> None:

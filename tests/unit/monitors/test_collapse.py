@@ -217,3 +217,24 @@ def test_a_long_run_takes_its_time() -> None:
 
 def test_a_supervised_run_has_no_finding() -> None:
     assert judged(monitor(), [{"train/loss": 1.0, "train/grad_norm": 2.0}] * 20) == {}
+
+
+def test_narrow_predictions_are_no_collapse_while_encoders_are_well() -> None:
+    # From H-JEPA on digits, which learns: what cannot be predicted yet is predicted by its mean.
+    predictions = [0.47, 0.34, 0.14, 0.095, 0.08, 0.073, 0.071, 0.075, 0.081, 0.092, 0.119, 0.12, 0.12, 0.13]
+    targets = [0.51, 0.52, 0.49, 0.40, 0.19, 0.21, 0.22, 0.27, 0.30, 0.32, 0.35, 0.35, 0.36, 0.36]
+    course = [
+        {
+            "collapse/prediction_1_std": prediction,
+            "collapse/prediction_1_rank": 1.4,
+            "collapse/target_1_std": target,
+            "collapse/target_1_rank": 8.0,
+            "collapse/vectors": 256.0,
+        }
+        for prediction, target in zip(predictions, targets, strict=True)
+    ]
+    assert judged(monitor(), course) == {}
+    collapsing = [{**row, "collapse/target_1_std": 0.5 * 0.5**index} for index, row in enumerate(course)]
+    found = judged(monitor(), collapsing)
+    assert next(iter(found)) <= 250
+    assert found[next(iter(found))].text.startswith("feature collapse: spread of the features of the target_1 ")

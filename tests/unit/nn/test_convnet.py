@@ -74,6 +74,15 @@ def test_a_convolution_starts_by_passing_its_inputs_through() -> None:
     torch.testing.assert_close(block.conv1(images)[:, :8], images)
 
 
+def test_a_third_convolution_stands_beside_a_shortcut() -> None:
+    torch.manual_seed(0)
+    block: Any = ConvNetConfig(widths=(8, 12, 16), convs=(2, 3, 2)).build(image_size=16).blocks[1]
+    images = torch.randn(2, 8, 6, 6)
+    first = F.gelu(block.norm1(F.max_pool2d(block.conv1(images), 2)))
+    second = F.gelu(block.norm2(block.conv2(first)))
+    torch.testing.assert_close(block(images), F.gelu(block.norm3(block.conv3(second)) + first))
+
+
 def test_norms_learn_an_offset_only() -> None:
     learned = {name for name, p in build().named_parameters() if p.requires_grad}
     norms = {name for name in learned if "norm" in name}

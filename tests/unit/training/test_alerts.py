@@ -17,7 +17,7 @@ from opsin.errors import Stopped, TrainingError
 from opsin.methods.base import Clock
 from opsin.reporting import Journal, Row, read_events
 from opsin.timeline import Stage, Timeline
-from opsin.training.alerts import Action, Alerts, Finding, Monitor
+from opsin.training.alerts import CANCELLED, Action, Alerts, Finding, Monitor, RollBack
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit
 from tests.unit.training.test_loop import Numbers, run_in
@@ -36,7 +36,7 @@ class High(Monitor):
 
     def judge(self, row: Row) -> Finding | None:
         self.rows.append(row)
-        return Finding("high", f"high since step {row.step}") if row.values.get("value", 0) > 1 else None
+        return Finding("high", f"high since step {row.step}", row.step) if row.values.get("value", 0) > 1 else None
 
 
 class Advised(Tiny):
@@ -55,11 +55,19 @@ class Scenario:
         self.screen = io.StringIO()
         self.open()
 
-    def open(self, action: Action = "warn", *, remembers: bool = True) -> None:
+    def open(
+        self,
+        action: Action = "warn",
+        *,
+        remembers: bool = True,
+        is_regular: Callable[[int], bool] = lambda step: True,
+    ) -> None:
         """A new session."""
         self.journal = Journal(self.folder, warn=pytest.fail)
         self.monitor = High(remembers=remembers)
-        self.alerts = Alerts(self.journal, TIMELINE, Console(self.screen), {"mine": (action, self.monitor)})
+        self.alerts = Alerts(
+            self.journal, TIMELINE, Console(self.screen), {"mine": (action, self.monitor)}, is_regular=is_regular
+        )
 
     def rows(self, *values: float, every: int = 50) -> None:
         with self.alerts.watch(self.state):
@@ -182,11 +190,73 @@ def test_a_stop_ends_the_run_where_a_finding_begins(scenario: Scenario) -> None:
     assert scenario.told() == [100, 450]
 
 
+def test_what_is_ignored_is_not_even_judged(scenario: Scenario) -> None:
+    scenario.open("ignore")
+    scenario.rows(0, 2, 2)
+    assert scenario.told() == []
+    assert scenario.monitor.rows == []
+
+
+def test_a_rollback_is_asked_for_with_the_step_where_all_was_well(scenario: Scenario) -> None:
+    scenario.open("rollback")
+    with pytest.raises(RollBack) as caught:
+        scenario.rows(0, 0, 2)
+    asked = caught.value
+    assert (asked.monitor, asked.began, asked.found) == ("mine", 100, 150)
+    assert asked.finding == Finding("high", "high since step 150", 150)
+    assert asked.message == "step 150: high since step 150"
+
+
+def test_a_rollback_that_a_session_had_no_time_for_is_asked_for_by_the_next(scenario: Scenario) -> None:
+    scenario.open("rollback")
+    with pytest.raises(RollBack):
+        scenario.rows(0, 2)
+    said = scenario.warnings()
+    scenario.open("rollback")
+    with pytest.raises(RollBack):
+        scenario.rows()
+    assert scenario.warnings() == said, "it is told once"
+    assert scenario.told() == [100]
+
+
+def test_a_row_that_a_stop_has_split_is_judged_as_one(scenario: Scenario) -> None:
+    scenario.open(is_regular=lambda step: step % 100 == 0)
+    with scenario.alerts.watch(scenario.state):
+        for step, values in {
+            100: {"value": 0.5, "train/lr": 0.4},
+            130: {"value": 1.0, "train/lr": 0.3, "early": 7.0},
+            150: {"value": 3.0, "train/lr": 0.25, CANCELLED: 10.0},
+            200: {"value": 2.5, "train/lr": 0.2, CANCELLED: 5.0},
+        }.items():
+            scenario.state.step = step
+            scenario.journal.log(step, 0.0, values, time_s=step / 10)
+            scenario.alerts.judge(scenario.state)
+    first, second = scenario.monitor.rows
+    assert first.values == {"value": 0.5, "train/lr": 0.4}
+    # 30 updates of 1, 10 of 3 and 45 of 2.5.
+    assert dict(second.values) == pytest.approx(
+        {"value": (30 * 1 + 10 * 3 + 45 * 2.5) / 85, "train/lr": 0.2, "early": 7.0, CANCELLED: 15.0}, rel=1e-12
+    )
+    assert second.step == 200
+    assert scenario.told() == [200]
+
+
+def test_a_resume_joins_the_same_rows(scenario: Scenario) -> None:
+    regular = lambda step: step % 100 == 0
+    scenario.open(is_regular=regular)
+    scenario.rows(0, 0, 2, every=50)
+    assert [row.step for row in scenario.monitor.rows] == [100]
+    scenario.open(is_regular=regular)
+    scenario.rows(2, every=50)
+    assert [row.step for row in scenario.monitor.rows] == [100, 200]
+    assert scenario.told() == [200]
+
+
 class LateSteps(Monitor):
     """Finds the steps from the ninth on."""
 
     def judge(self, row: Row) -> Finding | None:
-        return Finding("late", "it is late") if row.step >= 9 else None
+        return Finding("late", "it is late", row.step) if row.step >= 9 else None
 
 
 def watched_run(folder: Path, at: Callable[[int], None] = lambda step: None) -> Run:

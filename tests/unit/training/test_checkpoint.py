@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def saved_steps(story: Story, *, to: int) -> list[int]:
     ],
     ids=lambda value: str(value),
 )
-def test_due_steps_and_the_last_one_are_saved(tmp_path: Path, settings: dict[str, str], due: list[int]) -> None:
+def test_due_steps_and_the_last_one_are_saved(tmp_path: Path, settings: dict[str, Any], due: list[int]) -> None:
     assert saved_steps(Story(tmp_path, last_step=17, **settings), to=17) == due
 
 

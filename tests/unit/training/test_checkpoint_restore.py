@@ -110,7 +110,7 @@ def test_nothing_valid_is_an_error_with_a_line_for_each(two: Story) -> None:
 def test_a_too_new_checkpoint_is_an_error_and_not_passed_over(two: Story) -> None:
     path = two.folder / "step-00000006" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
-    with pytest.raises(CheckpointError, match=r"too new: format 3, this opsin .* reads up to 1; upgrade opsin"):
+    with pytest.raises(CheckpointError, match=r"too new: format 3, this opsin .* reads up to 2; upgrade opsin"):
         two.checkpoints.restore(fresh())
     assert two.steps() == [3, 6]
 

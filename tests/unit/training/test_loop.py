@@ -1,26 +1,29 @@
 """`fit`: every step once, whatever interrupts it."""
 
+import io
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TextIO
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from opsin.console import open_console
-from opsin.data.base import Batch, DataFacts
+from opsin.console import Console
+from opsin.data.base import Batch, DataFacts, Detour
 from opsin.errors import DataError, Stopped
 from opsin.methods.base import Clock, Losses, Method
 from opsin.reporting import Journal
 from opsin.rundir import RunDirectory
 from opsin.timeline import Stage, Timeline
-from opsin.training.alerts import Action, Alerts, Monitor
+from opsin.training.alerts import Action, Alerts, Finding, Monitor
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
+from opsin.training.guard import Guard, GuardConfig
 from opsin.training.loop import Run, fit
 from opsin.training.observe import Evaluations, Evaluator, Observations
 from opsin.training.state import Pace, StepPlan, TrainState
@@ -32,10 +35,11 @@ LAST = TIMELINE.total_steps
 
 
 class Learning(Tiny):
-    """The tiny method with a loss."""
+    """The tiny method with a loss, which is the larger the larger its images are."""
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:
-        return Losses(F.cross_entropy(self.layers(batch.views["image"][0]), batch.labels))
+        images = batch.views["image"][0]
+        return Losses(F.cross_entropy(self.layers(images), batch.labels) * images.abs().max())
 
 
 class Numbers:
@@ -47,17 +51,30 @@ class Numbers:
         self.at = at
         self.given: list[int] = []
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, detours: Sequence[Detour] = ()) -> Iterator[Batch]:
         for step in range(start, stop):
             self.at(step)
             self.given.append(step)
-            images = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(step))
+            attempt = max((detour.attempt for detour in detours if detour.first <= step < detour.last), default=0)
+            images = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(step + 1000 * attempt))
             yield Batch({"image": images}, torch.tensor([0, 1, 2, 0]), torch.arange(4) + 4 * step)
 
 
 def fresh() -> TrainState:
     method = Learning()
     return TrainState(method, torch.optim.AdamW(method.parameters(), lr=0.01, fused=True))
+
+
+def start_over(state: TrainState) -> None:
+    begun = fresh()
+    state.method.load_state_dict(begun.method.state_dict())
+    state.optimizer.load_state_dict(begun.optimizer.state_dict())
+
+
+def set_pace(optimizer: torch.optim.Optimizer, clock: Clock) -> Pace:
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    return Pace(0.01, 0.9, 0.0)
 
 
 def run_in(
@@ -67,22 +84,31 @@ def run_in(
     *,
     every: str = "never",
     monitors: Mapping[str, tuple[Action, Monitor]] = MappingProxyType({}),
+    guard: GuardConfig | None = None,
+    is_regular: Callable[[int], bool] = lambda step: True,
+    screen: TextIO | None = None,
 ) -> Run:
     """A run with the files of `folder`, as a new process would open it."""
     folder.mkdir(exist_ok=True)
     directory = RunDirectory(folder)
     journal = Journal(folder, warn=pytest.fail)
-    console = open_console(quiet=True)
+    console = Console(screen or io.StringIO())
     checkpoints = Checkpoints(
         directory.checkpoints,
-        CheckpointConfig.model_validate({"every": every, "best": None}),
+        CheckpointConfig.model_validate({"every": every, "best": None, "background": False}),
         TIMELINE,
         fingerprint="f00d",
         say=lambda kind, facts: None,
         on_restore=journal.rewind,
+        margin=None if guard is None else lambda step: 4,
     )
-    observations = Observations(journal, TIMELINE, console, every=4, last_step=LAST, limit=3)
-    alerts = Alerts(journal, TIMELINE, console, monitors)
+    alerts = Alerts(journal, TIMELINE, console, monitors, is_regular=is_regular)
+
+    def answer(finding: Finding, step: int) -> None:
+        if guard is not None and guard.cancelled == "rollback":
+            alerts.roll_back("cancelled", finding, finding.text, found=step)
+
+    observations = Observations(journal, TIMELINE, console, every=4, last_step=LAST, limit=3, on_streak=answer)
     evaluations = Evaluations(
         journal,
         TIMELINE,
@@ -93,8 +119,10 @@ def run_in(
         on_scores=checkpoints.note_scores,
     )
     state = fresh()
-    plan = StepPlan(state.method, TIMELINE.clock, lambda optimizer, clock: Pace(0.01, 0.9, 0.0), nullcontext, seed=0)
-    return Run(lambda: state, data, plan, LAST, checkpoints, observations, evaluations, alerts, Stop(), directory)
+    plan = StepPlan(state.method, TIMELINE.clock, set_pace, nullcontext, seed=0)
+    rescuer = Guard(guard or GuardConfig(), TIMELINE, checkpoints, journal, console, start_over=start_over)
+    watchers = (checkpoints, observations, evaluations, alerts, rescuer)
+    return Run(lambda: state, data, plan, LAST, *watchers, Stop(), directory)
 
 
 def signal_at(wanted: int, step: int) -> None:

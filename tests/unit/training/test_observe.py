@@ -4,8 +4,8 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from opsin.console import Console
 from opsin.errors import TrainingError
 from opsin.methods.base import Method
+from opsin.nn.ema import ModelEma
 from opsin.reporting import Journal, read_events
 from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import Monitor
-from opsin.training.observe import Evaluations, Observations
+from opsin.training.observe import Evaluations, Evaluator, Observations
 from opsin.training.state import Pace, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
 from tests.unit.training.tiny_run import fresh
@@ -186,6 +187,7 @@ def test_a_window_of_cancelled_updates_has_no_loss(scenario: Scenario) -> None:
         "train/lr",
         "train/momentum",
         "train/weight_decay",
+        "train/cancelled",
         "train/images_per_s",
         "time/data_ms",
     }
@@ -248,7 +250,12 @@ class Score:
 
 
 def evaluations(
-    scenario: Scenario, observations: Observations, evaluators: Mapping[str, tuple[str, Score]], *, last_step: int = 50
+    scenario: Scenario,
+    observations: Observations,
+    evaluators: Mapping[str, tuple[str, Evaluator]],
+    *,
+    last_step: int = 50,
+    same_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Evaluations, list[tuple[int, Mapping[str, float]]]]:
     told: list[tuple[int, Mapping[str, float]]] = []
 
@@ -264,6 +271,7 @@ def evaluations(
         observations=observations,
         last_step=last_step,
         on_scores=note,
+        same_weights=same_weights,
     )
     return made, told
 
@@ -285,6 +293,41 @@ def test_evaluators_run_when_due_and_at_the_end(scenario: Scenario) -> None:
     assert told[-1][1] == {"val/top1": 0.5, "val/loss": 1.0, "late/top1": 0.5, "late/loss": 1.0}
     assert scenario.rows()[5]["val/top1"] == 0.5
     assert scenario.state.elapsed_s == 12.0, "evaluation is no training time"
+
+
+def test_evaluators_of_the_same_weights_are_asked_together(scenario: Scenario) -> None:
+    state = scenario.state
+    weight = next(state.method.parameters())
+    state.ema = ModelEma(state.method)
+    with torch.no_grad():
+        weight.add_(1)
+    shown: list[list[float]] = []
+
+    @contextmanager
+    def same_weights() -> Iterator[None]:
+        shown.append([])
+        before = weight.detach().clone()
+        yield
+        assert torch.equal(weight, before)
+
+    class Weight:
+        def evaluate(self, method: Method) -> Mapping[str, float]:
+            shown[-1].append(weight.mean().item())
+            return {"mean": weight.mean().item()}
+
+    asked = {"a": ("1 epoch", Weight()), "b": ("1 epoch", Weight())}
+    made, told = evaluations(scenario, scenario.observations(), asked, same_weights=same_weights)
+    state.step = 5
+    made.run_if_due(state)
+    (averaged, _), (trained, _) = shown
+    assert trained == pytest.approx(averaged + 1)
+    assert shown == [[averaged] * 2, [trained] * 2]
+    assert list(told[0][1].items()) == [
+        ("a_ema/mean", averaged),
+        ("a/mean", trained),
+        ("b_ema/mean", averaged),
+        ("b/mean", trained),
+    ]
 
 
 def test_a_score_that_a_resumed_run_has_already_is_not_made_again(scenario: Scenario) -> None:

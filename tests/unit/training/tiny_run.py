@@ -1,6 +1,6 @@
 """A run of a tiny method in plain PyTorch, and the checkpoints that it writes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -75,20 +75,30 @@ def equal(one: TrainState, other: TrainState) -> bool:
 
 
 class Story:
-    """The checkpoints of a run, and every event they told."""
+    """The checkpoints of a run, and every event they told; written at once if nothing else is said."""
 
-    def __init__(self, folder: Path, *, last_step: int | None = None, **settings: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        last_step: int | None = None,
+        margin: int | None = None,
+        on_written: Callable[[Path], None] = lambda path: None,
+        **settings: object,
+    ) -> None:
         self.folder = folder
         self.events: list[tuple[str, Mapping[str, object]]] = []
         self.restored_at: list[int] = []
         self.checkpoints = Checkpoints(
             folder,
-            CheckpointConfig.model_validate(settings),
+            CheckpointConfig.model_validate({"background": False, **settings}),
             TIMELINE,
             fingerprint="f00d",
             say=lambda kind, facts: self.events.append((kind, facts)),
             last_step=last_step,
             on_restore=self.restored_at.append,
+            on_written=on_written,
+            margin=None if margin is None else lambda step: margin,
         )
 
     def warnings(self) -> list[str]:

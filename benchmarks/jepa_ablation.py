@@ -1,0 +1,173 @@
+"""What the hierarchy of H-JEPA and unbiased masks bring: I-JEPA against H-JEPA at equal compute.
+
+    OMP_NUM_THREADS=1 PYTHONPATH=src python benchmarks/jepa_ablation.py --work digits --seeds 3 --minutes 1
+    OMP_NUM_THREADS=1 PYTHONPATH=src python benchmarks/jepa_ablation.py --work cifar10 --data DIR --seeds 3 --minutes 15
+
+Every variant gets `--minutes` of processor time (of all threads together) for each seed: a few updates are timed, and
+the epochs follow. Schedules are stretched to them. Each seed holds out its own images of the digits; CIFAR-10 has test
+images. Scores are those of the last step. What is done stays in `--out`, and is not done again.
+
+"Masks of L levels" are whole cells of 2^(L - 1) patches, as H-JEPA has them: a row with them and without levels says
+what the masks alone do.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from feature_baselines import Pixels, scores_of
+from opsin.assembly_images import open_images
+from opsin.data.base import Source
+from opsin.data.loading import EvaluationData
+from opsin.data.sources import Opened, open_sources
+from opsin.evaluation.labelled import LabelledImages
+from opsin.recipe import Recipe, read
+from opsin.reporting import read_rows
+from opsin.results import evaluate_run
+from opsin.session import train_recipe
+from opsin.training.scene import LabelledChoice
+
+QUIET = (
+    "log.tensorboard=false",
+    "log.plots=false",
+    "log.csv=false",
+    "checkpoints.every=never",
+    "checkpoints.best=null",
+)
+WORKS = {"digits": "digits", "cifar10": "cifar10-cpu"}
+_TIMED = (10, 40)
+"""Updates of two runs whose difference in time is that of the updates between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to train."""
+
+    name: str
+    method: str
+    changes: tuple[str, ...] = ()
+
+
+VARIANTS = [
+    Variant("I-JEPA", "ijepa"),
+    Variant("I-JEPA, published (biased) masks", "ijepa", ("method.masks.parity=published",)),
+    Variant("I-JEPA, masks of 2 levels", "ijepa", ("method.masks.coarsest=2",)),
+    Variant("I-JEPA, masks of 3 levels", "ijepa", ("method.masks.coarsest=4",)),
+    Variant("H-JEPA, 1 level", "hjepa", ("method.levels=1",)),
+    Variant("H-JEPA, 2 levels", "hjepa", ("method.levels=2",)),
+    Variant("H-JEPA, 3 levels", "hjepa", ("method.levels=3",)),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Fractions in 0..1."""
+
+    knn: float
+    linear: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", choices=sorted(WORKS), default="digits")
+    parser.add_argument("--data", help="CIFAR-10 as data.path wants it")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=1.0, help="processor time of each run (default: 1)")
+    parser.add_argument("--only", nargs="*", help="variants by name (default: all)")
+    parser.add_argument("--out", type=Path, help="where runs are kept (default: runs/ablation-WORK)")
+    arguments = parser.parse_args()
+    out = arguments.out or Path("runs", f"ablation-{arguments.work}")
+    out.mkdir(parents=True, exist_ok=True)
+    data = () if arguments.data is None else (f"data.path={arguments.data}",)
+    seeds, rows = range(arguments.seeds), {}
+    wanted = [variant for variant in VARIANTS if not arguments.only or variant.name in arguments.only]
+    recipes = {
+        variant.name: [
+            read(f"{variant.method}-{WORKS[arguments.work]}", [*QUIET, *data, *variant.changes, f"seed={seed}"])
+            for seed in seeds
+        ]
+        for variant in wanted
+    }
+    rows["raw pixels"] = ("", [score_pixels(recipe) for recipe in recipes[wanted[0].name]])
+    for variant in wanted:
+        epochs = affordable_epochs(recipes[variant.name][0], 60 * arguments.minutes, out / f"{variant.name}.json")
+        place = out / f"{variant.name}, {epochs:g} epochs"
+        runs = [recipe.model_copy(update={"epochs": epochs}) for recipe in recipes[variant.name]]
+        found = [train_and_score(recipe, place / str(recipe.seed)) for recipe in runs]
+        if variant is wanted[0]:
+            rows["the same network before training"] = ("", [score_fresh(place / str(seed)) for seed in seeds])
+        rows[variant.name] = (f"{epochs:g}", found)
+        print(line(variant.name, *rows[variant.name]), flush=True)
+    print(f"\n| features, {arguments.minutes:g} minutes of processor time | epochs | k-NN | linear probe |")
+    print("|---|---|---|---|")
+    for name, (epochs_text, scores) in rows.items():
+        print(line(name, epochs_text, scores))
+
+
+def affordable_epochs(recipe: Recipe, seconds: float, note: Path) -> float:
+    """How many epochs `seconds` of processor time are, in whole ones; the time of an epoch is kept in `note`."""
+    if not note.exists():
+        spent = []
+        for steps in _TIMED:
+            limits = recipe.limits.model_copy(update={"steps": steps})
+            short = recipe.model_copy(update={"limits": limits, "evaluators": {}, "monitors": {}})
+            with tempfile.TemporaryDirectory() as folder:
+                before = time.process_time()
+                train_recipe(short, Path(folder) / "run", name="timed", quiet=True)
+                spent.append(time.process_time() - before)
+        seconds_per_step = (spent[1] - spent[0]) / (_TIMED[1] - _TIMED[0])
+        images = open_images(recipe, lambda text: None).facts.samples
+        note.write_text(json.dumps({"epoch_s": seconds_per_step * (images // recipe.batch_size)}))
+    return float(max(1, round(seconds / json.loads(note.read_text())["epoch_s"])))
+
+
+def train_and_score(recipe: Recipe, place: Path) -> Scores:
+    """The scores at the end of a run; one that is there is not made again."""
+    if not (place / "model.safetensors").exists():
+        train_recipe(recipe, place, name=place.parent.name, quiet=True)
+    last: Mapping[str, float] = list(read_rows(place / "metrics.jsonl"))[-1].values
+    return Scores(last["knn/top1"], last["linear/top1"])
+
+
+def score_fresh(run: Path) -> Scores:
+    """The scores of the weights that a run began with."""
+    reports = evaluate_run(run, ("knn", "linear"), weights="initial")
+    knn, linear = (float(str(reports[name].as_dict()["top1"])) for name in reports)
+    return Scores(knn, linear)
+
+
+def score_pixels(recipe: Recipe) -> Scores:
+    """The scores of the normalised pixels of a recipe's images."""
+    images = open_images(recipe, lambda text: None)
+
+    def still(source: Source) -> EvaluationData:
+        facts = images.facts
+        own = replace(facts, classes=source.classes, samples=len(source), unlabelled=0)
+        return EvaluationData(source, facts=own, resize=facts.image_size, device=torch.device("cpu"), warn=print)
+
+    def open_path(path: str) -> Opened:
+        return open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))
+
+    labelled = LabelledImages(images.train, images.val, open_path=open_path, still=still)
+    return Scores(*scores_of(Pixels(), labelled(LabelledChoice(), "data")))
+
+
+def line(name: str, epochs: str, scores: Sequence[Scores]) -> str:
+    """A row of the table: means over seeds, and the seeds."""
+    cells = []
+    for values in ([100 * one.knn for one in scores], [100 * one.linear for one in scores]):
+        seeds = ", ".join(f"{value:.1f}" for value in values)
+        cells.append(f"{statistics.mean(values):.1f} % ({seeds})" if len(values) > 1 else f"{values[0]:.1f} %")
+    return f"| {name} | {epochs} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A folder in a bucket of S3, Google Cloud Storage or Azure, through obstore.
+
+Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `GOOGLE_APPLICATION_CREDENTIALS`,
+`AZURE_STORAGE_ACCOUNT_KEY`, ...), for S3 also from the files that the tools of AWS share.
+"""
+
+import configparser
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from opsin.backup.places import CHUNK, Absent, PlaceError
+from opsin.backup.secrecy import masked
+from opsin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_PART = 8 * 2**20
+_MAX_PARTS = 9_000  # S3 allows 10,000
+_PARTS_AT_ONCE = 4  # so many parts are in memory
+_HASH = "sha256"  # the name of the hash among an object's attributes
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+# Short: the caller tries again, for as long as it takes, and can be told to stop in between.
+_RETRY: Mapping[str, Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+_TIMEOUTS = {"connect_timeout": "5s", "timeout": "60s"}
+
+
+def open_bucket(url: str) -> "Bucket":
+    """The folder at an address without credentials; nothing is asked of the server yet.
+
+    Raises:
+        ConfigError: obstore is not installed.
+        PlaceError: the settings of the environment do not fit together.
+    """
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+    except ImportError as error:
+        raise ConfigError(f"{url}: object stores need the package obstore; pip install obstore") from error
+    shared = _shared_aws_settings(os.environ) if urlsplit(url).scheme == "s3" else {}
+    options: dict[str, Any] = {**_TIMEOUTS}
+    if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
+        options["allow_http"] = True
+    try:
+        store = from_url(url, client_options=options, retry_config=_RETRY, **shared)  # type: ignore[call-overload]
+    except (BaseError, ValueError) as error:
+        raise PlaceError(f"{url}: {_reason(error, shared)}", refused=True) from error
+    return Bucket(url, store, shared)
+
+
+class Bucket:
+    """Objects below one prefix. Large files go in parts; each carries its sha256 as an attribute."""
+
+    def __init__(self, url: str, store: "ObjectStore", secrets: Mapping[str, str]) -> None:
+        """`secrets` are settings whose values no message may show, beside those of the environment."""
+        self.shown = url
+        self._store = store
+        self.secrets = secrets
+
+    def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
+        import obstore
+
+        with self._in_words(name):
+            if size <= _PART:
+                obstore.put(self._store, name, b"".join(chunks), attributes={_HASH: sha256}, use_multipart=False)
+            else:
+                part = max(_PART, -(-size // _MAX_PARTS))
+                obstore.put(
+                    self._store,
+                    name,
+                    chunks,
+                    attributes={_HASH: sha256},
+                    use_multipart=True,
+                    chunk_size=part,
+                    max_concurrency=_PARTS_AT_ONCE,
+                )
+
+    def holds(self, name: str, *, size: int, sha256: str) -> bool:
+        import obstore
+
+        try:
+            with self._in_words(name):
+                found = obstore.get(self._store, name, options={"head": True})
+                return found.meta["size"] == size and found.attributes.get(_HASH) == sha256
+        except Absent:
+            return False
+
+    def fetch(self, name: str) -> Iterator[bytes]:
+        import obstore
+
+        with self._in_words(name):
+            for chunk in obstore.get(self._store, name).stream(min_chunk_size=CHUNK):
+                yield bytes(chunk)
+
+    def names(self, folder: str = "") -> list[str]:
+        import obstore
+
+        with self._in_words(folder):
+            return sorted(item["path"] for page in obstore.list(self._store, folder or None) for item in page)
+
+    def remove(self, name: str) -> None:
+        import obstore
+
+        try:
+            with self._in_words(name):
+                obstore.delete(self._store, name)
+        except Absent:
+            return
+
+    @contextmanager
+    def _in_words(self, name: str) -> Iterator[None]:
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+
+        try:
+            yield
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise PlaceError(f"{self.shown}: there is no such bucket", refused=True) from None
+            raise Absent(f"{self.shown}: holds no {name}", refused=True) from None
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}", refused=True) from None
+        except BaseError as error:
+            # Not chained: what the library says in full holds headers and the names of keys.
+            if "NoSuchBucket" in str(error):
+                raise PlaceError(f"{self.shown}: there is no such bucket", refused=True) from None
+            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}") from None
+
+
+def _reason(error: Exception, secrets: Mapping[str, str]) -> str:
+    """The last thing that the first line says, without what the server sent along."""
+    line = str(error).partition("\n")[0].partition("<")[0].rpartition(" - ")[2].strip().rstrip(":")
+    return masked(masked(line), {f"{name}_SECRET": value for name, value in secrets.items()})
+
+
+def _shared_aws_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Keys and region of the profile in `~/.aws`, where the environment has none."""
+    found: dict[str, str] = {}
+    profile = environment.get("AWS_PROFILE", "default")
+    home = Path(environment.get("HOME", "~")).expanduser() / ".aws"
+    if "AWS_ACCESS_KEY_ID" not in environment:
+        section = _section(Path(environment.get("AWS_SHARED_CREDENTIALS_FILE", home / "credentials")), profile)
+        for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token"):
+            if name in section:
+                found[name] = section[name]
+    if "AWS_REGION" not in environment and "AWS_DEFAULT_REGION" not in environment:
+        heading = profile if profile == "default" else f"profile {profile}"
+        section = _section(Path(environment.get("AWS_CONFIG_FILE", home / "config")), heading)
+        if "region" in section:
+            found["aws_region"] = section["region"]
+    return found
+
+
+def _section(path: Path, heading: str) -> Mapping[str, str]:
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(path)
+    except (configparser.Error, UnicodeDecodeError, OSError):
+        return {}
+    return parser[heading] if parser.has_section(heading) else {}

@@ -1,0 +1,80 @@
+"""Runs whose directory is asked for in a bucket: they train in a folder of this machine and are copied there."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from opsin.backup.catalog import INDEX
+from opsin.backup.config import check_place, is_address
+from opsin.backup.places import PlaceError, open_place, read_bytes
+from opsin.backup.restore import restore
+from opsin.errors import ConfigError, RunError
+
+LOCAL = "~/.cache/opsin/runs"
+"""Where such runs are on this machine, in folders by scheme, bucket and path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """A run in a bucket, and its folder here."""
+
+    url: str
+    folder: Path
+
+    def is_new_here(self) -> bool:
+        """Whether nothing of it is on this machine."""
+        return not self.folder.exists() or not any(self.folder.iterdir())
+
+
+def find_elsewhere(text: str, local: Path | None) -> Elsewhere | None:
+    """The run that `text` asks for; None where it is a path. `local` is its folder here, if not the usual one.
+
+    Raises:
+        ConfigError: the address is wrong or holds credentials; or there is a `local` for a path.
+    """
+    if not is_address(text):
+        if local is not None:
+            raise ConfigError(f"command line: --local {local} goes with an address; {text} is a folder already")
+        return None
+    try:
+        url = check_place(text)
+    except ValueError as error:
+        raise ConfigError(f"command line: {error}") from error
+    parts = urlsplit(url)
+    usual = Path(os.path.expanduser(LOCAL), parts.scheme, parts.netloc, *Path(parts.path).parts[1:])
+    return Elsewhere(url, usual if local is None else local)
+
+
+def begin_elsewhere(run: Elsewhere) -> None:
+    """See that a training may begin in `run.folder`, or go on there.
+
+    Raises:
+        RunError: there is a run in the bucket of which nothing is here: nobody has said that it goes on.
+    """
+    try:
+        is_there = run.is_new_here() and read_bytes(open_place(run.url), INDEX) is not None
+    except PlaceError:  # the backup itself will tell, and knows what to do about it
+        is_there = False
+    if is_there:
+        raise RunError(
+            f"{run.url}: holds a run of which nothing is in {run.folder}; go on with it: opsin resume {run.url}; or "
+            "begin another one with another --out"
+        )
+
+
+def fetch_elsewhere(run: Elsewhere, *, say: Callable[[str], None]) -> None:
+    """Bring the run here where nothing of it is here.
+
+    Raises:
+        RunError: it cannot be restored.
+    """
+    if run.is_new_here():
+        restored = restore(run.url, run.folder, say=say)
+        say(f"{run.url}: restored into {run.folder}, {at_step(restored.step)}")
+
+
+def at_step(step: int | None) -> str:
+    """In words."""
+    return "without a checkpoint" if step is None else f"at step {step}"

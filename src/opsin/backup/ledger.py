@@ -1,0 +1,64 @@
+"""What a run directory remembers of its backup, in the hidden folder `.backup`."""
+
+import json
+import uuid
+from pathlib import Path
+
+from opsin.rundir import write_atomic
+
+HIDDEN = ".backup"
+"""The folder in the run directory: the ledger, and files that wait to be sent."""
+
+
+class Ledger:
+    """The name of the run, and which checkpoints in the place are its own to remove."""
+
+    def __init__(self, folder: Path, place: str, *, run: str | None = None) -> None:
+        """The ledger of the run directory `folder`, or a new one; `run` is the name of a restored run."""
+        self._path = folder / HIDDEN / "ledger.json"
+        self._place = place
+        self.run = run or uuid.uuid4().hex
+        self.steps: frozenset[int] = frozenset()
+        if run is None:
+            self._load()
+
+    def add(self, *steps: int) -> None:
+        """Note steps whose checkpoints may be removed once the run has removed its own.
+
+        Raises:
+            OSError: it cannot be written down.
+        """
+        self._write(self.steps | set(steps))
+
+    def drop(self, step: int) -> None:
+        """The checkpoint of `step` is removed.
+
+        Raises:
+            OSError: it cannot be written down.
+        """
+        self._write(self.steps - {step})
+
+    def save(self) -> None:
+        """Write the name of the run down.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._write(self.steps)
+
+    def _load(self) -> None:
+        try:
+            facts = json.loads(self._path.read_bytes())
+            self.run = str(facts["run"])
+            if facts["place"] == self._place:
+                self.steps = frozenset(int(step) for step in facts["steps"])
+        except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: a new one loses no checkpoint
+            return
+
+    def _write(self, steps: frozenset[int]) -> None:
+        if steps == self.steps and self._path.exists():
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"run": self.run, "place": self._place, "steps": sorted(steps)}
+        write_atomic(self._path, (json.dumps(facts) + "\n").encode())
+        self.steps = steps

@@ -1,0 +1,267 @@
+"""Brings a backup up to date with its run directory, one pass after another.
+
+A pass may fail or be killed anywhere: what is there stays whole, and the next pass goes on.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from opsin.backup.catalog import (
+    INDEX,
+    DamagedCatalog,
+    Entry,
+    Index,
+    entry_of,
+    is_of_checkpoint,
+    local_steps,
+    marked_steps,
+    read_index,
+    read_mark,
+    step_folder,
+    write_index,
+    write_mark,
+)
+from opsin.backup.config import BackupConfig
+from opsin.backup.ledger import Ledger
+from opsin.backup.outgoing import Throttle, Unfit, outgoing
+from opsin.backup.places import Place, PlaceError
+from opsin.backup.staging import Staging
+from opsin.errors import RunError
+
+_MANIFEST = "manifest.json"
+_RECIPE = "recipe.yaml"
+_MAX_CONTENTS = 8  # how many contents of a file the index remembers
+
+
+class Missing(NamedTuple):
+    """What is not in the backup yet."""
+
+    steps: list[int]
+    files: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.steps or self.files)
+
+    def __str__(self) -> str:
+        words = [f"the checkpoint{'s'[: len(self.steps) > 1]} of step {', '.join(map(str, self.steps))}"]
+        shown = ", ".join(self.files[:3]) + (f" and {len(self.files) - 3} more files" if len(self.files) > 3 else "")
+        return "; ".join([*(words if self.steps else []), *([shown] if self.files else [])])
+
+
+class _Signature(NamedTuple):
+    """Two equal ones belong to the same content of a file."""
+
+    size: int
+    changed_ns: int
+    inode: int
+
+
+class Mirror:
+    """The backup of one run directory. Only `stage` and `missing` may be called from other threads."""
+
+    def __init__(self, folder: Path, place: Place, config: BackupConfig, throttle: Throttle) -> None:
+        self._folder = folder
+        self._place = place
+        self._config = config
+        self._throttle = throttle
+        self._ledger = Ledger(folder, place.shown)
+        self._staging = Staging(folder)
+        self._staging.clear()
+        self._connected = False
+        self._marked: dict[int, dict[str, Entry]] = {}
+        """What the marks in the place say. An empty table is a damaged mark."""
+        self._contents: dict[str, tuple[Entry, ...]] = {}
+        self._sent: dict[str, _Signature] = {}
+
+    def connect(self) -> None:
+        """Find out what is there.
+
+        Raises:
+            RunError: another run, or one that has gone further than this directory.
+            PlaceError: out of reach.
+        """
+        try:
+            index = read_index(self._place)
+        except DamagedCatalog:
+            index = None  # it is written anew
+        if index is not None and index.run != self._ledger.run:
+            raise RunError(
+                f"{self._place.shown}: holds the backup of another run; choose another backup.path, or go on with "
+                f"that run: opsin restore {self._place.shown} DIR"
+            )
+        marked = {step: self._mark(step) for step in marked_steps(self._place)}
+        own = local_steps(self._folder)
+        ahead = [step for step in marked if step > max(own, default=0) and step not in self._ledger.steps]
+        if ahead:
+            raise RunError(
+                f"{self._place.shown}: has a checkpoint of step {max(ahead)}, {self._folder} ends with step "
+                f"{max(own, default=0)}: the run went on elsewhere; opsin restore {self._place.shown} OTHER_DIR gets "
+                "it, or choose another backup.path"
+            )
+        self._ledger.save()
+        self._contents = {} if index is None else dict(index.files)
+        self._marked = marked
+        self._sent = {}
+        self._connected = True
+
+    def stage(self, checkpoint: Path) -> None:
+        """Hold on to a checkpoint that was just written, until it is sent.
+
+        Raises:
+            OSError: this folder cannot be written.
+        """
+        self._staging.take(checkpoint)
+
+    def sync(self) -> list[str]:
+        """Send what is missing, and remove there what the run has removed; gives what is not worth sending, in words.
+
+        Raises:
+            RunError: as `connect`.
+            PlaceError: the place failed; what was sent stays.
+            Cancelled: by the throttle.
+            OSError: a file of the run cannot be read or set aside.
+        """
+        if not self._connected:
+            self.connect()
+        try:
+            return self._sync()
+        except PlaceError:
+            # Whatever happened to it meanwhile: what it holds is asked for again.
+            self._connected = False
+            raise
+
+    def missing(self) -> Missing:
+        """What is not there yet, as far as is known here."""
+        steps = [step for step, path in local_steps(self._folder).items() if self._marked.get(step) != _stated(path)]
+        files = [name for name, now in self._run_files() if self._sent.get(name) != now]
+        return Missing(steps, files)
+
+    def _sync(self) -> list[str]:
+        self._prune()
+        faults: dict[int, str] = {}
+        while (found := self._next_step(faults)) is not None:
+            step, source, entries = found
+            try:
+                self._send_checkpoint(step, source, entries)
+            except Unfit:
+                faults[step] = f"the checkpoint of step {step} is damaged here and was not sent"
+            except FileNotFoundError:
+                faults[step] = f"the checkpoint of step {step} was removed before it was sent"
+            self._prune()
+        self._send_files()
+        return list(faults.values())
+
+    def _mark(self, step: int) -> dict[str, Entry]:
+        try:
+            return read_mark(self._place, step) or {}
+        except DamagedCatalog:
+            return {}
+
+    def _next_step(self, skipped: Collection[int]) -> tuple[int, Path, dict[str, Entry]] | None:
+        """The newest checkpoint that is not there, where it is and what it holds."""
+        for step, source in self._staging.sources().items():
+            entries = None if step in skipped else _stated(source)
+            if entries is None:  # damaged or gone: not worth a place
+                continue
+            if self._marked.get(step) != entries:
+                return step, self._staging.begin(source), entries
+            self._staging.begin(source)
+            self._staging.release(step)
+        return None
+
+    def _send_checkpoint(self, step: int, source: Path, entries: dict[str, Entry]) -> None:
+        self._ledger.add(step)
+        if step in self._marked:  # another state of the same step, after a rollback
+            self._place.remove(f"{step_folder(step)}.json")
+            del self._marked[step]
+        for name, entry in entries.items():
+            target = f"{step_folder(step)}/{name}"
+            if not self._place.holds(target, size=entry.bytes, sha256=entry.sha256):
+                self._send(source / name, target, entry)
+        # Before the mark: whoever goes on from this step finds its rows.
+        self._send_files()
+        write_mark(self._place, step, entries)
+        self._marked[step] = entries
+        self._staging.release(step)
+
+    def _send(self, source: Path, name: str, entry: Entry) -> None:
+        chunks = outgoing(source, self._throttle, size=entry.bytes, sha256=entry.sha256)
+        self._place.put(name, chunks, size=entry.bytes, sha256=entry.sha256)
+
+    def _send_files(self) -> None:
+        """The files that have changed, and away with those that are gone."""
+        found = dict(self._run_files())
+        copies: dict[str, tuple[Path, Entry]] = {}
+        for name, now in found.items():
+            if self._sent.get(name) == now or (copy := self._staging.copy(name)) is None:
+                continue
+            entry = entry_of(copy)
+            if self._contents.get(name) == (entry,):
+                self._sent[name] = now
+            else:
+                copies[name] = copy, entry
+        gone = self._contents.keys() - found.keys()
+        if copies or gone:
+            self._contents = {name: old for name, old in self._contents.items() if name in found}
+            for name, (_, entry) in copies.items():
+                before = [old for old in self._contents.get(name, ()) if old != entry]
+                self._contents[name] = (entry, *before[: _MAX_CONTENTS - 1])
+            write_index(self._place, Index(self._ledger.run, self._contents))
+        for name, (copy, entry) in copies.items():
+            self._send(copy, name, entry)
+            self._contents[name] = (entry,)
+            self._sent[name] = found[name]
+        for name in gone:
+            self._place.remove(name)
+        self._staging.discard_copies()
+
+    def _run_files(self) -> Iterator[tuple[str, _Signature]]:
+        """Every file of the run that is no checkpoint."""
+        for path in sorted(self._folder.rglob("*")):
+            name = path.relative_to(self._folder)
+            if any(part.startswith(".") for part in name.parts) or not path.is_file():
+                continue
+            if is_of_checkpoint(name.as_posix()) or name.as_posix() == INDEX or self._is_left_out(name.as_posix()):
+                continue
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # replaced or removed at this moment
+                continue
+            yield name.as_posix(), _Signature(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+    def _is_left_out(self, name: str) -> bool:
+        return name != _RECIPE and any(fnmatch(name, form) for form in self._config.leave_out)
+
+    def _prune(self) -> None:
+        """Remove there what the run has removed here; never the last one that both have.
+
+        What the run has set aside, because it went back before it, goes under any `backup.keep`.
+        """
+        own = local_steps(self._folder)
+        for step in sorted(self._ledger.steps - own.keys()):
+            has_other = any(other in self._marked for other in own)
+            if not has_other or (self._config.keep == "all" and step in self._marked and step < max(own)):
+                continue
+            # The mark first: without it the checkpoint does not exist.
+            self._place.remove(f"{step_folder(step)}.json")
+            self._marked.pop(step, None)
+            for name in self._place.names(step_folder(step)):
+                self._place.remove(name)
+            self._ledger.drop(step)
+
+
+def _stated(checkpoint: Path) -> dict[str, Entry] | None:
+    """The files of a checkpoint, by its manifest; None where that cannot be read."""
+    try:
+        data = (checkpoint / _MANIFEST).read_bytes()
+        stated = {name: Entry(int(e["bytes"]), str(e["sha256"])) for name, e in json.loads(data)["files"].items()}
+        others = [p.name for p in sorted(checkpoint.iterdir()) if p.name not in stated and p.name != _MANIFEST]
+        stated.update({name: entry_of(checkpoint / name) for name in others})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    # The manifest is sent last: it says what the others hold.
+    return {**dict(sorted(stated.items())), _MANIFEST: Entry(len(data), hashlib.sha256(data).hexdigest())}

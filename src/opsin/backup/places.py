@@ -1,0 +1,173 @@
+"""Where a backup can be: a folder, or a bucket of an object store. Both take and give files by name.
+
+A name is a relative path with `/` (`checkpoints/step-00000123/state.pt`). A file is there whole or not at all.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from opsin.backup.config import is_address
+from opsin.rundir import sync_folder
+
+CHUNK = 2**20
+"""Bytes that are read, sent and fetched at once."""
+
+_PARTIAL = ".sending"
+
+
+class PlaceError(Exception):
+    """A place did not do what was asked. The text is one line without secrets.
+
+    `refused` tells a place that answers and says no (no such bucket, no permission) from one that is out of reach.
+    """
+
+    def __init__(self, text: str, *, refused: bool = False) -> None:
+        super().__init__(text)
+        self.refused = refused
+
+
+class Absent(PlaceError):
+    """There is no file of this name."""
+
+
+class Place(Protocol):
+    """Files by name, somewhere else. Every method raises `PlaceError`."""
+
+    shown: str
+    """What messages call it."""
+
+    def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
+        """Store a file of `size` bytes, in the place of one that is there. What `chunks` raises passes through."""
+        ...
+
+    def holds(self, name: str, *, size: int, sha256: str) -> bool:
+        """Whether a file with this content is there already."""
+        ...
+
+    def fetch(self, name: str) -> Iterator[bytes]:
+        """The content; `Absent` where there is none."""
+        ...
+
+    def names(self, folder: str = "") -> list[str]:
+        """All files below `folder`, sorted."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Delete a file; nothing happens where there is none."""
+        ...
+
+
+def open_place(path: str) -> Place:
+    """The place at a path or an address that `check_place` has let through.
+
+    Raises:
+        ConfigError: the library for object stores is not installed.
+        PlaceError: the address cannot be used.
+    """
+    if is_address(path):
+        from opsin.backup.bucket import open_bucket
+
+        return open_bucket(path)
+    return Folder(Path(os.path.expanduser(path)))
+
+
+def put_bytes(place: Place, name: str, data: bytes) -> None:
+    """Store a small file.
+
+    Raises:
+        PlaceError: it is not stored.
+    """
+    place.put(name, iter([data]), size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_bytes(place: Place, name: str) -> bytes | None:
+    """A small file; None where there is none.
+
+    Raises:
+        PlaceError: it cannot be read.
+    """
+    try:
+        return b"".join(place.fetch(name))
+    except Absent:
+        return None
+
+
+class Folder:
+    """A second folder: of another disk, or of a server.
+
+    The folder is made, the one above it is not: a disk that is not mounted is out of reach, and nothing is
+    written in its stead.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+        self.shown = str(self._path)
+
+    def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
+        target = self._path / name
+        partial = target.with_name(f".{target.name}{_PARTIAL}")
+        try:
+            self._path.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with partial.open("wb") as file:
+                    for chunk in chunks:
+                        file.write(chunk)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(target)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            sync_folder(target.parent)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def holds(self, name: str, *, size: int, sha256: str) -> bool:
+        path = self._path / name
+        try:
+            if not path.is_file() or path.stat().st_size != size:
+                return False
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        except OSError as error:
+            raise self._error(error) from error
+
+    def fetch(self, name: str) -> Iterator[bytes]:
+        try:
+            with (self._path / name).open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+        except FileNotFoundError as error:
+            raise Absent(f"{self.shown}: holds no {name}", refused=True) from error
+        except OSError as error:
+            raise self._error(error) from error
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            found = [path for path in (self._path / folder).rglob("*") if path.is_file()]
+            return sorted(path.relative_to(self._path).as_posix() for path in found if not _is_partial(path))
+        except OSError as error:
+            raise self._error(error) from error
+
+    def remove(self, name: str) -> None:
+        path = self._path / name
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent != self._path and path.parent.is_dir() and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> PlaceError:
+        reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError) and not self._path.parent.is_dir():
+            reason = f"there is no folder {self._path.parent} (make it, or mount its disk)"
+        return PlaceError(f"{self.shown}: {reason}")
+
+
+def _is_partial(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)

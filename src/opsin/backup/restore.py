@@ -1,0 +1,181 @@
+"""A run directory from its backup: the newest whole state, with all that belongs to it."""
+
+import shutil
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsin.backup.catalog import (
+    INDEX,
+    DamagedCatalog,
+    Entry,
+    Index,
+    entry_of,
+    is_of_checkpoint,
+    marked_steps,
+    read_index,
+    read_mark,
+    step_folder,
+)
+from opsin.backup.config import check_place
+from opsin.backup.ledger import Ledger
+from opsin.backup.places import Absent, Place, PlaceError, open_place
+from opsin.errors import ConfigError, RunError
+from opsin.rundir import sync_folder
+
+_RECIPE = "recipe.yaml"
+_LOGS = (".jsonl", ".txt", ".csv")  # a torn line is worth less than the lines around it
+_WEIGHTS = "model*.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What came back. `step` is None where the backup holds no checkpoint."""
+
+    step: int | None
+    num_files: int
+    num_bytes: int
+
+
+def restore(
+    url: str, folder: Path, *, step: int | None = None, only: bool = False, say: Callable[[str], None]
+) -> Restored:
+    """Write the run in the backup at `url` into `folder`, which is new or empty; every file is verified.
+
+    The state is that of `step`, or the newest whole one; damaged ones are told to `say` and left out. Earlier
+    checkpoints come along unless `only` one is wanted: retention and rollback work on as if nothing had happened.
+    An interrupted restore goes on where it was.
+
+    Raises:
+        ConfigError: `url` is no place.
+        RunError: no backup there, nothing whole in it, no such step, out of reach, or `folder` is in use.
+    """
+    try:
+        check_place(url)
+    except ValueError as error:
+        raise ConfigError(f"command line: {error}") from error
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: is not empty; restore into a new folder, or move this one away")
+    try:
+        return _Restore(open_place(url), folder, say).run(step, only=only)
+    except PlaceError as error:
+        raise RunError(f"{error}; what was fetched stays, the same command goes on") from error
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot be written: {error.strerror or error}; make room, the same command goes on"
+        ) from error
+
+
+class _Restore:
+    """One restore. Files come into a hidden folder beside the run directory, which takes its name when all is there."""
+
+    def __init__(self, place: Place, folder: Path, say: Callable[[str], None]) -> None:
+        self._place = place
+        self._folder = folder.absolute()
+        self._partial = self._folder.with_name(f".{self._folder.name}.restoring")
+        self._say = say
+        self._num_files = 0
+        self._num_bytes = 0
+
+    def run(self, wanted: int | None, *, only: bool) -> Restored:
+        index = self._read_index()
+        steps = marked_steps(self._place)
+        if _RECIPE not in index.files:
+            raise RunError(f"{self._place.shown}: holds no backup of a run (no {_RECIPE})")
+        if wanted is not None and wanted not in steps:
+            known = ", ".join(map(str, steps)) or "none"
+            raise RunError(f"{self._place.shown}: has no whole checkpoint of step {wanted}; there are: {known}")
+        kept = self._fetch_checkpoints([s for s in steps if wanted is None or s <= wanted], only=only)
+        if wanted is not None and wanted not in kept:
+            raise RunError(f"{self._place.shown}: the checkpoint of step {wanted} is damaged; take another --step")
+        if steps and not kept:
+            raise RunError(f"{self._place.shown}: every checkpoint is damaged: step {', '.join(map(str, steps))}")
+        newest = max(kept, default=None)
+        is_newest = newest == max(steps, default=None)
+        for name, entries in index.files.items():
+            # The weights of the end, for a run that goes back before it, would be taken for the newest.
+            if is_newest or not Path(name).match(_WEIGHTS):
+                self._fetch_file(name, entries)
+        self._remove_others({*index.files, *(f"{step_folder(step)}/{name}" for step in kept for name in kept[step])})
+        # The later ones too: who goes on from here takes another way, and they are no part of it.
+        ledger = Ledger(self._partial, self._place.shown, run=index.run or None)
+        ledger.add(*kept, *(step for step in steps if newest is not None and step > newest))
+        self._partial.rename(self._folder)
+        sync_folder(self._folder.parent)
+        return Restored(newest, self._num_files, self._num_bytes)
+
+    def _read_index(self) -> Index:
+        try:
+            return read_index(self._place) or Index("")
+        except DamagedCatalog as error:
+            self._say(f"{error}; the files of the run are taken as they are")
+        names = [name for name in self._place.names() if name != INDEX and not is_of_checkpoint(name)]
+        return Index("", dict.fromkeys(names, ()))
+
+    def _fetch_checkpoints(self, steps: Iterable[int], *, only: bool) -> dict[int, dict[str, Entry]]:
+        """The files of the checkpoints that have come whole, the newest first."""
+        whole: dict[int, dict[str, Entry]] = {}
+        for step in sorted(steps, reverse=True):
+            entries = self._fetch_checkpoint(step)
+            if entries:
+                whole[step] = entries
+                if only:
+                    break
+        return whole
+
+    def _fetch_checkpoint(self, step: int) -> dict[str, Entry]:
+        """The files of a checkpoint once they are here and what its mark says; none where it is damaged."""
+        try:
+            entries = read_mark(self._place, step) or {}
+        except DamagedCatalog as error:
+            self._say(f"{error}; the checkpoint of step {step} is left out")
+            return {}
+        target = self._partial / step_folder(step)
+        for name, entry in entries.items():
+            fault = self._fetch(f"{step_folder(step)}/{name}", (entry,))
+            if fault is not None:
+                shutil.rmtree(target, ignore_errors=True)
+                self._say(f"{fault}; the checkpoint of step {step} is left out")
+                return {}
+        return entries
+
+    def _fetch_file(self, name: str, entries: Sequence[Entry]) -> None:
+        keeps = name.endswith(_LOGS)
+        fault = self._fetch(name, entries, keep_damaged=keeps)
+        if fault is not None and name == _RECIPE:
+            raise RunError(f"{fault}; without its recipe the run cannot go on: mend it in the backup")
+        if fault is not None:
+            self._say(f"{fault}; it is {'taken as it is' if keeps else 'left out'}")
+
+    def _fetch(self, name: str, entries: Sequence[Entry], *, keep_damaged: bool = False) -> str | None:
+        """Why a file is not what it should be; None where it has come, or was here already."""
+        target = self._partial / name
+        if entries and target.is_file() and entry_of(target) in entries:
+            return None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.fetching")
+        try:
+            with partial.open("wb") as file:
+                for chunk in self._place.fetch(name):
+                    file.write(chunk)
+        except Absent:
+            partial.unlink(missing_ok=True)
+            return f"{self._place.shown}: {name} is missing"
+        found = entry_of(partial)
+        is_good = not entries or found in entries
+        if is_good or keep_damaged:
+            partial.replace(target)
+            self._num_files += 1
+            self._num_bytes += found.bytes
+        else:
+            partial.unlink()
+        return None if is_good else f"{self._place.shown}: {name} is damaged"
+
+    def _remove_others(self, names: Collection[str]) -> None:
+        """Away with what an interrupted restore of another state has left."""
+        for path in list(self._partial.rglob("*")):
+            if path.is_file() and path.relative_to(self._partial).as_posix() not in names:
+                path.unlink()
+        for path in sorted(self._partial.rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()

@@ -1,0 +1,234 @@
+"""`opsin checkpoints`: look at the stored states of a run, verify them, make room, go back to an older one."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opsin.compression import SUFFIX
+from opsin.console import duration
+from opsin.errors import CheckpointError, RunError
+from opsin.recipe import read
+from opsin.rundir import RunDirectory
+from opsin.training.checkpoint_format import DamagedCheckpoint, find_checkpoints, name_of, read_manifest, verify
+from opsin.training.checkpoint_writer import remove_leftovers
+from opsin.training.retention import UNHEALTHY, CheckpointConfig, Retention, read_best
+
+LATER = "later-"
+"""Before the name of a checkpoint after the one that was restored: never loaded, kept until it is pruned."""
+
+_DAMAGED = "damaged-"
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One checkpoint in a list."""
+
+    name: str
+    step: int
+    epoch: float | None
+    score: str | None
+    """Where it is among the best: the score and its value."""
+    bytes: int
+    age_s: float
+    healthy: bool | None
+    """Whether a rollback may go back to it; none where the run has no rollbacks or it is too new to tell."""
+    compressed: bool
+    verified: str
+    """`sizes`, `sha256`, `too new` or `DAMAGED`."""
+    fault: str | None
+
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain values."""
+        return asdict(self)
+
+
+def list_checkpoints(path: Path, *, content: bool = False) -> list[Stored]:
+    """The checkpoints of the run at `path`, those set aside included, by step; with `content` every byte is hashed.
+
+    Raises:
+        RunError: there is no run.
+    """
+    folder = _folder(path)
+    best = {scored.step: f"{scored.name} {scored.score:.4g}" for scored in read_best(folder)}
+    present = max(find_checkpoints(folder), default=0)
+    margin = _margin(folder)
+    found = [item for item in folder.glob("*step-*") if item.is_dir() and not item.name.startswith(".")]
+    return [_look(item, best, present, margin, content=content) for item in sorted(found, key=_place)]
+
+
+def checkpoints_table(stored: Sequence[Stored]) -> list[str]:
+    """The checkpoints as lines of aligned columns, with a head."""
+    head = ("checkpoint", "epoch", "best", "MiB", "age", "healthy", "compressed", "verified")
+    rows = [head, *(_row(one) for one in stored)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def check(stored: Iterable[Stored]) -> None:
+    """See that what may be loaded is as it was written.
+
+    Raises:
+        CheckpointError: a line for each that is not.
+    """
+    faults = [one.fault for one in stored if one.fault is not None and one.name == name_of(one.step)]
+    if faults:
+        raise CheckpointError(*faults)
+
+
+def superfluous(path: Path, *, keep: int | None = None) -> list[Path]:
+    """What the policy of the run's recipe does not keep, and what was set aside, oldest first.
+
+    `keep` takes the place of `checkpoints.keep`.
+
+    Raises:
+        RunError: there is no run.
+        ConfigError: its recipe cannot be read.
+    """
+    folder = _folder(path)
+    config = read(str(RunDirectory(path).recipe)).checkpoints
+    if keep is not None:
+        config = CheckpointConfig.model_validate({**config.model_dump(), "keep": keep})
+    margin = _margin(folder)
+    retention = Retention(
+        folder,
+        config,
+        lambda step: config.milestones is not None and _is_milestone(folder / name_of(step)),
+        margin=None if margin is None else lambda step: margin,
+    )
+    aside = [item for prefix in (_DAMAGED, LATER) for item in folder.glob(f"{prefix}step-*")]
+    found = find_checkpoints(folder)
+    return sorted([*aside, *(retention.superfluous(max(found)) if found else ())], key=_place)
+
+
+def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
+    """Remove what is superfluous, after the newest was verified.
+
+    Raises:
+        RunError: a process is writing the run; something cannot be removed.
+        CheckpointError: the newest is damaged: older ones are needed.
+    """
+    with RunDirectory.locked(path, say):
+        folder = _folder(path)
+        remove_leftovers(folder)
+        doomed = superfluous(path, keep=keep)
+        if doomed and (found := find_checkpoints(folder)):
+            newest = found[max(found)]
+            try:
+                verify(newest)
+            except DamagedCheckpoint as error:
+                raise CheckpointError(
+                    f"{error}; nothing was removed: opsin checkpoints {path} restore STEP takes an older one first"
+                ) from error
+        for item in doomed:
+            try:
+                shutil.rmtree(item)
+            except OSError as error:
+                raise RunError(f"{item}: cannot be removed: {error.strerror or error}") from error
+            say(f"removed {item.name}")
+
+
+def restore(path: Path, step: int, *, say: Callable[[str], None]) -> None:
+    """Make the checkpoint of `step` the one that the run goes on from; later ones become `later-step-...`.
+
+    One that was set aside so by an earlier call comes back. What the log says of later steps is forgotten when the
+    run goes on.
+
+    Raises:
+        RunError: there is no such checkpoint; a process is writing the run; a name is taken.
+        CheckpointError: it is damaged.
+    """
+    with RunDirectory.locked(path, say):
+        folder = _folder(path)
+        remove_leftovers(folder)
+        found = find_checkpoints(folder)
+        wanted = found.get(step, folder / f"{LATER}{name_of(step)}")
+        if not wanted.exists():
+            known = ", ".join(map(str, found)) or "none"
+            raise RunError(f"{path}: has no checkpoint of step {step}; there are: {known}")
+        verify(wanted)
+        later = [item for number, item in found.items() if number > step]
+        if taken := [item for item in later if item.with_name(f"{LATER}{item.name}").exists()]:
+            raise RunError(
+                f"{folder}: {LATER}{taken[0].name} is there from an earlier restore; "
+                f"opsin checkpoints {path} prune --yes removes it"
+            )
+        # Back to its name first, then the newest first: killed in between, the same command goes on.
+        if wanted.name != name_of(step):
+            wanted.rename(folder / name_of(step))
+        for item in reversed(later):
+            item.rename(item.with_name(f"{LATER}{item.name}"))
+    aside = f"; later ones are kept as {LATER}step-... until opsin checkpoints {path} prune --yes" if later else ""
+    say(f"{path}: step {step} is the newest checkpoint now; opsin resume {path} goes on from it{aside}")
+
+
+def _row(one: Stored) -> tuple[str, ...]:
+    epoch = "-" if one.epoch is None else f"{one.epoch:g}"
+    healthy = {True: "yes", False: "no", None: "-"}[one.healthy]
+    size, age = f"{one.bytes / _MIB:.1f}", duration(one.age_s)
+    return one.name, epoch, one.score or "-", size, age, healthy, "zstd" if one.compressed else "no", one.verified
+
+
+def _folder(path: Path) -> Path:
+    run = RunDirectory(path)
+    if not run.checkpoints.is_dir():
+        what = "has no checkpoints yet" if run.exists() else "holds no run"
+        raise RunError(f"{path}: {what}; `opsin runs` lists the runs in a folder")
+    return run.checkpoints
+
+
+def _place(path: Path) -> tuple[int, str]:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1, path.name
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        return read_manifest(path)
+    except CheckpointError:
+        return {}
+
+
+def _margin(folder: Path) -> int | None:
+    """Steps that a healthy checkpoint is older than the newest."""
+    found = find_checkpoints(folder)
+    margin = _manifest(found[max(found)]).get("margin") if found else None
+    return margin if isinstance(margin, int) else None
+
+
+def _is_milestone(path: Path) -> bool:
+    # What an older opsin wrote does not say so: it stays.
+    return bool(_manifest(path).get("milestone", True))
+
+
+def _look(path: Path, best: dict[int, str], present: int, margin: int | None, *, content: bool) -> Stored:
+    fault, verified = None, "sha256" if content else "sizes"
+    try:
+        manifest = verify(path, content=content)
+    except DamagedCheckpoint as error:
+        manifest, fault, verified = _manifest(path), str(error), "DAMAGED"
+    except CheckpointError as error:
+        manifest, fault, verified = {}, str(error), "too new"
+    step = _place(path)[0]
+    is_aside = path.name != name_of(step)
+    healthy: bool | None = None
+    if path.name.startswith((UNHEALTHY, _DAMAGED)) or verified == "DAMAGED":
+        healthy = False
+    elif not is_aside and margin is not None and step <= present - margin:
+        healthy = True
+    files = [item.stat() for item in path.iterdir()]
+    return Stored(
+        name=path.name,
+        step=step,
+        epoch=manifest.get("epoch"),
+        score=None if is_aside else best.get(step),
+        bytes=sum(file.st_size for file in files),
+        age_s=max(0.0, time.time() - max((file.st_mtime for file in files), default=time.time())),
+        healthy=healthy,
+        compressed=any(name.endswith(SUFFIX) for name in manifest.get("files", ())),
+        verified=verified,
+        fault=fault,
+    )

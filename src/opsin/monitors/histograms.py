@@ -1,0 +1,97 @@
+"""How large the gradients are in each part of a network: what a single norm hides.
+
+Shapes: P parts, Q quantiles, n gradients of a part that are looked at.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opsin.cadence import StepEvery, is_due
+from opsin.methods.base import Method
+from opsin.quantiles import GRADIENTS, PERCENTS, quantile_names
+from opsin.timeline import Timeline
+from opsin.training.alerts import Monitor, MonitorConfig
+from opsin.training.state import StepReport, TrainState
+
+_MOST = 2**18
+"""Gradients of a part that are sorted; of more, evenly spaced ones."""
+
+
+class HistogramsConfig(MonitorConfig):
+    """Sizes of the gradients in each part of the network, as the optimizer gets them; judges nothing."""
+
+    name: Literal["histograms"] = "histograms"
+    every: StepEvery = "1 epoch"
+    """How often they are measured."""
+    by: Literal["depth", "module"] = "depth"
+    """The parts: `depth` is each layer of the network that learns and what stands around it, `module` what the method
+    consists of."""
+
+    def build(self, timeline: Timeline) -> "Histograms":
+        return Histograms(self, timeline)
+
+
+class Histograms(Monitor):
+    """Sorts the gradients of an update before it is made, and tells quantiles of their absolute values."""
+
+    def __init__(self, config: HistogramsConfig, timeline: Timeline) -> None:
+        self._config = config
+        self._timeline = timeline
+        self._seen: Mapping[str, Tensor] = {}
+        """Quantiles [Q] of each part, on the device, of the update that is due."""
+
+    @torch.no_grad()
+    def view_gradients(self, method: Method, step: int) -> None:
+        """Keep the quantiles if update `step` is one to be measured. The device is not waited for."""
+        if is_due(self._config.every, self._timeline, step):
+            parts = parts_by_depth(method) if self._config.by == "depth" else parts_by_module(method)
+            self._seen = {part: quantiles(grads) for part, grads in parts.items()}
+
+    def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
+        """`gradients/<part>_q05` to `_q100`; none of a part where some are not finite."""
+        seen, self._seen = self._seen, {}
+        if not seen:
+            return {}
+        table = torch.stack(list(seen.values())).tolist()  # [P, Q]
+        return {
+            name: value
+            for part, row in zip(seen, table, strict=True)
+            if all(map(math.isfinite, row))
+            for name, value in zip(quantile_names(GRADIENTS, part), row, strict=True)
+        }
+
+
+def parts_by_depth(method: Method) -> dict[str, list[Tensor]]:
+    """Gradients by `layer_00`, ... of the network that learns, and by module where they are of another."""
+    layers, params = method.trained_backbone.layers(), method.trained_backbone.named_parameters()
+    of_layers = {id(param): f"layer_{layers[name]:02}" for name, param in params}
+    return _grouped(method, lambda name, param: of_layers.get(id(param), name.partition(".")[0]))
+
+
+def parts_by_module(method: Method) -> dict[str, list[Tensor]]:
+    """Gradients by the module of the method that they are of."""
+    return _grouped(method, lambda name, param: name.partition(".")[0])
+
+
+def quantiles(grads: Sequence[Tensor]) -> Tensor:
+    """Of all absolute values together, the largest of the smallest 5 %, 25 %, ...: float32 [Q], on their device.
+
+    NaN counts as larger than all numbers.
+    """
+    stride = -(-sum(grad.numel() for grad in grads) // _MOST)
+    values = torch.cat([grad.flatten()[::stride] for grad in grads]).float().abs().sort()[0]  # [n]
+    places = [max(-(-len(values) * percent // 100) - 1, 0) for percent in PERCENTS]
+    return torch.stack([values[place] for place in places])
+
+
+def _grouped(method: Method, part_of: Callable[[str, Tensor], str]) -> dict[str, list[Tensor]]:
+    """The gradients that there are, by part in the order of the parts' names."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, param in method.named_parameters():
+        if param.grad is not None:
+            parts.setdefault(part_of(name, param), []).append(param.grad)
+    return dict(sorted(parts.items()))

@@ -1,0 +1,112 @@
+"""Calls that may fail and wait for better times: how a log outlasts a full disk."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from opsin.rundir import write_atomic
+
+_MOST_WAITING = 10_000
+_QUICK_S = 0.05
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` in the place of the file `path`, and make the folders that lead to it.
+
+    Raises:
+        OSError: it cannot be written; the old content stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+
+
+def write_if_possible(warn: Callable[[str], None]) -> Callable[[Path, bytes], None]:
+    """`write_whole` for files that a run can do without: for each, the first fault is a warning."""
+    warned: set[Path] = set()
+
+    def write(path: Path, data: bytes) -> None:
+        try:
+            write_whole(path, data)
+            warned.discard(path)
+        except OSError as error:
+            if path not in warned:
+                warned.add(path)
+                warn(f"{path} cannot be written: {error.strerror or error}; training goes on without it")
+
+    return write
+
+
+class Outlet:
+    """Calls made in order. One that fails waits, with all that follow, for the next.
+
+    At most `_MOST_WAITING` wait. Then the oldest is lost; or all are, and `make_good` is called in their place.
+    """
+
+    def __init__(self, name: str, warn: Callable[[str], None], *, make_good: Callable[[], None] | None = None) -> None:
+        self.name = name
+        self.state: Literal["well", "failing", "recovered"] = "well"
+        self.lost = 0
+        self._warn = warn
+        self._make_good = make_good
+        self._warned = False
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._fault: Exception | None = None
+        self._took_s: deque[float] = deque(maxlen=3)
+        self._next_s = 0.0
+
+    def put(self, call: Callable[[], None]) -> None:
+        """Make the call, after those that wait."""
+        if len(self._waiting) >= _MOST_WAITING:
+            self._shorten()
+        self._waiting.append(call)
+        if time.monotonic() >= self._next_s:
+            self._make_calls()
+
+    def drop(self) -> None:
+        """Forget what waits."""
+        self._waiting.clear()
+
+    def give_up(self) -> None:
+        """Make what waits one last time; what fails is lost, with a warning."""
+        self._make_calls()
+        if self._waiting:
+            lost = self.lost + len(self._waiting)
+            self._warn(f"{self.name}: {lost} entries could not be written and are lost: {self._fault}")
+            self.drop()
+
+    def _shorten(self) -> None:
+        if self._make_good is None:
+            self._waiting.popleft()
+            self.lost += 1
+        else:
+            self._waiting.clear()
+            self._waiting.append(self._make_good)
+
+    def _make_calls(self) -> None:
+        while self._waiting:
+            began = time.monotonic()
+            try:
+                self._waiting[0]()
+            except Exception as error:  # a sink is anybody's code, and no log is worth a run
+                self._fail(error)
+                self._pause(time.monotonic() - began)
+                return
+            self._waiting.popleft()
+        self._took_s.clear()
+        if self.state == "failing":
+            self.state = "recovered"
+
+    def _pause(self, took_s: float) -> None:
+        """One that always takes long to fail is asked so rarely that training hardly notices."""
+        self._took_s.append(took_s)
+        is_slow = len(self._took_s) == 3 and min(self._took_s) > _QUICK_S
+        self._next_s = time.monotonic() + 20 * min(self._took_s) if is_slow else 0.0
+
+    def _fail(self, error: Exception) -> None:
+        self.state = "failing"
+        self._fault = error
+        if not self._warned:
+            self._warned = True
+            self._warn(f"{self.name} cannot be written: {error}; training goes on, its entries wait in memory")

@@ -1,0 +1,218 @@
+"""The lock of a run directory: one process writes it, and a dead one keeps nobody out.
+
+The kernel holds the lock (`flock`) and lets go of it when the process ends, however it does. The file says who holds
+it. A file system without `flock` gets a lease instead: the holder renews the file's time while it lives, and who finds
+an old one takes it over. That keeps out mistakes, not two processes that start within the same instant.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from opsin.errors import RunError
+
+_RENEWED_S, _EXPIRES_S = 5.0, 60.0
+_SETTLE_S = 0.2
+_NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that holds a lock, or held it when it died."""
+
+    pid: int | None
+    host: str
+    since: str
+    token: str = ""
+    """Tells two holders with the same number apart."""
+
+    @classmethod
+    def this_process(cls) -> "Holder":
+        """The holder to be."""
+        return cls(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"), uuid.uuid4().hex)
+
+    @classmethod
+    def read(cls, path: Path) -> "Holder | None":
+        """Who stands in the file; None where nobody does."""
+        try:
+            text = path.read_text().strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        if not text:
+            return None
+        try:
+            facts = json.loads(text)
+            return cls(facts["pid"], facts["host"], facts["since"], facts["token"])
+        except (ValueError, LookupError, TypeError):  # an older opsin wrote its number alone
+            return cls(int(text) if text.isdecimal() else None, "an unknown host", "an unknown time")
+
+    @property
+    def process(self) -> str:
+        """`process 4711`."""
+        return f"process {'of unknown number' if self.pid is None else self.pid}"
+
+    def is_dead(self) -> bool:
+        """Whether this machine knows that the process has ended."""
+        if self.host != socket.gethostname() or self.pid is None:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
+class RunLock:
+    """The lock file of a run. `take` and `release`; the end of the process releases it too."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._release: Callable[[], object] = lambda: None
+
+    def take(self, notice: Callable[[str], None] = lambda text: None) -> None:
+        """Hold the lock. `notice` is told when it was that of a dead process, or the file system has none.
+
+        Raises:
+            RunError: another process holds it.
+            OSError: the file cannot be written.
+        """
+        self.release()
+        me = Holder.this_process()
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            has_flock = self._flock(descriptor)
+            before = Holder.read(self._path)
+            if not has_flock:
+                self._check_lease(before)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{json.dumps(asdict(me))}\n".encode(), 0)
+        if has_flock:
+            self._release = weakref.finalize(self, _let_go, descriptor, os.getpid())
+        else:
+            os.close(descriptor)
+            self._release = weakref.finalize(self, _end_lease, self._path, me, _keep_renewing(self._path, me))
+            self._settle(me)
+            notice(
+                f"{self._path.parent}: this file system has no locks: {self._path.name} is renewed every "
+                f"{_RENEWED_S:g} s instead, and a process that finds it {_EXPIRES_S:g} s old takes it over; "
+                "start no two runs here at the same moment"
+            )
+        if before is not None:
+            notice(
+                f"{self._path.parent}: took over the lock of {before.process} on {before.host}, "
+                f"which wrote this run since {before.since} and has died"
+            )
+
+    def release(self) -> None:
+        """Let other processes have it."""
+        self._release()
+        self._release = lambda: None
+
+    def _flock(self, descriptor: int) -> bool:
+        """Take the kernel's lock; whether the file system has any."""
+        for _ in range(10):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(0.02)  # `is_held` of another process has it for a moment
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise
+                return False
+        raise self._busy(Holder.read(self._path))
+
+    def _check_lease(self, before: Holder | None) -> None:
+        if before is not None and not before.is_dead() and (left := _lease_left_s(self._path)) > 0:
+            raise self._busy(before, f"; if it is dead, its lease ends in {left:.0f} s")
+
+    def _settle(self, me: Holder) -> None:
+        """Another process may have found the same old lease: the last one that wrote has it."""
+        time.sleep(_SETTLE_S)
+        now = Holder.read(self._path)
+        if now != me:
+            self.release()
+            raise self._busy(now)
+
+    def _busy(self, holder: Holder | None, more: str = "") -> RunError:
+        who = "a process" if holder is None else holder.process
+        where = "" if holder is None else f" (it has been on {holder.host} since {holder.since}{more})"
+        return RunError(
+            f"{self._path.parent}: {who} is writing this run; stop it first, or choose another --out{where}"
+        )
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the lock file at `path`."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            return True
+        holder = Holder.read(path)
+        return holder is not None and not holder.is_dead() and _lease_left_s(path) > 0
+    return False
+
+
+def _let_go(descriptor: int, pid: int) -> None:
+    # A fork of the holder that ends must not let go of what the holder still has.
+    if os.getpid() == pid:
+        os.ftruncate(descriptor, 0)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def _lease_left_s(path: Path) -> float:
+    """Seconds until a lease is nobody's, by the clock of the file system: hosts may disagree on the time."""
+    now = path.with_name(f"{path.name}.{uuid.uuid4().hex}.writing")
+    try:
+        now.touch()
+        return path.stat().st_mtime + _EXPIRES_S - now.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        now.unlink(missing_ok=True)
+
+
+def _keep_renewing(path: Path, me: Holder) -> threading.Event:
+    """Renew the lease in a thread until the event is set, or somebody else has it."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(_RENEWED_S):
+            try:
+                if Holder.read(path) != me:
+                    return
+                os.utime(path)
+            except OSError:  # for a moment, on a network: the lease lasts longer than that
+                continue
+
+    threading.Thread(target=renew, name="lease", daemon=True).start()
+    return ended
+
+
+def _end_lease(path: Path, me: Holder, ended: threading.Event) -> None:
+    ended.set()
+    try:
+        if os.getpid() == me.pid and Holder.read(path) == me:
+            os.truncate(path, 0)
+    except OSError:
+        return  # it runs out by itself

@@ -1,0 +1,316 @@
+"""`opsin train --restarts N`: a process that starts the training as its child, and again when it crashed.
+
+It imports no torch, so that what breaks the child (a driver, the memory) leaves it whole. Whatever it has to say
+stands in the events of the run, written while no child has it locked.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from opsin.console import Console, duration, open_console
+from opsin.crashes import Crash, OomKills, describe, listed
+from opsin.errors import OpsinError, RunError
+from opsin.put_aside import Aside, read_aside, write_aside
+from opsin.reporting import Fact, Journal, Sink
+from opsin.rundir import RunDirectory
+from opsin.sinks import TextLog
+from opsin.trail import SUPERVISOR, VARIABLE, Whereabouts, follow
+from opsin.webhook import Webhook, webhook_url
+from opsin.yaml_tree import read_file
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FINAL = (0, 2, 3)
+"""Exit statuses that are no crash: done, wrong input, stopped."""
+_KEPT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """How a run is supervised."""
+
+    restarts: int
+    """How often it is started again at most."""
+    quarantine_after: int | None = None
+    """After so many crashes in a row at one place its images are left out from then on; None never does so."""
+    first_wait_s: float = 2.0
+    """Before a restart; doubled with each crash that comes without a new checkpoint in between."""
+    longest_wait_s: float = 300.0
+    program: tuple[str, ...] = (sys.executable, "-P", "-X", "faulthandler", "-m", "opsin")
+    """What takes the arguments."""
+
+
+def supervise(
+    command: Sequence[str], out: Path, settings: Supervision, *, fresh: bool = False, quiet: bool = False
+) -> int:
+    """Run `opsin` with the arguments `command`, which trains in `out`, until it is done; gives its exit status.
+
+    A status of 0, 2 or 3 is final, and so is a failure of the training itself, such as divergence: only a crash
+    is followed by a restart, from the newest checkpoint. SIGTERM, SIGINT and SIGUSR1 are handed on. With `fresh`,
+    the first child that gets as far moves an earlier run aside.
+    """
+    supervisor = _Supervisor(command, out, settings, fresh=fresh, console=open_console(quiet=quiet))
+    with supervisor.forwarding():
+        return supervisor.run()
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a child ended."""
+
+    status: int
+    crash: Crash
+    where: Whereabouts
+
+
+class _Supervisor:
+    def __init__(
+        self, command: Sequence[str], out: Path, settings: Supervision, *, fresh: bool, console: Console
+    ) -> None:
+        self._command = command
+        self._out = RunDirectory(out)
+        self._settings = settings
+        self._console = console
+        # The directory that `--fresh` is to move; once another stands in its place it is done.
+        self._to_move = _identity(out) if fresh and self._out.exists() else None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._signal: str | None = None
+        self._signalled = threading.Event()
+
+    @contextmanager
+    def forwarding(self) -> Iterator[None]:
+        """Signals go to the child while this lasts; between two children they end the wait."""
+        before = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run(self) -> int:
+        """Children one after another; the exit status of the last."""
+        last: Crash | None = None
+        repeats = standing = 0
+        newest = _newest_checkpoint(self._out)
+        for left in range(self._settings.restarts, -1, -1):
+            end = self._train()
+            if end.status in _FINAL:
+                return end.status
+            if end.status < 0 and -end.status in _FORWARDED:  # it was stopped before it could listen
+                self._console.warning(f"stopped by {signal.Signals(-end.status).name}")
+                return 3
+            repeats = repeats + 1 if last is not None and end.crash.is_like(last) else 1
+            last = end.crash if repeats == 1 or last is None else end.crash.narrowed(last)
+            before, newest = newest, _newest_checkpoint(self._out)
+            standing = 0 if (newest or 0) > (before or 0) else standing + 1
+            # A bound for the exponent, too: a power of two that no float holds is no time.
+            wait_s = min(self._settings.first_wait_s * 2 ** min(standing, 30), self._settings.longest_wait_s)
+            decision = self._decide(end, last, repeats, left)
+            self._tell(last, repeats, decision, left, newest, wait_s)
+            if decision.ends:
+                return 4
+            if decision.put_aside:
+                last, repeats = None, 0
+            if self._signalled.wait(wait_s):
+                self._console.warning(f"{self._signal}: stopped before the restart")
+                return 3
+        raise AssertionError("the last crash ends it")
+
+    def _train(self) -> _End:
+        """One child from its start to its end."""
+        kills = OomKills.now()
+        with tempfile.TemporaryDirectory(prefix="opsin-", ignore_cleanup_errors=True) as trail:
+            environment = {
+                **os.environ,
+                VARIABLE: trail,
+                SUPERVISOR: str(os.getpid()),
+                # The path of this interpreter, as a script or `python -m` has set it.
+                "PYTHONPATH": os.pathsep.join(place for place in sys.path if place),
+            }
+            fresh = ["--fresh"] if self._to_move is not None and _identity(self._out.path) == self._to_move else []
+            child = subprocess.Popen(
+                [*self._settings.program, *self._command, *fresh],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment,
+                process_group=0,  # Ctrl-C in a terminal reaches it once, through this process
+            )
+            assert child.stderr is not None
+            self._child = child
+            if self._signal is not None:  # it came while the child was made
+                child.send_signal(signal.Signals[self._signal])
+            lines = _Lines(child.stderr)
+            status = child.wait()
+            self._child = None
+            where = follow(Path(trail))
+            crash = describe(status, child.pid, lines.end(), where, OomKills.now().since(kills))
+            return _End(status, crash, where)
+
+    def _decide(self, end: _End, crash: Crash, repeats: int, left: int) -> "_Decision":
+        """What follows from a crash."""
+        if end.where.verdict is not None:
+            return _Decision(ends="no restart: training failed for a reason that a restart does not change")
+        if self._signal is not None:
+            return _Decision(ends=f"no restart after {self._signal}")
+        after = self._settings.quarantine_after
+        if after is not None and repeats >= after and crash.images:
+            known = {item.index for item in self._aside()}
+            new = tuple(image for image in crash.images if image not in known)
+            if not new:
+                return _Decision(
+                    ends="no restart: it crashes here without these images, too; it is not because of them"
+                )
+            if left:
+                return _Decision(put_aside=new)
+        return _Decision(ends="no restarts are left" if left == 0 else "")
+
+    def _tell(
+        self, crash: Crash, repeats: int, decision: "_Decision", left: int, newest: int | None, wait_s: float
+    ) -> None:
+        """Say what happened and what follows, and write it down."""
+        words = [f"training crashed {crash.place()}: {crash.cause}"]
+        if repeats > 1:
+            words.append(f"the {_ordinal(repeats)} time in a row at this place, so it will hardly pass by itself")
+            if crash.images and not crash.places:
+                words.append(f"{listed(crash.images)} belong to it (events.jsonl lists all)")
+            if crash.images and self._settings.quarantine_after is None:
+                words.append("--quarantine-after 3 would go on without them")
+        words += [decision.ends] if decision.ends else []
+        if decision.put_aside:
+            words.append(f"{listed(decision.put_aside)} will be left out from now on ({self._out.put_aside.name})")
+        if not decision.ends:
+            place = "the beginning" if newest is None else f"the checkpoint of step {newest}"
+            words.append(f"goes on from {place} in {duration(wait_s)} (restart, {left - 1} left)")
+        self._console.warning("; ".join(words))
+        self._write(crash, repeats, decision, newest, "; ".join(words))
+
+    def _write(self, crash: Crash, repeats: int, decision: "_Decision", newest: int | None, message: str) -> None:
+        # With the step that training goes on from: what happened after it will be forgotten.
+        step = newest or 0
+        facts: dict[str, Fact] = {
+            "cause": crash.cause,
+            "update": None if crash.step is None else crash.step + 1,
+            "repeats": repeats,
+            "images": crash.images,
+            "places": crash.places,
+            "restarts": not decision.ends,
+            "message": message,
+        }
+        with self._journal() as journal:
+            if decision.put_aside:
+                reason = f"training crashed with it {repeats} times ({crash.cause})"
+                images = [Aside(image, reason) for image in decision.put_aside]
+                write_aside(self._out.put_aside, [*self._aside(), *images])
+            if journal is not None:
+                journal.event("crash", step, **facts)
+                if decision.put_aside:
+                    journal.event("put_aside", step, images=decision.put_aside, file=self._out.put_aside.name)
+
+    @contextmanager
+    def _journal(self) -> Iterator[Journal | None]:
+        """The journal of the run while it is locked; None where there is none, or it cannot be had."""
+        if not self._out.exists():
+            yield None
+            return
+        journal: Journal | None = None
+        try:
+            with RunDirectory.locked(self._out.path):
+                sinks = [TextLog(self._out.path), *self._webhooks()]
+                journal = Journal(self._out.path, sinks, warn=self._console.warning)
+                yield journal
+                journal.close()
+        except (RunError, OSError) as error:
+            self._console.warning(f"not written into the run: {error}")
+            if journal is None:
+                yield None
+
+    def _webhooks(self) -> list[Sink]:
+        """The one of the recipe, where there is one: what kills a training lets it tell nobody."""
+        try:
+            group = read_file(self._out.recipe, self._out.recipe.name).child("alerts")
+            setting = None if group is None else group.child("webhook")
+            if setting is None or not isinstance(setting.value, str):
+                return []
+            name = self._out.recipe_name() or ""
+            url = webhook_url(setting.value)
+            return [Webhook(self._out.path, url, recipe=name, warn=self._console.warning)]
+        except OpsinError as error:
+            self._console.warning(f"the webhook is not told: {error}")
+            return []
+
+    def _aside(self) -> tuple[Aside, ...]:
+        return read_aside(self._out.put_aside)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+        self._signalled.set()
+        if self._child is not None:
+            self._child.send_signal(number)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    ends: str = ""
+    """Why there is no restart; empty where there is one."""
+    put_aside: tuple[int, ...] = ()
+    """Images to be left out from now on."""
+
+
+class _Lines:
+    """Hands on what a child writes to stderr, and keeps the end of it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._kept: deque[bytes] = deque()
+        self._thread = threading.Thread(target=self._hand_on, daemon=True)
+        self._thread.start()
+
+    def end(self) -> str:
+        """What was written last. The stream may stay open in a process that the child has left behind."""
+        self._thread.join(timeout=2.0)
+        return b"".join(self._kept).decode(errors="replace")
+
+    def _hand_on(self) -> None:
+        with self._stream:
+            self._read()
+
+    def _read(self) -> None:
+        while data := os.read(self._stream.fileno(), _KEPT_BYTES):
+            self._kept.append(data)
+            while sum(map(len, self._kept)) - len(self._kept[0]) > _KEPT_BYTES:
+                self._kept.popleft()
+            try:
+                sys.stderr.write(data.decode(errors="replace"))
+                sys.stderr.flush()
+            except (OSError, ValueError):  # nobody reads it any more; the child must not notice
+                continue
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of the same name."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _newest_checkpoint(run: RunDirectory) -> int | None:
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in run.checkpoints.glob("step-*"))
+    return max((int(match[1]) for match in found if match), default=None)
+
+
+def _ordinal(number: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(0 if number % 100 in (11, 12, 13) else number % 10, "th")
+    return f"{number}{ending}"

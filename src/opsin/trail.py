@@ -1,0 +1,151 @@
+"""Where a training process is, written so that it outlives every crash: the trail that a supervisor follows.
+
+A supervisor makes a folder and names it in the environment; the training process, its threads and its workers leave
+their places there: the step that is being made, with the ids of its images, and the images that are being read. A
+place is one small write into the page cache, which the end of the process does not undo. Unsupervised, nothing is
+written at all.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import struct
+import sys
+import threading
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "OPSIN_TRAIL"
+"""The environment variable with the folder."""
+SUPERVISOR = "OPSIN_SUPERVISOR"
+"""The environment variable with the process id of the supervisor."""
+_PR_SET_PDEATHSIG = 1
+_STEP = "step"
+_READING = "reading"
+_VERDICT = "verdict"
+_HEAD = struct.Struct("<qq")
+
+
+class Trail:
+    """What this process writes. Survives pickling into a worker process; without a folder it does nothing."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._step: int | None = None
+        self._of_thread = threading.local()
+
+    @classmethod
+    def from_environment(cls) -> "Trail":
+        """The trail that a supervisor wants; one that does nothing where there is no supervisor."""
+        folder = os.environ.get(VARIABLE)
+        return cls(Path(folder) if folder else None)
+
+    def __reduce__(self) -> tuple[type["Trail"], tuple[Path | None]]:
+        return Trail, (self.folder,)
+
+    def at_step(self, step: int, ids: bytes = b"") -> None:
+        """The batch of update `step` (from 0) is read; with `ids`, int64 one after another, the update is made."""
+        if self.folder is not None:
+            if self._step is None:
+                self._step = _create(self.folder / _STEP)
+            _put(self._step, _HEAD.pack(step, len(ids)) + ids)
+
+    def begin_reading(self, index: int, place: str) -> None:
+        """Image `index` of the training images, which is stored at `place`, is read by this thread."""
+        if self.folder is None:
+            return
+        file = getattr(self._of_thread, "file", None)
+        if file is None:
+            name = f"{_READING}-{os.getpid()}-{threading.get_native_id()}"
+            file = self._of_thread.file = _create(self.folder / name)
+        text = json.dumps([index, place]).encode()
+        _put(file, _HEAD.pack(1, len(text)) + text)
+
+    def end_reading(self) -> None:
+        """It is done, whether it could be read or not."""
+        if self.folder is not None:
+            _put(self._of_thread.file, _HEAD.pack(0, 0))
+
+    def verdict(self, text: str) -> None:
+        """Training ends for a reason that a restart does not change."""
+        if self.folder is not None:
+            _put(_create(self.folder / _VERDICT), text.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An image that a process was reading when it ended."""
+
+    pid: int
+    index: int
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """How far a process came."""
+
+    step: int | None = None
+    """The update it was busy with, from 0; None before the first."""
+    ids: tuple[int, ...] = ()
+    """The images of that update, once they were read."""
+    reading: tuple[Reading, ...] = ()
+    verdict: str | None = None
+
+
+def follow(folder: Path) -> Whereabouts:
+    """What the processes that wrote into `folder` were doing last."""
+    step, ids = _read_step(folder / _STEP)
+    verdict = folder / _VERDICT
+    text = verdict.read_text(errors="replace") if verdict.exists() else None
+    found = [reading for path in sorted(folder.glob(f"{_READING}-*")) for reading in _readings(path)]
+    return Whereabouts(step, ids, tuple(found), text)
+
+
+def end_with_supervisor() -> None:
+    """In a supervised process: stop as by SIGTERM when the supervisor is gone, so that no training is left alone."""
+    supervisor = os.environ.get(SUPERVISOR)
+    if supervisor is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(supervisor):  # it went before it was asked for
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _read_step(path: Path) -> tuple[int | None, tuple[int, ...]]:
+    data = path.read_bytes() if path.exists() else b""
+    if len(data) < _HEAD.size:
+        return None, ()
+    step, size = _HEAD.unpack_from(data)
+    ids = array("q")
+    held = data[_HEAD.size : _HEAD.size + size]
+    ids.frombytes(held[: len(held) // 8 * 8])
+    return step, tuple(ids)
+
+
+def _readings(path: Path) -> Sequence[Reading]:
+    data = path.read_bytes()
+    try:
+        is_open, size = _HEAD.unpack_from(data)
+        index, place = json.loads(data[_HEAD.size : _HEAD.size + size]) if is_open else (0, "")
+    except (struct.error, ValueError):  # it ended before the first write was whole
+        return ()
+    return (Reading(int(path.name.split("-")[1]), index, place),) if is_open else ()
+
+
+def _create(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:  # the folder is full or gone: training does not need it
+        return None
+
+
+def _put(file: int | None, data: bytes) -> None:
+    if file is not None:
+        try:
+            os.pwrite(file, data, 0)
+        except OSError:
+            return

@@ -1,0 +1,174 @@
+"""How a checkpoint gets to disk: whole or not at all, whenever the process is killed or the power goes.
+
+It is written under a hidden name, synced, then renamed. One that takes the place of another is first renamed
+to `.replacing-step-...`: from there on it is finished whatever happens.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opsin import __version__
+from opsin.compression import SUFFIX, Compressor
+from opsin.rundir import sync_folder
+from opsin.training.checkpoint_format import MANIFEST, STATE, digest, name_of
+from opsin.training.snapshot import Snapshot
+
+_GATHERED = 2**18
+_REPLACING = ".replacing-"
+_EACH_TENSOR, _MANIFEST_BYTES = 320, 4096  # what names and alignment take in both files, measured: 270
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, about: Mapping[str, Any], *, level: int | None) -> Path:
+    """`folder/step-N` with the whole of `snapshot`; survives a power cut once this returns.
+
+    `about` are further facts for the manifest. `level` is that of the compression, None for none.
+
+    Raises:
+        OSError: it cannot be written (a full disk, say); nothing of it is left.
+    """
+    path = folder / name_of(snapshot.step)
+    partial = folder / f".writing-{snapshot.step}-{os.getpid()}"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        sync_folder(folder.parent)
+    try:
+        partial.mkdir()
+        name = STATE if level is None else f"{STATE}{SUFFIX}"
+        facts: dict[str, Any] = {
+            "format": 1 if level is None and not snapshot.detours else 2,
+            "step": snapshot.step,
+            "elapsed_s": snapshot.elapsed_s,
+            "opsin": __version__,
+            "torch": torch.__version__,
+            **about,
+            "optimizer": snapshot.optimizer,
+            "files": {name: _write_state(partial / name, snapshot, level)},
+        }
+        if snapshot.detours:
+            facts["detours"] = [asdict(detour) for detour in snapshot.detours]
+        text = json.dumps({**facts, "sha256": digest(facts)}, indent=2) + "\n"
+        with _SyncedFile(partial / MANIFEST) as file:
+            file.write(text.encode())
+        sync_folder(partial)
+        _put_in_place(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return path
+
+
+def room(folder: Path, snapshot: Snapshot) -> tuple[int, int]:
+    """Bytes that an uncompressed checkpoint of `snapshot` takes at most, and bytes that are free for it."""
+    place = next(above for above in (folder, *folder.parents) if above.exists())
+    needed = snapshot.num_bytes + snapshot.num_tensors * _EACH_TENSOR + _MANIFEST_BYTES
+    return needed, shutil.disk_usage(place).free
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Finish or delete what killed processes left half done. Only for the one that holds the run's lock."""
+    for complete in folder.glob(f"{_REPLACING}step-*"):
+        _replace(complete, folder / complete.name.removeprefix(_REPLACING))
+    for pattern in (".writing-*", ".removing-*"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for file in folder.glob(".*.writing"):
+        file.unlink(missing_ok=True)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        sync_folder(path.parent)
+        return
+    complete = path.with_name(f"{_REPLACING}{path.name}")
+    shutil.rmtree(complete, ignore_errors=True)  # of an earlier failure; the older one is still in its place
+    partial.rename(complete)
+    sync_folder(path.parent)
+    _replace(complete, path)
+
+
+def _replace(complete: Path, path: Path) -> None:
+    """Give `complete` the name of the older checkpoint, which goes."""
+    doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
+    if path.exists():
+        path.rename(doomed)
+    complete.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+class _SyncedFile:
+    """A new file, compressed and hashed while it is written, and synced when closed.
+
+    An error waits until the file is closed: torch writes from C++, where none may pass through. Small pieces, of which
+    there are several for each tensor, are gathered: after every system call a thread may wait for the interpreter.
+    """
+
+    def __init__(self, path: Path, level: int | None = None) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._compressor = None if level is None else Compressor(level)
+        self._gathered = bytearray()
+        self._sha256 = hashlib.sha256()
+        self._error: OSError | None = None
+        self._bytes = 0
+
+    @property
+    def entry(self) -> dict[str, str | int]:
+        """What the manifest says about the file."""
+        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
+
+    def __enter__(self) -> "_SyncedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            self._pass_on()
+            if self._compressor is not None:
+                self._write(memoryview(self._compressor.finish()))
+            if self._error is None:
+                os.fsync(self._file.fileno())
+        if self._error is not None:
+            raise self._error
+
+    def write(self, data: bytes | memoryview) -> int:
+        piece = memoryview(data).cast("B")
+        if len(piece) + len(self._gathered) <= _GATHERED:
+            self._gathered += piece
+        else:
+            self._pass_on()
+            self._pass_on(piece)
+        return len(piece)
+
+    def flush(self) -> None:
+        pass
+
+    def _pass_on(self, piece: memoryview | None = None) -> None:
+        if piece is None:
+            piece, self._gathered = memoryview(self._gathered), bytearray()
+        for made in (piece,) if self._compressor is None else self._compressor.feed(piece):
+            self._write(memoryview(made))
+
+    def _write(self, rest: memoryview) -> None:
+        if self._error is not None:
+            return
+        self._sha256.update(rest)
+        self._bytes += len(rest)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._error = error
+
+
+def _write_state(path: Path, snapshot: Snapshot, level: int | None) -> dict[str, str | int]:
+    with _SyncedFile(path, level) as file:
+        torch.save(snapshot.content, file)  # type: ignore[arg-type]  # it asks for `write` and `flush` only
+    return file.entry

@@ -1,0 +1,166 @@
+"""The way back from a trouble: to the state before it, and on from there with other images.
+
+A rollback is a function of the steps at which a trouble began and was found, never of what lies on the disk:
+steps before the replaced ones are taken again with the same bits, however far back the checkpoint is. So a run
+with rollbacks resumes exactly. docs/decisions/0012-rollback.md says why it is so.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from opsin.cadence import StepEvery, parse
+from opsin.config import Settings
+from opsin.console import Console
+from opsin.errors import Diverged, RunError
+from opsin.reporting import Fact, Journal
+from opsin.timeline import Timeline
+from opsin.training.alerts import RollBack
+from opsin.training.checkpoint import Checkpoints, DamagedCheckpoint, load_into
+from opsin.training.state import Detour, TrainState
+
+_MARGIN = 100
+"""Steps of `margin=auto`, where they are no more than a quarter of an epoch."""
+
+
+class GuardConfig(Settings):
+    """What a rollback does; monitors whose action is `rollback` ask for one."""
+
+    max_rollbacks: int = Field(3, ge=0)
+    """Rollbacks before the run ends with a diagnosis instead of one more."""
+    margin: Literal["auto"] | StepEvery = "auto"
+    """How long before the first bad row the trouble may have begun; `auto` is 100 steps, at most a quarter of an
+    epoch."""
+    lr_factor: float = Field(0.5, gt=0, le=1)
+    """Factor on every learning rate after a rollback ..."""
+    lr_for: StepEvery = "200 steps"
+    """... from the first replaced step until so long after the last; `never` lowers nothing."""
+    cancelled: Literal["stop", "rollback"] = "stop"
+    """What follows from `limits.cancelled_in_a_row` updates without a finite loss and gradient."""
+
+    def margin_steps(self, timeline: Timeline, step: int) -> int:
+        """`margin` in steps, as it is in the stage of `step`."""
+        if self.margin == "auto":
+            return min(_MARGIN, max(1, _epoch_steps(timeline, step) // 4))
+        return _in_steps(self.margin, timeline, step)
+
+    def detour(self, trouble: RollBack, attempt: int, timeline: Timeline) -> Detour:
+        """The way around a trouble."""
+        began, found = trouble.began, trouble.found
+        first = max(0, began - self.margin_steps(timeline, began))
+        slow = self.lr_factor < 1 and self.lr_for != "never"
+        return Detour(
+            first=first,
+            last=found,
+            attempt=attempt,
+            kind=trouble.finding.kind,
+            lr_factor=self.lr_factor if slow else 1.0,
+            lr_until=found + _in_steps(self.lr_for, timeline, found) if slow else first,
+        )
+
+
+class Guard:
+    """Brings a run back to before a trouble."""
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        timeline: Timeline,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        console: Console,
+        *,
+        start_over: Callable[[TrainState], None],
+    ) -> None:
+        """`start_over` puts a state back to what it was before step 0, detours and time aside."""
+        self._config = config
+        self._timeline = timeline
+        self._checkpoints = checkpoints
+        self._journal = journal
+        self._console = console
+        self._start_over = start_over
+
+    def roll_back(self, state: TrainState, trouble: RollBack) -> None:
+        """Put into `state` what was before the trouble, and save it with the detour around it.
+
+        Later checkpoints are set aside, later rows of the journal forgotten. Killed in the middle, the run finds the
+        trouble again, or goes on with the detour: the end is the same.
+
+        Raises:
+            Diverged: there were as many rollbacks as are allowed; says what they have shown.
+        RunError: the checkpoints cannot be renamed.
+        """
+        if len(state.detours) >= self._config.max_rollbacks:
+            raise Diverged(self._diagnosis(state, trouble))
+        detour = self._config.detour(trouble, len(state.detours) + 1, self._timeline)
+        detours, elapsed_s = (*state.detours, detour), state.elapsed_s
+        state.whole = False
+        try:
+            self._restore(state, detour.first)
+        except OSError as error:
+            raise RunError(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
+        state.detours, state.elapsed_s, state.whole = detours, elapsed_s, True
+        self._journal.rewind(state.step)
+        self._tell(state.step, detour, trouble)
+        self._checkpoints.save(state, reason="rollback")
+
+    def _restore(self, state: TrainState, first: int) -> None:
+        """The newest valid checkpoint of step `first` or before, else the start."""
+        while (path := self._checkpoints.healthy(first)) is not None:
+            self._checkpoints.set_aside_after(_step_of(path))
+            try:
+                load_into(path, state)
+            except DamagedCheckpoint as error:
+                self._console.warning(f"{error}; set aside")
+                self._checkpoints.set_aside_after(_step_of(path) - 1)
+            else:
+                return
+        self._checkpoints.set_aside_after(-1)
+        self._start_over(state)
+        state.step = 0
+
+    def _tell(self, step: int, detour: Detour, trouble: RollBack) -> None:
+        """One event for each rollback, also where the run was killed before it was saved and found it again."""
+        numbers: dict[str, Fact] = {name: value for name, value in asdict(detour).items() if name != "kind"}
+        said: dict[str, Fact] = {"monitor": trouble.monitor, "finding": detour.kind, "message": trouble.message}
+        facts = {**numbers, **said, "since": trouble.finding.since}
+        if all(event.facts != facts for event in self._journal.events("rollback")):
+            self._journal.event("rollback", step, **facts)
+        slower = f", learning rate x {detour.lr_factor:g} to step {detour.lr_until}" if detour.lr_factor < 1 else ""
+        self._console.warning(
+            f"rollback {detour.attempt} of {self._config.max_rollbacks} ({trouble.monitor}): from step {trouble.found} "
+            f"to step {step}; steps {detour.first} to {detour.last} get other images{slower}"
+        )
+
+    def _diagnosis(self, state: TrainState, trouble: RollBack) -> str:
+        if not state.detours:
+            return f"{trouble.message}; guard.max_rollbacks=0 allows no rollback: the run ends here"
+        ways = ", ".join(f"steps {one.first} to {one.last} ({one.kind})" for one in state.detours)
+        again = trouble.began <= state.detours[-1].last
+        cause = (
+            "it comes back at the same place with other images: the cause is in the settings rather than in single "
+            "images; lower optim.lr, or set optim.clip_norm"
+            if again
+            else "each time somewhere else: look at the images and labels, lower optim.lr, or set optim.clip_norm"
+        )
+        return (
+            f"{trouble.message}; rolled back {len(state.detours)} times before: {ways}; {cause}; "
+            f"guard.max_rollbacks={self._config.max_rollbacks} allows no more"
+        )
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _in_steps(text: str, timeline: Timeline, step: int) -> int:
+    """A length like `200 steps` or `0.5 epochs`, in steps of the stage that `step` lies in."""
+    number, unit = parse(text)
+    return round(number * _epoch_steps(timeline, step)) if unit == "epochs" else int(number)
+
+
+def _epoch_steps(timeline: Timeline, step: int) -> int:
+    return timeline.clock(step).stage.steps_per_epoch

@@ -1,0 +1,171 @@
+"""Which checkpoints of a run are kept, and which of them are the best."""
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from opsin.cadence import Every, StepEvery
+from opsin.config import Settings
+from opsin.rundir import write_atomic
+from opsin.training.checkpoint_format import find_checkpoints, remove_checkpoint
+
+BEST = "best.json"
+UNHEALTHY = "unhealthy-"
+"""Before the name of a checkpoint that a rollback went back over: never loaded, and removed with the next save."""
+
+
+class CheckpointConfig(Settings):
+    """When state is saved, and what is kept. The last step and a stop are always saved."""
+
+    every: Every = "1 epoch"
+    """How often: `500 steps`, `1 epoch`, `10 minutes` of training, or `never`."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest are kept."""
+    milestones: StepEvery | None = None
+    """Steps or epochs whose checkpoints are saved and kept for ever (`50 epochs`); null for none."""
+    best: str | None = "val/top1"
+    """The score whose best checkpoint is kept; null for none."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether the highest or the lowest score is the best."""
+    best_keep: int = Field(1, ge=1)
+    """How many of the best are kept."""
+    background: bool = True
+    """Write while training goes on, from a copy of the state; false makes training wait, and saves the memory."""
+    compression: Literal["none", "zstd"] = "none"
+    """What the files are compressed with; docs/CHECKPOINTS.md says what it saves and takes."""
+    compression_level: int = Field(1, ge=1, le=19)
+    """Of zstd; higher ones take much longer and save little of what networks consist of."""
+    make_room: bool = True
+    """On a full disk, remove what the new checkpoint replaces before it is written; never the newest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A checkpoint that is among the best."""
+
+    step: int
+    name: str
+    """Of the score."""
+    score: float
+
+
+def read_best(folder: Path) -> list[Scored]:
+    """The best checkpoints in `folder`, the very best first; none where none was marked."""
+    try:
+        facts = json.loads((folder / BEST).read_bytes())
+        first = Scored(int(facts["step"]), str(facts["name"]), float(facts["score"]))
+        others = [Scored(int(o["step"]), first.name, float(o["score"])) for o in facts.get("others", [])]
+        return [first, *others]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or damaged: the next replaces it
+        return []
+
+
+def write_best(folder: Path, best: Sequence[Scored]) -> None:
+    """Mark the checkpoints of these steps as the best.
+
+    Raises:
+        OSError: it cannot be written; the former marks stay.
+    """
+    if not best:
+        (folder / BEST).unlink(missing_ok=True)
+        return
+    facts = asdict(best[0])
+    if others := [{"step": other.step, "score": other.score} for other in best[1:]]:
+        facts["others"] = others
+    write_atomic(folder / BEST, (json.dumps(facts) + "\n").encode())
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint in `folder` with the best score; None where none was marked."""
+    best = read_best(folder)
+    return find_checkpoints(folder).get(best[0].step) if best else None
+
+
+def among_best(best: Sequence[Scored], new: Scored, config: CheckpointConfig) -> list[Scored] | None:
+    """The best after `new`; None where that is not among them. Of equal scores the earlier is better."""
+    sign = 1 if config.best_mode == "max" else -1
+    same = [other for other in best if other.name == new.name]
+    if any(other.step == new.step and sign * other.score >= sign * new.score for other in same):
+        return None
+    others = [other for other in same if other.step != new.step]
+    after = sorted([*others, new], key=lambda scored: -sign * scored.score)[: config.best_keep]
+    return after if new in after else None
+
+
+class Retention:
+    """The policy, and the folder that it is applied to.
+
+    Kept are the newest, the best, the milestones, and the last healthy one, which a rollback may need: the newest
+    that is older than the present by the margin of that step; with the next, which will be that in its turn.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        is_milestone: Callable[[int], bool],
+        *,
+        margin: Callable[[int], int] | None,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._is_milestone = is_milestone
+        self._margin = margin
+
+    def kept(self, steps: Iterable[int], present: int) -> set[int]:
+        """Those of `steps` that stay when training has done `present` steps."""
+        ordered = sorted(steps)
+        kept = {*ordered[-self._config.keep :], present}
+        kept |= {step for step in ordered if self._is_milestone(step)}
+        kept |= {scored.step for scored in read_best(self._folder)}
+        if self._margin is not None:
+            healthy = [step for step in ordered if step <= present - self._margin(present)]
+            # And the one that takes its place when it has become old enough.
+            kept |= {*healthy[-1:], *ordered[len(healthy) : len(healthy) + 1]}
+        return kept & set(ordered)
+
+    def superfluous(self, present: int) -> list[Path]:
+        """What `prune` would remove, oldest first."""
+        found = find_checkpoints(self._folder)
+        # With the one of the present, which may be yet to be written.
+        kept = self.kept({*found, present}, present)
+        return [*self._folder.glob(f"{UNHEALTHY}step-*"), *(path for step, path in found.items() if step not in kept)]
+
+    def prune(self, present: int, *, spared: Collection[Path] = ()) -> list[str]:
+        """Remove what is not kept; a sentence for each that cannot be removed."""
+        faults = []
+        for path in self.superfluous(present):
+            if path in spared:
+                continue
+            try:
+                remove_checkpoint(path)
+            except OSError as error:
+                faults.append(f"{path}: cannot be removed: {error}")
+        return faults
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints of later steps to `unhealthy-step-...`, and forget their scores; their old paths.
+
+        Raises:
+            OSError: one cannot be renamed.
+        """
+        later = [path for number, path in find_checkpoints(self._folder).items() if number > step]
+        # The newest first: killed in between, the run goes on from one that is nearer to `step`.
+        for path in reversed(later):
+            aside = path.with_name(f"{UNHEALTHY}{path.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            path.rename(aside)
+        self.forget_scores_after(step)
+        return later
+
+    def forget_scores_after(self, step: int) -> None:
+        """Later checkpoints are not the best any more: they will be found again, or shall not be."""
+        best = read_best(self._folder)
+        if any(scored.step > step for scored in best):
+            write_best(self._folder, [scored for scored in best if scored.step <= step])

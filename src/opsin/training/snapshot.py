@@ -1,0 +1,169 @@
+"""The state of a run at one moment, copied aside so that training can go on while it is written."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsin.training.state import Detour, TrainState
+
+_SLAB = 2**26  # bytes; pinned memory is taken in pieces of at least this size
+_ALIGNED = 64  # bytes; where a tensor begins
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a checkpoint holds, in the memory of the host."""
+
+    step: int
+    elapsed_s: float
+    detours: tuple[Detour, ...]
+    optimizer: str
+    """The name of its class."""
+    content: Mapping[str, Any]
+    """State dicts by part; their tensors share memory as those of the state do."""
+    num_bytes: int
+    """Of all tensors."""
+    num_tensors: int
+    wait: Callable[[], None]
+    """Returns once the tensors hold their values: copies from a GPU may still be under way."""
+
+
+class Buffers:
+    """Memory for one copy of a state. It is kept from copy to copy, so that it is asked for once."""
+
+    def __init__(self) -> None:
+        self._sizes: tuple[int, ...] = ()
+        self._pinned = False
+        self._parts: list[Tensor] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the copy that is held."""
+        return sum(self._sizes)
+
+    def take(self, sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
+        """Places of these many bytes, none of them 0. What an earlier call gave is lost."""
+        if tuple(sizes) != self._sizes or pinned != self._pinned:
+            self._parts, self._sizes = [], ()  # first, so that there are never two copies
+            self._parts = _carve(sizes, pinned=pinned)
+            self._sizes, self._pinned = tuple(sizes), pinned
+        return self._parts
+
+
+def take_snapshot(state: TrainState, buffers: Buffers | None) -> Snapshot:
+    """The state as it is now. With `buffers` all tensors are copied there, and training may go on at once.
+
+    Without, the tensors of a state on the CPU are in the snapshot themselves: write it before the next update.
+    """
+    assert state.whole, "weights and moments belong to different steps"
+    scale = state.loss_scale
+    content = {
+        "method": dict(state.method.state_dict()),
+        "optimizer": state.optimizer.state_dict(),
+        "loss_scale": None if scale is None else {"scale": scale.scale, "good_steps": scale.good_steps},
+        "ema": None if state.ema is None else state.ema.state_dict(),
+    }
+    sources = _storages(content)
+    if buffers is None:
+        copies = [source.cpu() for source in sources.values()]
+        wait: Callable[[], None] = _nothing
+    else:
+        copies, wait = _copy(list(sources.values()), buffers)
+    place = dict(zip(sources, copies, strict=True))
+    return Snapshot(
+        step=state.step,
+        elapsed_s=state.elapsed_s,
+        detours=state.detours,
+        optimizer=type(state.optimizer).__name__,
+        content=_replaced(content, place),
+        num_bytes=sum(copy.nbytes for copy in copies),
+        num_tensors=len(copies),
+        wait=wait,
+    )
+
+
+def _nothing() -> None:
+    pass
+
+
+_Place = tuple[torch.device, int, int]
+"""The memory that a tensor lies in: device, address, bytes."""
+
+
+def _place(tensor: Tensor) -> _Place:
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def _storages(content: object) -> dict[_Place, Tensor]:
+    """All memory that tensors in `content` lie in, as bytes, once each; without what is empty."""
+    found: dict[_Place, Tensor] = {}
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.untyped_storage().nbytes() and (place := _place(value)) not in found:
+                found[place] = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return found
+
+
+def _replaced(value: Any, copies: Mapping[_Place, Tensor]) -> Any:
+    """`value` with each tensor as the same view of the copy of its memory."""
+    if isinstance(value, Tensor):
+        if not value.untyped_storage().nbytes():
+            return value.detach().cpu()
+        storage = copies[_place(value)].untyped_storage()
+        empty = torch.empty(0, dtype=value.dtype)
+        return empty.set_(storage, value.storage_offset(), value.shape, value.stride())
+    if isinstance(value, Mapping):
+        return {name: _replaced(item, copies) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(item, copies) for item in value)
+    return value
+
+
+def _copy(sources: Sequence[Tensor], buffers: Buffers) -> tuple[list[Tensor], Callable[[], None]]:
+    """Copies of `sources` in `buffers`, and what waits for them.
+
+    On a GPU they are made in the order of its work: after the updates before, and before the next one.
+    """
+    devices = {source.device for source in sources if source.device.type != "cpu"}
+    copies = buffers.take([source.nbytes for source in sources], pinned=any(d.type == "cuda" for d in devices))
+    for copy, source in zip(copies, sources, strict=True):
+        copy.copy_(source, non_blocking=True)
+    events = [torch.Event(device) for device in devices]
+    for event in events:
+        event.record()
+
+    def wait() -> None:
+        for event in events:
+            event.synchronize()
+
+    return copies, wait if events else _nothing
+
+
+def _carve(sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
+    """Separate pieces of memory, cut out of as few as possible, each with a storage of its own."""
+    room = [_ALIGNED * math.ceil(size / _ALIGNED) for size in sizes]
+    # torch rounds pinned memory up to a power of two; in pieces of such a size, the largest first, little is lost.
+    slab_bytes = 1 << (max([_SLAB, *room]) - 1).bit_length() if pinned else sum(room)
+    slabs: list[Tensor] = []
+    used: list[int] = []
+    parts: dict[int, Tensor] = {}
+    for index in sorted(range(len(sizes)), key=lambda index: -room[index]):
+        chosen = next((n for n, taken in enumerate(used) if taken + room[index] <= slab_bytes), len(slabs))
+        if chosen == len(slabs):
+            slabs.append(torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=pinned))
+            used.append(0)
+        memory = slabs[chosen].numpy()
+        parts[index] = torch.frombuffer(memory, dtype=torch.uint8, count=sizes[index], offset=used[chosen])
+        used[chosen] += room[index]
+    return [parts[index] for index in range(len(sizes))]

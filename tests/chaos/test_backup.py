@@ -1,0 +1,179 @@
+"""A run whose machine is lost goes on from its backup, and ends in the same bytes as one that was left alone."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from opsin.backup.catalog import marked_steps
+from opsin.backup.places import open_place
+from opsin.backup.restore import restore
+from opsin.recipe import read
+from opsin.reporting import read_events, read_rows
+from opsin.rundir import RunDirectory
+from opsin.session import resume_run, train, train_recipe
+from opsin.training.loop import Run
+from opsin.verify import digest
+from tests.cli.commands import run_several
+from tests.digits_run import BROKEN_UP, VIT
+from tests.unit.backup.s3_server import BUCKET, KEY, SECRET, S3Server
+from tests.unit.backup.small_run import content
+
+pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
+
+STEPS = 24
+SMALL = (*BROKEN_UP, *VIT, "precision=fp32", "log.every=1", f"limits.steps={STEPS}")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{request.node.name}"
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run that was left alone, without a backup."""
+    return training(tmp_path_factory.mktemp("straight") / "run").directory
+
+
+def training(out: Path, *overrides: str) -> Run:
+    return train_recipe(read("quickstart", (*SMALL, *overrides)), out, name="quickstart", quiet=True)
+
+
+def learned(run: RunDirectory) -> list[tuple[int, float]]:
+    return [(row.step, row.values["train/loss"]) for row in read_rows(run.metrics)]
+
+
+def lose(folder: Path) -> None:
+    """The machine is gone with all that was on it."""
+    shutil.rmtree(folder)
+
+
+def test_a_run_goes_on_from_its_backup_bit_for_bit(s3: str, straight: RunDirectory, tmp_path: Path) -> None:
+    training(tmp_path / "run", "limits.steps=13", f"backup.path={s3}")
+    before = content(tmp_path / "run")
+    lose(tmp_path / "run")
+    assert restore(s3, tmp_path / "again", say=pytest.fail).step == 13
+    assert content(tmp_path / "again") == before
+    run = resume_run(tmp_path / "again", [f"limits.steps={STEPS}"], quiet=True).directory
+    assert digest(run) == digest(straight)
+    assert learned(run) == learned(straight)
+    # And the backup is that of the finished run.
+    restore(s3, tmp_path / "end", say=pytest.fail)
+    assert content(tmp_path / "end") == content(run.path)
+
+
+def test_a_run_goes_on_from_an_earlier_step_of_its_backup(s3: str, straight: RunDirectory, tmp_path: Path) -> None:
+    training(tmp_path / "run", f"backup.path={s3}", "backup.keep=all")
+    assert restore(s3, tmp_path / "again", step=10, say=pytest.fail).step == 10
+    run = resume_run(tmp_path / "again", [], quiet=True).directory
+    assert digest(run) == digest(straight)
+    assert learned(run) == learned(straight)
+
+
+def test_a_killed_machine_costs_what_was_not_copied_yet(
+    s3: str, straight: RunDirectory, tmp_path: Path, opsin_env: Mapping[str, str], server: S3Server
+) -> None:
+    keys = [*SMALL, f"backup.path={s3}", "limits.steps=2000", "epochs=200"]
+    command = [sys.executable, "-m", "opsin", "train", "quickstart", *keys, "--quiet", "--out", "run"]
+    environment = {**opsin_env, **server.environment}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + 300
+            while len(marked_steps(open_place(s3))) == 0:
+                assert process.poll() is None, "it ended by itself"
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        finally:
+            process.kill()
+    shutil.rmtree(tmp_path / "run")
+    restored = restore(s3, tmp_path / "again", say=pytest.fail)
+    assert restored.step is not None
+    assert learned(RunDirectory(tmp_path / "again"))[: restored.step]
+    steps = {step for step, _ in learned(RunDirectory(tmp_path / "again"))}
+    assert set(range(1, restored.step + 1)) <= steps, "every row up to the checkpoint is there"
+
+
+def test_training_goes_on_without_its_backup_and_catches_up(
+    s3: str, straight: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        run = training(tmp_path / "run", f"backup.path={s3}", "backup.wait=0").directory
+    assert digest(run) == digest(straight)
+    told = [event.kind for event in read_events(run.events) if event.kind.startswith("backup")]
+    assert told == ["backup_failed", "backup_incomplete"]
+    warnings = capsys.readouterr().out.splitlines()
+    assert len(warnings) == 2
+    assert warnings[0].startswith(f"warning: backup: {s3}: HTTP error: error sending request; training goes on")
+    assert warnings[1].endswith(f"opsin backup {run.path} finishes it")
+    written = {**content(run.path), "ledger": b"".join(p.read_bytes() for p in run.path.rglob(".*") if p.is_file())}
+    assert [name for name, data in written.items() if SECRET.encode() in data or KEY.encode() in data] == []
+
+
+def test_the_commands_of_a_run_in_a_bucket(
+    s3: str, straight: RunDirectory, tmp_path: Path, opsin_env: Mapping[str, str], server: S3Server
+) -> None:
+    folder = tmp_path / ".cache" / "opsin" / "runs" / s3.replace("://", "/")
+    train_there = ["train", "quickstart", *SMALL, "--out", s3]
+    environment = {**opsin_env, **server.environment}
+    first, twice, wrong, secret = run_several(
+        [
+            train_there,
+            [*train_there, f"backup.path={tmp_path}"],
+            ["train", "quickstart", *SMALL, "--out", "here", "--local", "there"],
+            ["train", "quickstart", *SMALL, "--out", s3.replace("//", f"//{KEY}:{SECRET}@")],
+        ],
+        tmp_path,
+        environment,
+    )
+    assert first.status == 0, first.err
+    assert first.out.startswith(f"run directory: {folder} (another one: --local FOLDER), copied to {s3}\n")
+    assert digest(RunDirectory(folder)) == digest(straight)
+    assert (twice.status, wrong.status, secret.status) == (2, 2, 2)
+    assert "both say where the run is copied; give one" in twice.err
+    assert "--local there goes with an address" in wrong.err
+    assert "keys belong in the environment" in secret.err
+    assert SECRET not in secret.err
+    before = content(folder)
+    lose(folder)
+    lost, back, again, full, done = run_several(
+        [
+            train_there,
+            ["resume", s3, "--quiet"],
+            ["restore", s3, "copy"],
+            ["restore", s3, "copy"],
+            ["backup", "copy"],
+        ],
+        tmp_path,
+        environment,
+    )
+    assert lost.status == 2
+    assert f"{s3}: holds a run of which nothing is in {folder}; go on with it: opsin resume {s3}" in lost.err
+    assert (back.status, again.status, done.status) == (0, 0, 0), (back.err, again.err, done.err)
+    assert content(folder)["model.safetensors"] == before["model.safetensors"]
+    assert again.out.startswith(f"copy: restored at step {STEPS} (")
+    assert full.status == 2
+    assert "copy: is not empty" in full.err
+    assert done.out == f"copy: all is in {s3}\n"
+
+
+def test_a_run_in_a_bucket_from_python(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = read("quickstart", [*SMALL, "limits.steps=1"])
+    run = train(recipe, out=s3)
+    assert run.directory.path == tmp_path / ".cache" / "opsin" / "runs" / s3.replace("://", "/")
+    assert marked_steps(open_place(s3)) == [1]

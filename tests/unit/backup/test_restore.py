@@ -1,0 +1,162 @@
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from opsin.backup.places import Folder, open_place, read_bytes
+from opsin.backup.restore import restore
+from opsin.errors import ConfigError, RunError
+from tests.unit.backup.s3_server import S3Server
+from tests.unit.backup.small_run import Interrupted, content, mirror, write_checkpoint, write_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that is copied to the folder `backup` beside it."""
+    run = write_run(tmp_path / "run", 10, 20, 30)
+    (run / "model.safetensors").write_bytes(b"weights of step 30")
+    mirror(run, tmp_path / "backup").sync()
+    return run
+
+
+def flip(path: Path) -> None:
+    """One bit of the file is another."""
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:] if len(data) > 100 else data[:-1] + b"~")
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(run: Path, tmp_path: Path) -> None:
+    flip(tmp_path / "backup" / "checkpoints" / "step-00000030" / "state.pt")
+    told: list[str] = []
+    assert restore(str(tmp_path / "backup"), tmp_path / "again", say=told.append).step == 20
+    (fault,) = told
+    assert fault.endswith("step-00000030/state.pt is damaged; the checkpoint of step 30 is left out")
+    assert steps(tmp_path / "again") == ["step-00000010", "step-00000020"]
+    # The weights of the end are no weights of step 20.
+    assert not (tmp_path / "again" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("how", ["missing file", "torn mark", "mark of another step"])
+def test_any_damage_to_a_checkpoint_is_found(run: Path, tmp_path: Path, how: str) -> None:
+    checkpoints = tmp_path / "backup" / "checkpoints"
+    mark = checkpoints / "step-00000030.json"
+    if how == "missing file":
+        (checkpoints / "step-00000030" / "manifest.json").unlink()
+    elif how == "torn mark":
+        mark.write_bytes(mark.read_bytes()[:-20])
+    else:
+        shutil.copyfile(checkpoints / "step-00000010.json", mark)
+    assert restore(str(tmp_path / "backup"), tmp_path / "again", say=lambda text: None).step == 20
+
+
+def test_a_damaged_recipe_is_never_trained(run: Path, tmp_path: Path) -> None:
+    flip(tmp_path / "backup" / "recipe.yaml")
+    with pytest.raises(RunError, match=r"recipe.yaml is damaged; without its recipe the run cannot go on"):
+        restore(str(tmp_path / "backup"), tmp_path / "again", say=lambda text: None)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_damaged_log_comes_with_a_warning_a_damaged_picture_stays_away(run: Path, tmp_path: Path) -> None:
+    flip(tmp_path / "backup" / "metrics.jsonl")
+    flip(tmp_path / "backup" / "plots" / "loss.png")
+    told: list[str] = []
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=told.append)
+    assert [text.removeprefix(f"{tmp_path}/backup: ") for text in told] == [
+        "metrics.jsonl is damaged; it is taken as it is",
+        "plots/loss.png is damaged; it is left out",
+    ]
+
+
+def test_a_damaged_index_costs_the_proof_and_no_file(run: Path, tmp_path: Path) -> None:
+    flip(tmp_path / "backup" / "backup.json")
+    (tmp_path / "backup" / "backup.json").write_text("{")
+    told: list[str] = []
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=told.append)
+    assert content(tmp_path / "again") == content(run)
+    assert "the files of the run are taken as they are" in told[0]
+    mirror(tmp_path / "again", tmp_path / "backup").sync()
+
+
+def test_a_step_is_restored_with_those_before_it_or_alone(run: Path, tmp_path: Path) -> None:
+    place = str(tmp_path / "backup")
+    assert restore(place, tmp_path / "some", step=20, say=print).step == 20
+    assert steps(tmp_path / "some") == ["step-00000010", "step-00000020"]
+    assert restore(place, tmp_path / "one", only=True, say=print).step == 30
+    assert steps(tmp_path / "one") == ["step-00000030"]
+    with pytest.raises(RunError, match="has no whole checkpoint of step 25; there are: 10, 20, 30"):
+        restore(place, tmp_path / "none", step=25, say=print)
+    flip(tmp_path / "backup" / "checkpoints" / "step-00000020" / "state.pt")
+    with pytest.raises(RunError, match="the checkpoint of step 20 is damaged; take another --step"):
+        restore(place, tmp_path / "none", step=20, say=print)
+
+
+def test_an_interrupted_restore_goes_on_where_it_was(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    fetch = Folder.fetch
+
+    def breaking(self: Folder, name: str) -> Iterator[bytes]:
+        fetched.append(name)
+        if name.endswith("step-00000010/state.pt") and fetched.count(name) == 1:
+            raise Interrupted
+        return fetch(self, name)
+
+    monkeypatch.setattr(Folder, "fetch", breaking)
+    with pytest.raises(Interrupted):
+        restore(str(tmp_path / "backup"), tmp_path / "again", say=print)
+    assert not (tmp_path / "again").exists(), "half a run directory has not its name"
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=print)
+    assert content(tmp_path / "again") == content(run)
+    states = [name for name in fetched if name.endswith("state.pt")]
+    assert sorted(states) == sorted(f"checkpoints/step-000000{step}/state.pt" for step in (10, 10, 20, 30))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_an_interrupted_restore_of_another_state_left_is_not_taken_along(run: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".again.restoring" / "checkpoints" / "step-00000040"
+    left.mkdir(parents=True)
+    (left / "state.pt").write_bytes(b"of another run")
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=print)
+    assert content(tmp_path / "again") == content(run)
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(run: Path, tmp_path: Path) -> None:
+    before = content(run)
+    with pytest.raises(RunError, match=r"run: is not empty; restore into a new folder"):
+        restore(str(tmp_path / "backup"), run, say=print)
+    assert content(run) == before
+    (tmp_path / "empty").mkdir()
+    assert restore(str(tmp_path / "backup"), tmp_path / "empty", say=print).step == 30
+
+
+def test_what_holds_no_backup_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no backup of a run"):
+        restore(str(tmp_path / "nothing"), tmp_path / "again", say=print)
+    with pytest.raises(ConfigError, match=r"command line: .*must begin with"):
+        restore("http://runs/one", tmp_path / "again", say=print)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_run_comes_back_from_a_bucket_past_a_damaged_object(server: S3Server, s3: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 10)
+    write_checkpoint(run, 20, bytes(range(256)) * (9 * 2**20 // 256))
+    mirror(run, s3).sync()
+    restore(s3, tmp_path / "whole", say=print)
+    assert content(tmp_path / "whole") == content(run)
+    place, name = open_place(s3), "checkpoints/step-00000020/state.pt"
+    data = bytearray(read_bytes(place, name) or b"")
+    data[2**20] ^= 1
+    place.put(name, iter([bytes(data)]), size=len(data), sha256="of what it was")
+    assert restore(s3, tmp_path / "again", say=lambda text: None).step == 10
+
+
+def test_a_backup_in_use_is_only_read(run: Path, tmp_path: Path) -> None:
+    before = content(tmp_path / "backup")
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=print)
+    assert content(tmp_path / "backup") == before

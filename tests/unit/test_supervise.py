@@ -1,0 +1,194 @@
+"""What a supervisor does when its child ends. The children here are small programs that leave a real trail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opsin.put_aside import read_aside
+from opsin.reporting import read_events
+from opsin.supervise import Supervision, supervise
+
+CHILD = """
+import json, os, signal, sys, time
+from array import array
+from pathlib import Path
+from opsin.trail import Trail
+
+out = Path(sys.argv[1])
+out.mkdir(exist_ok=True)
+(out / "recipe.yaml").touch()
+starts = out / "starts.jsonl"
+with starts.open("a") as file:
+    file.write(json.dumps({"arguments": sys.argv[2:], "time": time.time()}) + "\\n")
+life = json.loads((out.parent / "lives.json").read_text())[len(starts.read_text().splitlines()) - 1]
+trail = Trail.from_environment()
+if "checkpoint" in life:
+    (out / "checkpoints" / f"step-{life['checkpoint']:08d}").mkdir(parents=True, exist_ok=True)
+if "step" in life:
+    trail.at_step(life["step"], array("q", life.get("ids", [])).tobytes())
+if "reading" in life:
+    trail.begin_reading(*life["reading"])
+if "verdict" in life:
+    trail.verdict(life["verdict"])
+print(life.get("stderr", ""), file=sys.stderr)
+if "listen" in life:
+    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(3))
+    (out / "listens").touch()
+    time.sleep(20)
+if life["end"] < 0:
+    os.kill(os.getpid(), -life["end"])
+sys.exit(life["end"])
+"""
+
+
+def run(folder: Path, lives: Sequence[dict[str, Any]], *, fresh: bool = False, **settings: Any) -> int:
+    """Supervise a child that lives so, one life after another."""
+    (folder / "lives.json").write_text(json.dumps(lives))
+    (folder / "child.py").write_text(CHILD)
+    program = (sys.executable, str(folder / "child.py"))
+    quick = {"restarts": 5, "first_wait_s": 0.01, "longest_wait_s": 0.02, "program": program, **settings}
+    return supervise([str(folder / "run")], folder / "run", Supervision(**quick), fresh=fresh, quiet=True)
+
+
+def starts(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "starts.jsonl").read_text().splitlines()]
+
+
+def crashes(folder: Path) -> list[dict[str, Any]]:
+    return [dict(e.facts, step=e.step) for e in read_events(folder / "run" / "events.jsonl") if e.kind == "crash"]
+
+
+@pytest.mark.parametrize("status", [0, 2, 3])
+def test_an_end_that_is_no_crash_is_final(tmp_path: Path, status: int) -> None:
+    assert run(tmp_path, [{"end": status}]) == status
+    assert len(starts(tmp_path)) == 1
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+def test_a_crash_is_followed_by_a_restart_and_stands_in_the_events(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lives = [{"end": 4, "checkpoint": 40, "step": 41, "ids": [3, 7], "stderr": "opsin: disk of the data is gone"}]
+    assert run(tmp_path, [*lives, {"end": 0}]) == 0
+    (crash,) = crashes(tmp_path)
+    assert (crash["step"], crash["update"], crash["images"], crash["restarts"]) == (40, 42, [3, 7], True)
+    assert crash["cause"] == "disk of the data is gone"
+    shown = capfd.readouterr()
+    assert "training crashed in or right after update 42: disk of the data is gone" in shown.out
+    assert "goes on from the checkpoint of step 40 in" in shown.out
+    assert "disk of the data is gone" in shown.err  # what the child says is seen at once
+    assert "crash" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_restarts_are_counted(tmp_path: Path) -> None:
+    assert run(tmp_path, [{"end": 4}] * 9, restarts=2) == 4
+    assert len(starts(tmp_path)) == 3
+    assert [crash["restarts"] for crash in crashes(tmp_path)] == [True, True, False]
+
+
+def test_a_verdict_on_the_training_is_not_tried_again(tmp_path: Path) -> None:
+    assert run(tmp_path, [{"end": 4, "verdict": "loss nan", "stderr": "opsin: loss nan"}]) == 4
+    assert "a restart does not change" in crashes(tmp_path)[0]["message"]
+
+
+def test_a_crash_at_one_place_is_told_from_passing_ones(tmp_path: Path) -> None:
+    at = [7, 9, 9, 9, 12]
+    assert run(tmp_path, [*({"end": -11, "step": step, "ids": [step]} for step in at), {"end": 0}]) == 0
+    found = crashes(tmp_path)
+    assert [crash["repeats"] for crash in found] == [1, 1, 2, 3, 1]
+    assert "3rd time in a row at this place" in found[3]["message"]
+    assert "image 9" in found[3]["message"]
+    assert "segmentation fault" in found[0]["cause"]
+
+
+def test_images_of_a_crash_that_repeats_are_put_aside(tmp_path: Path) -> None:
+    life = {"end": -6, "step": 9, "ids": [4, 5]}
+    assert run(tmp_path, [life, life, {"end": 0}], quarantine_after=2) == 0
+    aside = read_aside(tmp_path / "run" / "put_aside.json")
+    assert [item.index for item in aside] == [4, 5]
+    assert "crashed with it 2 times" in aside[0].reason
+    kinds = [event.kind for event in read_events(tmp_path / "run" / "events.jsonl")]
+    assert kinds == ["crash", "crash", "put_aside"]
+
+
+def test_the_image_that_was_being_read_is_named_whatever_the_step(tmp_path: Path) -> None:
+    lives = [{"end": -11, "step": step, "ids": [1, 2], "reading": [17, "a/17.png"]} for step in (8, 5)]
+    assert run(tmp_path, [*lives, {"end": 0}], quarantine_after=2) == 0
+    assert [item.index for item in read_aside(tmp_path / "run" / "put_aside.json")] == [17]
+    assert "while reading image 17 (a/17.png)" in crashes(tmp_path)[1]["message"]
+
+
+def test_a_crash_without_its_images_ends_the_search(tmp_path: Path) -> None:
+    assert run(tmp_path, [{"end": -6, "step": 9, "ids": [4, 5]}] * 9, quarantine_after=2, restarts=8) == 4
+    assert len(starts(tmp_path)) == 4
+    assert "it is not because of them" in crashes(tmp_path)[-1]["message"]
+
+
+def test_the_wait_grows_until_a_checkpoint_is_written(tmp_path: Path) -> None:
+    saved = [None, None, None, 5, None]
+    lives = [{"end": 4, **({} if step is None else {"checkpoint": step})} for step in saved]
+    assert run(tmp_path, [*lives, {"end": 0}], first_wait_s=0.05, longest_wait_s=0.2) == 0
+    waits = [crash["message"] for crash in crashes(tmp_path)]
+    assert [text.split(" in ")[-1].split(" s ")[0] for text in waits] == ["0.1", "0.2", "0.2", "0.1", "0.1"]
+
+
+def test_fresh_is_said_until_the_earlier_run_is_out_of_the_way(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    (tmp_path / "run" / "starts.jsonl").touch()
+    # The child does not move anything aside here: it is told again. A new folder needs no --fresh.
+    assert run(tmp_path, [{"end": 4}, {"end": 0}], fresh=True) == 0
+    assert [start["arguments"] for start in starts(tmp_path)] == [["--fresh"], ["--fresh"]]
+    (tmp_path / "run").rename(tmp_path / "earlier")
+    assert run(tmp_path, [{"end": 4}, {"end": 0}], fresh=True) == 0
+    assert [start["arguments"] for start in starts(tmp_path)] == [[], []]
+
+
+def test_a_signal_is_handed_on_and_the_status_kept(tmp_path: Path) -> None:
+    def send() -> None:
+        while not (tmp_path / "run" / "listens").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert run(tmp_path, [{"listen": True, "end": 0}]) == 3
+    sender.join()
+
+
+def test_a_signal_ends_the_wait(tmp_path: Path) -> None:
+    def send() -> None:
+        while not (tmp_path / "run" / "events.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    began = time.monotonic()
+    assert run(tmp_path, [{"end": 4}], first_wait_s=60, longest_wait_s=60) == 3
+    assert time.monotonic() - began < 30
+    sender.join()
+
+
+def test_a_run_that_another_process_writes_gets_no_event(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from opsin.rundir import RunDirectory
+
+    (tmp_path / "run").mkdir()
+    with RunDirectory.locked(tmp_path / "run"):
+        assert run(tmp_path, [{"end": 4}, {"end": 0}]) == 0
+    assert not crashes(tmp_path)
+    assert "is writing this run" in capfd.readouterr().out
+
+
+def test_the_supervisor_does_without_torch() -> None:
+    text = "import sys, opsin.cli, opsin.supervise; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", text], check=True)

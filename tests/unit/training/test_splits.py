@@ -1,0 +1,166 @@
+"""Memory that ends in the middle of training: smaller parts, the same update, and the same again after a resume."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from opsin.errors import RunError, TrainingError
+from opsin.nn.heads import Classifier
+from opsin.reporting import Fact, read_events
+from opsin.schedule import Constant
+from opsin.session import resume_run
+from opsin.training.checkpoint import find_checkpoints
+from opsin.training.optim import SGD, build_optimizer
+from opsin.training.splits import Splits
+from opsin.training.state import TrainState
+from opsin.training.step import train_step
+from tests.digits_run import CONVNET, SMALL_VIT, STEPS_PER_EPOCH, train_digits
+from tests.unit.training.test_step import Small, batch_of, copy_of, plan_for
+
+pytestmark = pytest.mark.usefixtures("torch_switches")
+CONFIG = SGD(lr=0.1, schedule=Constant())
+
+
+@contextmanager
+def memory_for(images: int, *, after_calls: int = 0) -> Iterator[None]:
+    """Classifiers that learn hold so many images at a time, as on a small GPU; after so many calls."""
+    calls = 0
+
+    def check(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal calls
+        if isinstance(layer, Classifier) and layer.training:
+            calls += 1
+            if calls > after_calls and len(inputs[0]) > images:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    hook = nn.modules.module.register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class Cramped(Small):
+    """The small method on a device that holds `images` at a time."""
+
+    def __init__(self, images: int, *, error: Exception, norm: bool = False, dropout: float = 0.0) -> None:
+        super().__init__(norm=norm, dropout=dropout)
+
+        def check(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if len(inputs[0]) > images:
+                raise error
+
+        self.second.register_forward_pre_hook(check)  # after batch norm: what it has counted is taken back
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu", "host"])
+def test_an_update_that_was_split_equals_the_one_that_was_asked_for_in_these_parts(
+    tmp_path: Path, error: Exception
+) -> None:
+    told: list[Mapping[str, Fact]] = []
+    splits = Splits(tmp_path / "splits.json", say=lambda kind, facts: told.append({"kind": kind, **facts}))
+    states = []
+    for method, changes in (
+        (Small(norm=True, dropout=0.5), {"accumulate": 4}),
+        (Cramped(8, error=error, norm=True, dropout=0.5), {"splits": splits}),
+    ):
+        state = TrainState(method, build_optimizer(CONFIG, method), step=3)
+        train_step(state, batch_of(32), plan_for(method, CONFIG, **changes))
+        states.append(copy_of(state))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert [facts["images_at_once"] for facts in told] == [16, 8]
+    assert told[-1]["accumulate"] == 4
+    again = Splits(tmp_path / "splits.json")
+    assert [again.factor(step) for step in (0, 2, 3, 4)] == [1, 1, 4, 4]
+
+
+def test_one_image_that_is_too_large_ends_the_update_and_leaves_the_state_whole(tmp_path: Path) -> None:
+    method = Cramped(0, error=ERRORS[0])
+    state = TrainState(method, build_optimizer(CONFIG, method))
+    before = copy_of(state)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(state, batch_of(6), plan_for(method, CONFIG, splits=Splits(tmp_path / "splits.json")))
+    assert all(torch.equal(a, b) for a, b in zip(copy_of(state), before, strict=True))
+
+
+def test_other_errors_are_not_mistaken_for_a_lack_of_memory(tmp_path: Path) -> None:
+    method = Cramped(8, error=RuntimeError("shapes differ"))
+    state = TrainState(method, build_optimizer(CONFIG, method))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train_step(state, batch_of(32), plan_for(method, CONFIG, splits=Splits(tmp_path / "splits.json")))
+    assert not (tmp_path / "splits.json").exists()
+
+
+def test_what_cannot_be_written_down_is_told_once_and_written_later(tmp_path: Path) -> None:
+    told: list[str] = []
+    file = tmp_path / "run" / "splits.json"
+    splits = Splits(file, say=lambda kind, facts: told.append(kind))
+    assert splits.double(5, parts=1, images=8)
+    assert [splits.factor(step) for step in (5, 6)] == [2, 2]
+    assert told == ["splits_unwritten", "out_of_memory"]
+    file.parent.mkdir()
+    assert splits.factor(7) == 2
+    assert Splits(file).factor(5) == 2
+
+
+def test_memory_that_ends_at_an_earlier_step_splits_there_too(tmp_path: Path) -> None:
+    splits = Splits(tmp_path / "splits.json")
+    assert splits.double(10, parts=1, images=8)
+    assert splits.double(20, parts=2, images=8)
+    again = Splits(tmp_path / "splits.json")
+    assert again.double(4, parts=1, images=8)
+    assert [again.factor(step) for step in (3, 4, 10, 20)] == [1, 2, 2, 4]
+
+
+def test_other_wishes_for_batches_forget_the_splits_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    assert Splits(file, asked="256 in 1").double(4, parts=1, images=8)
+    assert Splits(file, asked="128 in 1").newest is None
+    file.write_text(json.dumps({"splits": [{}], "asked": ""}))
+    with pytest.raises(RunError, match=r"splits\.json: is damaged"):
+        Splits(file)
+
+
+def test_a_run_that_was_split_resumes_to_the_same_weights_where_memory_suffices(tmp_path: Path) -> None:
+    keys = ("checkpoints.every=3 steps", "checkpoints.keep=9", "model.dropout=0.1")
+    with memory_for(100, after_calls=4):
+        train_digits(tmp_path / "cramped", *keys, model=SMALL_VIT[:3])
+    (event,) = (e for e in read_events(tmp_path / "cramped" / "events.jsonl") if e.facts.get("accumulate") == 4)
+    assert (event.kind, event.step) == ("out_of_memory", 4)
+    # The newest checkpoint that is left lies before the split, the machine is a larger one.
+    shutil.copytree(tmp_path / "cramped", tmp_path / "later")
+    for step, checkpoint in find_checkpoints(tmp_path / "later" / "checkpoints").items():
+        if step > 3:
+            shutil.rmtree(checkpoint)
+    resume_run(tmp_path / "later", [], quiet=True)
+    train_digits(tmp_path / "straight", *keys, model=SMALL_VIT[:3])
+    weights = {path.name: (path / "model.safetensors").read_bytes() for path in tmp_path.iterdir()}
+    assert weights["cramped"] == weights["later"] != weights["straight"]
+
+
+@pytest.mark.parametrize("model", [SMALL_VIT, CONVNET], ids=["vit", "batch norm"])
+def test_what_the_recipe_forbids_ends_the_run_in_words(tmp_path: Path, model: tuple[str, ...]) -> None:
+    policy = "stop" if model is SMALL_VIT else "split"
+    with memory_for(100), pytest.raises(TrainingError, match="out of memory at batches of up to 256 images"):
+        train_digits(tmp_path, f"memory.on_out_of_memory={policy}", model=model)
+    assert not (tmp_path / "splits.json").exists()
+
+
+def test_batch_norm_is_split_where_the_recipe_says_always(tmp_path: Path) -> None:
+    with memory_for(100):
+        train_digits(tmp_path, "memory.on_out_of_memory=always", "epochs=1", model=CONVNET)
+    assert json.loads((tmp_path / "splits.json").read_text())["splits"] == [{"step": 0, "factor": 4}]
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS_PER_EPOCH
