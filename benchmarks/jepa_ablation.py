@@ -7,8 +7,8 @@ Every variant gets `--minutes` of processor time (of all threads together) for e
 the epochs follow. Schedules are stretched to them. Each seed holds out its own images of the digits; CIFAR-10 has test
 images. Scores are those of the last step. What is done stays in `--out`, and is not done again.
 
-"Masks of L levels" are whole cells of 2^(L - 1) patches, as H-JEPA has them: a row with them and without levels says
-what the masks alone do.
+"Masks of L" are blocks of whole cells of 2^(L - 1) patches a side, as L levels need them: one level with such masks
+says what they do without a hierarchy. One level is I-JEPA, bit for bit, with the masks of the recipe of H-JEPA.
 """
 
 import argparse
@@ -58,10 +58,12 @@ class Variant:
 
 VARIANTS = [
     Variant("I-JEPA", "ijepa"),
-    Variant("I-JEPA, published (biased) masks", "ijepa", ("method.masks.parity=published",)),
-    Variant("I-JEPA, masks of 2 levels", "ijepa", ("method.masks.coarsest=2",)),
-    Variant("I-JEPA, masks of 3 levels", "ijepa", ("method.masks.coarsest=4",)),
+    Variant(
+        "I-JEPA, published (biased) masks", "ijepa", ("method.masks.parity=published", "method.masks.min_context=8")
+    ),
     Variant("H-JEPA, 1 level", "hjepa", ("method.levels=1",)),
+    Variant("H-JEPA, 1 level, masks of 2", "hjepa", ("method.levels=1", "method.masks.coarsest=2")),
+    Variant("H-JEPA, 1 level, masks of 3", "hjepa", ("method.levels=1", "method.masks.coarsest=4")),
     Variant("H-JEPA, 2 levels", "hjepa", ("method.levels=2",)),
     Variant("H-JEPA, 3 levels", "hjepa", ("method.levels=3",)),
 ]

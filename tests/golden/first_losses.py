@@ -82,7 +82,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cifar10-vit": (*_SMALL_VIT, *_NO_DROPOUT, "data.image_size=16", "optim.lr=0.01"),
     "cifar10-vit-strong": (*_SMALL_VIT, *_NO_DROPOUT, "data.image_size=16", "optim.lr=0.01"),
     # Batch norm and Muon's bf16 carry roundings on: at these rates by a factor of two per update, not ten.
-    "cifar10-cpu": _SMALL_CONVNET,
+    "cifar10-cpu": (*_SMALL_CONVNET, *_WHOLE_RUN),
     "cifar10-cpu-40s": (*_SMALL_CONVNET, *_WHOLE_RUN),
     "cifar10-cpu-160s": (*_SMALL_CONVNET, *_WHOLE_RUN),
     "cifar10-standard": _SMALL_CONVNET,
