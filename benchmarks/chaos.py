@@ -1,4 +1,4 @@
-"""Chaos: whether trainings through random faults end in the bytes of an undisturbed one, or say why not and lose nothing.
+"""Chaos: whether trainings through random faults end in the bytes of an undisturbed one, and lose nothing.
 
     PYTHONPATH=src:. python benchmarks/chaos.py [--runs 200] [--seed 0] [--jobs 2] [--only FAULT]
 
@@ -95,9 +95,10 @@ def carry_out(fault: str, seed: int, *, wanted: Learned, folder: Path) -> Outcom
             wrong = wrong or Learned.of(case.run).difference(wanted)
             wrong = wrong or next(filter(None, (proof() for proof in case.proofs)), "")
         except Exception as error:  # also what ended a run before a fault could come
-            return outcome("lost", "; ".join(case.story), f"{error!r}\n{said(case) if case.started else ''}")
+            return outcome("lost", "; ".join(case.story), f"{error!r}\n{said(case)}")
     story = "; ".join(case.story)
-    if wrong or "Traceback" in refusal:
+    # A bare error of the system is no message: nobody can act on it.
+    if wrong or "Traceback" in refusal or "opsin: [Errno" in refusal:
         return outcome("lost", story, "\n".join(filter(None, [wrong, refusal])))
     return outcome("refused" if refusal else "same", story, refusal)
 

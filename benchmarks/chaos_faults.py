@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -52,7 +53,9 @@ def full_disk(case: Case) -> int:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_TMPFS_BYTES}", "opsin-chaos", str(folder)], check=True)
     case.cleanup.callback(subprocess.run, ["umount", "-l", str(folder)], check=False)
     process, ballast = case.start(), folder / ".ballast"
+    began_s = time.monotonic()
     first = case.reach(process.poll, last=STEPS // 2)
+    so_far_s = time.monotonic() - began_s
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
@@ -60,7 +63,10 @@ def full_disk(case: Case) -> int:
     os.truncate(ballast, max(0, ballast.stat().st_size - left))
     case.tell(f"after step {first} {left} bytes were free")
     if case.draw.random() < 0.5:
-        case.tell(f"room again after step {case.reach(process.poll, first, STEPS - 1)}")
+        # By the clock: a journal that finds no room does not tell how far the run is.
+        share = case.draw.uniform(0.0, 1.5)
+        time.sleep(share * so_far_s)
+        case.tell(f"room again after {share:.2f} of the time so far")
         ballast.unlink()
     status = process.wait()
     ballast.unlink(missing_ok=True)
@@ -208,7 +214,7 @@ def s3_gone(case: Case) -> int:
 
 def supervised_killed(case: Case) -> int:
     """The training below `--restarts 3` is killed; its supervisor goes on."""
-    messages = (case.folder / "supervisor").open("wb")
+    messages = (case.folder / "messages-0").open("wb")
     case.cleanup.callback(messages.close)
     command = [sys.executable, "-m", "opsin", *case.command(), "--restarts", "3"]
     supervisor = subprocess.Popen(command, stdout=messages, stderr=messages)
@@ -218,10 +224,7 @@ def supervised_killed(case: Case) -> int:
         child: int = json.loads((case.run.path / ".lock").read_text())["pid"]
         os.kill(child, signal.SIGKILL)
         case.tell(f"killed after step {reached}")
-    status = supervisor.wait()
-    if status:
-        return case.start().wait()
-    return status
+    return supervisor.wait()
 
 
 FAULTS: Mapping[str, Fault] = {

@@ -157,8 +157,9 @@ class Case:
 
 
 def said(case: Case) -> str:
-    """What the newest command said."""
-    return (case.folder / f"messages-{case.started}").read_text()
+    """What the newest command said; nothing where none was started."""
+    messages = case.folder / f"messages-{case.started}"
+    return messages.read_text() if messages.exists() else ""
 
 
 def clock_jumps(shift_s: float, after: int) -> Callable[[], None]:
@@ -225,22 +226,20 @@ def writes_fail(folder: Path, first: int, count: int) -> Callable[[], None]:
         def is_there(file: object) -> bool:
             return isinstance(file, str | os.PathLike) and os.fspath(file).startswith(str(folder))
 
-        def opened(file: Any, mode: str = "r", buffering: int = -1, *others: Any, **named: Any) -> Any:
+        def opened(file: Any, mode: str = "r", buffering: int = -1, *text: Any, **named: Any) -> Any:
             if not is_there(file) or not set(mode) & set("wxa+"):
-                return real_open(file, mode, buffering, *others, **named)
+                return real_open(file, mode, buffering, *text, **named)
             raw = Failing(file, mode.replace("b", "").replace("t", ""))
             if buffering == 0:
                 return raw
             buffered: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
-            if "b" in mode:
-                return buffered
-            return io.TextIOWrapper(buffered, *others, line_buffering=buffering == 1, **named)
+            return buffered if "b" in mode else io.TextIOWrapper(buffered, *text, **named)
 
         def sync(descriptor: int) -> None:
             check()
             real_sync(descriptor)
 
-        io.open = opened  # type: ignore[assignment]
+        io.open = opened
         os.fsync = sync  # type: ignore[assignment]
 
     return condition

@@ -97,7 +97,7 @@ def assemble(
     evaluations = _evaluations(recipe, timeline, journal, console, scene, method, *watchers, last_step=steps)
     resuming = bool(find_checkpoints(directory.checkpoints))
     fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice, resuming=resuming)
-    start_over = partial(_start_over, recipe, images.facts, numerics, data)
+    start_over = partial(_start_over, recipe, images.facts, numerics, data, freezer)
     guard = Guard(recipe.guard, timeline, checkpoints, journal, console, start_over=start_over)
     stop = Stop(hours=recipe.limits.hours)
     profile = _profile(recipe, directory, console, device, observations, evaluations, last_step=steps)
@@ -248,7 +248,14 @@ def _fresh_state(
     return TrainState(method, build_optimizer(recipe.optim, method), scale, ema)
 
 
-def _start_over(recipe: Recipe, facts: DataFacts, numerics: Numerics, data: TrainingData, state: TrainState) -> None:
+def _start_over(
+    recipe: Recipe,
+    facts: DataFacts,
+    numerics: Numerics,
+    data: TrainingData,
+    freezer: LayerFreezer,
+    state: TrainState,
+) -> None:
     """Take a state back to what it was before step 0: the same bits, since all follows from the seed."""
     method = build_method(recipe, facts)
     for param, begun in zip(state.method.parameters(), method.parameters(), strict=True):
@@ -256,6 +263,7 @@ def _start_over(recipe: Recipe, facts: DataFacts, numerics: Numerics, data: Trai
     state.method.load_state_dict(method.state_dict())
     fresh = _fresh_state(recipe, state.method, numerics, data, lambda line: None, resuming=False)
     state.optimizer, state.loss_scale, state.ema = fresh.optimizer, fresh.loss_scale, fresh.ema
+    freezer.forget()
 
 
 def _profile(

@@ -1,6 +1,5 @@
 """`opsin checkpoints`: look at the stored states of a run, verify them, make room, go back to an older one."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,14 @@ from opsin.console import duration
 from opsin.errors import CheckpointError, RunError
 from opsin.recipe import read
 from opsin.rundir import RunDirectory
-from opsin.training.checkpoint_format import DamagedCheckpoint, find_checkpoints, name_of, read_manifest, verify
+from opsin.training.checkpoint_format import (
+    DamagedCheckpoint,
+    find_checkpoints,
+    name_of,
+    read_manifest,
+    remove_checkpoint,
+    verify,
+)
 from opsin.training.checkpoint_writer import remove_leftovers
 from opsin.training.retention import UNHEALTHY, CheckpointConfig, Retention, read_best
 
@@ -125,7 +131,7 @@ def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
                 ) from error
         for item in doomed:
             try:
-                shutil.rmtree(item)
+                remove_checkpoint(item)
             except OSError as error:
                 raise RunError(f"{item}: cannot be removed: {error.strerror or error}") from error
             say(f"removed {item.name}")

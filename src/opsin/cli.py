@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes_on = "the same command begins again, from the newest checkpoint where there is one"
         status = _fail(3, f"{str(error) or 'SIGINT'}: stopped before the end; {goes_on}")
     except BrokenPipeError:
-        status = 0
+        # A table that nobody reads on is done; a training is not.
+        status = 4 if arguments.command in ("train", "resume") else 0
     except OSError as error:
         status = _fail(4, str(error))
     except Exception:

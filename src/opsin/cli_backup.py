@@ -85,7 +85,10 @@ def _backup(arguments: argparse.Namespace) -> int:
     if config is None:
         raise ConfigError(f"{folder}: its recipe names no backup; say where to: opsin backup {folder} URL")
     with RunDirectory.locked(folder):
-        finish_backup(config, folder, say=_aside)
+        faults = finish_backup(config, folder, say=_aside)
+    if faults:
+        print(f"{folder}: all but {len(faults)} checkpoint{'s'[: len(faults) > 1]} is in {config.path}")
+        return RunError.exit_status
     print(f"{folder}: all is in {config.path}")
     return 0
 

@@ -12,6 +12,8 @@ from pydantic_core import ErrorDetails
 from opsin.settings import Family, Settings, keys
 from opsin.yaml_tree import Node
 
+_SECRET = re.compile(r"(?<=://)\S+(?=@)")  # the user and the password of an address
+
 _RULES: Mapping[str, str] = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -167,6 +169,7 @@ def _kind(value: object) -> str:
 
 def _shown(value: object) -> str:
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = _SECRET.sub("***", text)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

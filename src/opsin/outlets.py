@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from opsin.rundir import write_atomic
 
@@ -38,6 +38,13 @@ def write_if_possible(warn: Callable[[str], None]) -> Callable[[Path, bytes], No
     return write
 
 
+class _Call(NamedTuple):
+    """A call that waits, and the step that it writes of, if it is of one."""
+
+    make: Callable[[], None]
+    step: int | None
+
+
 class Outlet:
     """Calls made in order. One that fails waits, with all that follow, for the next.
 
@@ -51,22 +58,27 @@ class Outlet:
         self._warn = warn
         self._make_good = make_good
         self._warned = False
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[_Call] = deque()
         self._fault: Exception | None = None
         self._took_s: deque[float] = deque(maxlen=3)
         self._next_s = 0.0
 
-    def put(self, call: Callable[[], None]) -> None:
-        """Make the call, after those that wait."""
+    def put(self, call: Callable[[], None], *, step: int | None = None) -> None:
+        """Make the call, after those that wait; `step` says what it writes of."""
         if len(self._waiting) >= _MOST_WAITING:
             self._shorten()
-        self._waiting.append(call)
+        self._waiting.append(_Call(call, step))
         if time.monotonic() >= self._next_s:
             self._make_calls()
 
     def drop(self) -> None:
         """Forget what waits."""
         self._waiting.clear()
+
+    def rewind(self, step: int) -> None:
+        """Make what waits once more, and forget what of it is of steps after `step`."""
+        self._make_calls()
+        self._waiting = deque(call for call in self._waiting if call.step is None or call.step <= step)
 
     def give_up(self) -> None:
         """Make what waits one last time; what fails is lost, with a warning."""
@@ -82,13 +94,13 @@ class Outlet:
             self.lost += 1
         else:
             self._waiting.clear()
-            self._waiting.append(self._make_good)
+            self._waiting.append(_Call(self._make_good, None))
 
     def _make_calls(self) -> None:
         while self._waiting:
             began = time.monotonic()
             try:
-                self._waiting[0]()
+                self._waiting[0].make()
             except Exception as error:  # a sink is anybody's code, and no log is worth a run
                 self._fail(error)
                 self._pause(time.monotonic() - began)

@@ -104,7 +104,7 @@ class Journal:
             assert step >= last_step, f"step {step} is logged after step {last_step}"
             self._last = row = Row(step, epoch, time_s, {**self.row(step), **values})
             self._note(step, values)
-            self._metrics.put(partial(self._metrics_file.write, _row_line(row), step=step))
+            self._metrics.put(partial(self._metrics_file.write, _row_line(row), step=step), step=step)
             for outlet, sink in self._sinks:
                 outlet.put(partial(sink.write, Row(step, epoch, time_s, dict(values))))
             self._tell_recoveries(step)
@@ -114,7 +114,7 @@ class Journal:
         with self._lock:
             event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), step, kind, facts)
             line = _line({"time": event.time, "step": step, "kind": kind, **facts})
-            self._events.put(partial(self._events_file.write, line))
+            self._events.put(partial(self._events_file.write, line), step=step)
             for outlet, sink in self._sinks:
                 outlet.put(partial(sink.event, event))
             self._tell_recoveries(step)
@@ -157,6 +157,9 @@ class Journal:
             RunError: a file cannot be rewritten.
         """
         with self._lock:
+            # What waits would else be written after the rewind, and steps would stand twice.
+            self._metrics.rewind(step)
+            self._events.rewind(step)
             try:
                 self._metrics_file.rewind(step)
                 self._events_file.rewind(step)

@@ -23,6 +23,7 @@ from opsin.errors import RunError
 
 _RENEWED_S, _EXPIRES_S = 5.0, 60.0
 _SETTLE_S = 0.2
+_OPENED = 10  # times the file is opened, where it is moved away in the same moment
 _NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -90,17 +91,15 @@ class RunLock:
         """
         self.release()
         me = Holder.this_process()
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor, has_flock = self._open()
         try:
-            has_flock = self._flock(descriptor)
             before = Holder.read(self._path)
             if not has_flock:
                 self._check_lease(before)
+            _write_holder(descriptor, me, needed=not has_flock)
         except BaseException:
             os.close(descriptor)
             raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{json.dumps(asdict(me))}\n".encode(), 0)
         if has_flock:
             self._release = weakref.finalize(self, _let_go, descriptor, os.getpid())
         else:
@@ -122,6 +121,20 @@ class RunLock:
         """Let other processes have it."""
         self._release()
         self._release = lambda: None
+
+    def _open(self) -> tuple[int, bool]:
+        """The open lock file, and whether the kernel's lock on it is held."""
+        for _ in range(_OPENED):
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                has_flock = self._flock(descriptor)
+                if _is_at(self._path, descriptor):
+                    return descriptor, has_flock
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # the run was moved away meanwhile, with its lock: this one is of nothing
+        raise self._busy(Holder.read(self._path))
 
     def _flock(self, descriptor: int) -> bool:
         """Take the kernel's lock; whether the file system has any."""
@@ -170,6 +183,28 @@ def is_held(path: Path) -> bool:
         holder = Holder.read(path)
         return holder is not None and not holder.is_dead() and _lease_left_s(path) > 0
     return False
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _write_holder(descriptor: int, holder: Holder, *, needed: bool) -> None:
+    """Say who has the lock. Where the kernel knows it and it is not `needed`, a full disk may keep it back.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    os.ftruncate(descriptor, 0)
+    try:
+        os.pwrite(descriptor, f"{json.dumps(asdict(holder))}\n".encode(), 0)
+    except OSError as error:
+        if needed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _let_go(descriptor: int, pid: int) -> None:

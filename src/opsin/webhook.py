@@ -66,7 +66,7 @@ def check_setting(setting: str) -> str:
     way_out = "put the URL into an environment variable and write env:NAME"
     if setting.startswith(_FROM_ENVIRONMENT):
         if not re.fullmatch(r"[A-Za-z_]\w*", setting.removeprefix(_FROM_ENVIRONMENT)):
-            raise ValueError(f"{setting!r} names no environment variable; write env:NAME")
+            raise ValueError("what follows env: names no environment variable; write env:NAME")
         return setting
     if fault := url_fault(setting):
         raise ValueError(f"what is given {fault}; {way_out}")

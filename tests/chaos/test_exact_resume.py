@@ -153,7 +153,8 @@ def test_a_signal_stops_with_status_3_and_the_run_goes_on(killer: Killer, tmp_pa
 
 
 def test_a_kill_between_checkpoint_and_score_costs_the_score_alone(killer: Killer, tmp_path: Path) -> None:
-    fatal = ("evaluators.fatal.every=1 epoch", "checkpoints.every=1 epoch")
+    # Written before the evaluation that kills, not beside it.
+    fatal = ("evaluators.fatal.every=1 epoch", "checkpoints.every=1 epoch", "checkpoints.background=false")
     run, whole = RunDirectory(tmp_path / "killed"), straight(tmp_path, *SMALL, "checkpoints.every=1 epoch")
     assert killer.train(run.path, *SMALL, *fatal) == -signal.SIGKILL
     assert max(find_checkpoints(run.checkpoints)) == 16

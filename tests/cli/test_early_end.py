@@ -116,7 +116,8 @@ def test_a_signal_before_training_ends_without_a_traceback(
         assert process.poll() is None
     process.send_signal(number)
     _, err = process.communicate(timeout=180)
-    told = [line for line in err.splitlines() if not line.startswith("import time:")]
+    # The signal may tear a line of them.
+    told = [line for line in err.splitlines() if line and not line.startswith("import time:") and "|" not in line]
     assert process.returncode == 3
     assert told == [
         f"opsin: {number.name}: stopped before the end; "

@@ -184,3 +184,49 @@ def test_a_fork_that_ends_lets_go_of_nothing(path: Path) -> None:
         assert other.stdout.readline() == "1\n"
         assert is_held(path)
         other.kill()
+
+
+def test_a_lock_that_was_moved_away_meanwhile_is_not_taken_for_that_of_the_new_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `--fresh` of another process between the opening of the file and its lock."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    real = fcntl.flock
+    moved = []
+
+    def moves_first(descriptor: int, operation: int) -> None:
+        if not moved:
+            moved.append(folder.rename(tmp_path / "run.before-1"))
+            folder.mkdir()
+        real(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", moves_first)
+    lock = RunLock(folder / ".lock")
+    lock.take()
+    monkeypatch.undo()
+    assert is_held(folder / ".lock")
+    assert not is_held(tmp_path / "run.before-1" / ".lock")
+    lock.release()
+
+
+def test_a_full_disk_keeps_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".lock"
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    lock = RunLock(path)
+    lock.take()  # the kernel has the lock: the name in the file is for readers
+    assert is_held(path)
+    lock.release()
+    assert not is_held(path)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.pwrite", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        RunLock(path).take()
+    assert not is_held(path)

@@ -11,6 +11,7 @@ from opsin.config import Settings
 SCHEMES = ("s3", "gs", "az")
 """Kinds of object stores, as an address begins: S3 and what speaks like it, Google Cloud Storage, Azure."""
 
+_USER = re.compile(r"(?<=://)[^/@]*:[^@]*$")  # in an address that nobody knows the end of
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -32,7 +33,7 @@ def check_place(text: str) -> str:
         return text
     if has_secret(text):
         raise ValueError(
-            f"{masked(text)!r} holds credentials or a query; must be scheme, bucket and folder alone: "
+            f"{_USER.sub('***', masked(text))!r} holds credentials or a query; must be scheme, bucket and folder alone: "
             "keys belong in the environment (AWS_ACCESS_KEY_ID, ...), which no file of a run holds"
         )
     scheme, bucket = match[1], match[2].partition("/")[0]

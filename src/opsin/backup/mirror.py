@@ -3,6 +3,7 @@
 A pass may fail or be killed anywhere: what is there stays whole, and the next pass goes on.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Collection, Iterator
@@ -102,7 +103,8 @@ class Mirror:
                 f"{max(own, default=0)}: the run went on elsewhere; opsin restore {self._place.shown} OTHER_DIR gets "
                 "it, or choose another backup.path"
             )
-        self._ledger.save()
+        # The ledger may be of another place: what both have is the run's own there too.
+        self._ledger.add(*(s for s, path in own.items() if s in marked and marked[s] == _stated(path)))
         self._contents = {} if index is None else dict(index.files)
         self._marked = marked
         self._sent = {}
@@ -123,7 +125,8 @@ class Mirror:
             RunError: as `connect`.
             PlaceError: the place failed; what was sent stays.
             Cancelled: by the throttle.
-            OSError: a file of the run cannot be read or set aside.
+            OSError: a file of the run cannot be read or set aside, or the run directory is gone.
+            Unfit: a file cannot be read while it is sent.
         """
         if not self._connected:
             self.connect()
@@ -148,7 +151,8 @@ class Mirror:
             try:
                 self._send_checkpoint(step, source, entries)
             except Unfit:
-                faults[step] = f"the checkpoint of step {step} is damaged here and was not sent"
+                fate = "is damaged here and was not sent" if source.is_dir() else "was removed before it was sent"
+                faults[step] = f"the checkpoint of step {step} {fate}"
             except FileNotFoundError:
                 faults[step] = f"the checkpoint of step {step} was removed before it was sent"
             self._prune()
@@ -193,8 +197,15 @@ class Mirror:
         self._place.put(name, chunks, size=entry.bytes, sha256=entry.sha256)
 
     def _send_files(self) -> None:
-        """The files that have changed, and away with those that are gone."""
+        """The files that have changed, and away with those that are gone.
+
+        Raises:
+            FileNotFoundError: the run directory itself is gone, which says nothing about its files.
+        """
         found = dict(self._run_files())
+        if _RECIPE not in found:
+            text = "the run directory is gone; nothing is removed from its backup"
+            raise FileNotFoundError(errno.ENOENT, text, str(self._folder))
         copies: dict[str, tuple[Path, Entry]] = {}
         for name, now in found.items():
             if self._sent.get(name) == now or (copy := self._staging.copy(name)) is None:
@@ -242,9 +253,14 @@ class Mirror:
         What the run has set aside, because it went back before it, goes under any `backup.keep`.
         """
         own = local_steps(self._folder)
-        for step in sorted(self._ledger.steps - own.keys()):
-            has_other = any(other in self._marked for other in own)
-            if not has_other or (self._config.keep == "all" and step in self._marked and step < max(own)):
+        removed = sorted(self._ledger.steps - own.keys())
+        # One that was written anew after a rollback counts once it is there anew.
+        if not removed or not any(
+            other in self._marked and self._marked[other] == _stated(path) for other, path in own.items()
+        ):
+            return
+        for step in removed:
+            if self._config.keep == "all" and step in self._marked and step < max(own):
                 continue
             # The mark first: without it the checkpoint does not exist.
             self._place.remove(f"{step_folder(step)}.json")

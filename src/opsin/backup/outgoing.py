@@ -42,22 +42,26 @@ class Throttle:
 
 
 class Unfit(Exception):
-    """A file is not what it should be; nothing of it arrives."""
+    """A file is not what it should be, or cannot be read; nothing of it arrives."""
 
 
 def outgoing(path: Path, throttle: Throttle, *, size: int, sha256: str) -> Iterator[bytes]:
     """The content of a file in chunks, paced; ends only if it has this size and hash.
 
     Raises:
-        Unfit: after the last chunk, so that whoever stores them stores nothing.
+        Unfit: after the last chunk, so that whoever stores them stores nothing; or where it cannot be read, which
+            is no fault of the place that takes it.
         Cancelled: by the throttle.
     """
     found, sent = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            throttle.take(len(chunk))
-            found.update(chunk)
-            sent += len(chunk)
-            yield chunk
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                throttle.take(len(chunk))
+                found.update(chunk)
+                sent += len(chunk)
+                yield chunk
+    except OSError as error:
+        raise Unfit(f"{path}: cannot be read: {error.strerror or error}") from error
     if (sent, found.hexdigest()) != (size, sha256):
         raise Unfit(f"{path}: is not what was written")

@@ -51,7 +51,7 @@ def restore(
         RunError: no backup there, nothing whole in it, no such step, out of reach, or `folder` is in use.
     """
     try:
-        check_place(url)
+        url = check_place(url)
     except ValueError as error:
         raise ConfigError(f"command line: {error}") from error
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -3,14 +3,13 @@
 import os
 import re
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 _HIDDEN = "***"
 _SECRET_NAMES = re.compile(
     r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|SIGNATURE|SAS|CONNECTION_STRING", re.IGNORECASE
 )
 _SECRET_FORMS = (
-    re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # user:password@
+    re.compile(r"(?<=://)\S+(?=@)"),  # user:password@, where the password may hold a slash
     re.compile(r"(?<=[?&])[^\s<>\"']+"),  # all that follows a question mark in an address
     re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b"),  # names of AWS keys
     re.compile(r"(?<=Bearer )\S+"),
@@ -20,8 +19,9 @@ _SHORTEST = 8  # a value of fewer letters is a switch or a number; to hide it wo
 
 def has_secret(url: str) -> bool:
     """Whether an address holds what only the environment may: a user, a password, a query with a signature."""
-    parts = urlsplit(url)
-    return "@" in parts.netloc or bool(parts.query) or bool(parts.fragment)
+    # Not by the parts of a URL: a secret with a slash would end the first of them.
+    bucket = url.partition("://")[2].partition("/")[0]
+    return ":" in bucket or any(sign in url for sign in "@?#")
 
 
 def masked(text: str, environment: Mapping[str, str] | None = None) -> str:

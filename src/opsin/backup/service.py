@@ -4,6 +4,7 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from opsin.backup.config import BackupConfig
 from opsin.backup.mirror import Mirror
-from opsin.backup.outgoing import Cancelled, Throttle
+from opsin.backup.outgoing import Cancelled, Throttle, Unfit
 from opsin.backup.places import PlaceError, open_place
 from opsin.backup.secrecy import masked
 from opsin.errors import ConfigError, RunError
@@ -138,20 +139,38 @@ class BackgroundBackup(Backup):
         while not self._cancelled.is_set():
             self._wake.clear()
             try:
-                for fault in self._mirror.sync():
-                    self._tell_once("backup_damaged", f"backup: {fault}")
-                self._note_success()
-                if self._closing.is_set() and not self._mirror.missing():
+                if self._pass():
                     return
             except Cancelled:
                 return
             except RunError as error:
                 self._closing.set()  # and take no more
-                self._say("backup_refused", f"backup: {error}; nothing is copied; training goes on")
+                if not self._cancelled.is_set():
+                    self._say("backup_refused", f"backup: {error}; nothing is copied; training goes on")
                 return
             except Exception as error:  # whatever it is, no copy is worth a run
+                if self._cancelled.is_set():  # the run has ended and told what is missing
+                    return
                 self._note_failure(error)
             self._rest()
+
+    def _pass(self) -> bool:
+        """Bring the place up to date once; gives whether that was the last time.
+
+        Raises:
+            Exception: as `Mirror.sync`.
+        """
+        was_closing = self._closing.is_set()
+        faults = self._mirror.sync()
+        if self._cancelled.is_set():
+            return True
+        for fault in faults:
+            self._tell_once("backup_damaged", f"backup: {fault}")
+        self._note_success()
+        missing = self._mirror.missing()
+        # After the end of the run no pass makes a damaged checkpoint whole.
+        is_rest_damaged = was_closing and bool(faults) and not missing.files
+        return self._closing.is_set() and (not missing or is_rest_damaged)
 
     def _rest(self) -> None:
         """Until there is something to do: the next checkpoint, the next minutes, the next attempt."""
@@ -219,23 +238,24 @@ def backup_of(folder: Path, place: str | None) -> BackupConfig | None:
         raise ConfigError(*(f"{folder}: {message}" for message in messages)) from None
 
 
-def finish_backup(config: BackupConfig, folder: Path, *, say: Callable[[str], None]) -> None:
-    """Bring the backup of a run that does not train up to date, however long it takes.
+def finish_backup(config: BackupConfig, folder: Path, *, say: Callable[[str], None]) -> list[str]:
+    """Bring the backup of a run that does not train up to date, however long it takes; gives what is left out.
 
     Raises:
-        RunError: another run is there, or the place fails after some attempts.
+        RunError: another run is there, the place fails after some attempts, or a file here cannot be read.
         ConfigError: as `open_mirror`.
     """
     mirror = open_mirror(config, folder, cancelled=(never := threading.Event()))
-    for attempt in range(_ATTEMPTS):
+    for attempt in count():
         try:
-            for fault in mirror.sync():
+            faults = mirror.sync()
+            for fault in faults:
                 say(f"backup: {fault}")
-            return
+            return faults
         except PlaceError as error:
-            if error.refused or attempt == _ATTEMPTS - 1:
+            if error.refused or attempt >= _ATTEMPTS - 1:
                 raise RunError(f"{error}; what was sent stays, the same command goes on") from error
             say(f"{error}; trying again")
-        except OSError as error:
+        except (OSError, Unfit) as error:
             raise RunError(f"{folder}: {error}; what was sent stays, the same command goes on") from error
         never.wait(_FIRST_DELAY_S * 2.0**attempt)

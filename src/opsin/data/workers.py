@@ -193,7 +193,8 @@ def _from_workers(
                 if isinstance(batch, _Fault):
                     raise batch.kind(*batch.faults)
                 yield batch
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # The last two: it died between the notice of a batch and the handing over of its memory.
             raise WorkerEnded(_describe_end(error, workers)) from error
         finally:
             # Ends the workers in order. Left to the garbage collector, the loader would wait for its own dead threads.
@@ -234,8 +235,8 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _describe_end(error: RuntimeError, workers: int) -> str:
-    reason = " ".join(str(error).split())
+def _describe_end(error: Exception, workers: int) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"data.workers={workers}: a worker process ended by itself ({reason}); memory or /dev/shm may be full: try "
         "fewer workers; a script of your own must start training below `if __name__ == '__main__':`"

@@ -26,6 +26,10 @@ class LayerFreezer:
         if clock.stage.train != self._current:
             self.set_trainable(clock.stage.train)
 
+    def forget(self) -> None:
+        """Look again at the next step: something else has changed which parameters learn."""
+        self._current = None
+
     def set_trainable(self, patterns: tuple[str, ...]) -> None:
         """Let the parameters learn whose names match one of `patterns` (`head.*`), and freeze the others."""
         learning = set(matches(self.learnable, patterns))

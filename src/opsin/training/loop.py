@@ -63,8 +63,8 @@ def _train(run: Run, state: TrainState) -> TrainState:
         for batch in run.profile.over(batches, state):
             report = train_step(state, batch, run.plan)
             run.profile.end_step(state)
-            run.observations.take(state, report)
             stop = run.stop.requested if state.step < run.steps else None
+            run.observations.take(state, report, ends=stop is not None)
             run.checkpoints.save_if_due(state, stopping=stop is not None)
             if stop is not None:
                 raise Stopped(

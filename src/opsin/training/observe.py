@@ -8,7 +8,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -23,7 +23,7 @@ from opsin.errors import Diverged
 from opsin.methods.base import Method
 from opsin.reporting import Journal
 from opsin.timeline import Timeline
-from opsin.training.alerts import CANCELLED, Finding, Monitor
+from opsin.training.alerts import CANCELLED, Finding, Monitor, RollBack
 from opsin.training.precision import peak_memory_bytes
 from opsin.training.scene import Scene
 from opsin.training.state import StepReport, TrainState
@@ -123,9 +123,11 @@ class Observations:
         self._started = time.perf_counter()
         try:
             yield
-        finally:
-            if self._window and state.whole:
-                self._read(state)
+        except BaseException:
+            with suppress(Diverged, RollBack):  # what ends training already is what is to be seen
+                self._read_rest(state)
+            raise
+        self._read_rest(state)
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time until each is there counts as waiting for data."""
@@ -144,8 +146,8 @@ class Observations:
         yield
         self._started += time.perf_counter() - before
 
-    def take(self, state: TrainState, report: StepReport) -> None:
-        """Note an update; at the end of a window, write a row.
+    def take(self, state: TrainState, report: StepReport, *, ends: bool = False) -> None:
+        """Note an update; at the end of a window, write a row. `ends` makes this the end of one.
 
         Raises:
             Diverged: too many updates in a row were cancelled.
@@ -158,11 +160,15 @@ class Observations:
         # Features were looked at now or never: they need not stay in memory.
         self._window.append(replace(report, features={}))
         # A monitor with nothing to look at (no features, say) makes no row.
-        if measured or self._ends_window(state):
+        if measured or ends or self._ends_window(state):
             self._read(state, measured)
         stage = self._timeline.starts_stage(state.step)
         if stage is not None and state.step < self._last_step:
             self._on_stage(stage, state.step)
+
+    def _read_rest(self, state: TrainState) -> None:
+        if self._window and state.whole:
+            self._read(state)
 
     def _note_stage(self, state: TrainState) -> None:
         """Tell the stage that comes next, unless it was told: a resume may have changed the stages."""

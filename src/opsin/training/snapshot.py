@@ -139,9 +139,11 @@ def _copy(sources: Sequence[Tensor], buffers: Buffers) -> tuple[list[Tensor], Ca
     copies = buffers.take([source.nbytes for source in sources], pinned=any(d.type == "cuda" for d in devices))
     for copy, source in zip(copies, sources, strict=True):
         copy.copy_(source, non_blocking=True)
-    events = [torch.Event(device) for device in devices]
-    for event in events:
-        event.record()
+    events = []
+    for device in devices:
+        # The stream that the copies are on: by itself an event takes that of the current device, which may be another.
+        events.append(torch.Event(device))
+        events[-1].record(torch.accelerator.current_stream(device))
 
     def wait() -> None:
         for event in events:

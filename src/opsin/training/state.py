@@ -51,7 +51,7 @@ class Detour:
     """
 
     first: int
-    """The step that training went back to."""
+    """The first step whose images are replaced; training goes back to the newest checkpoint there or before."""
     last: int
     """The first step after the replaced ones."""
     attempt: int

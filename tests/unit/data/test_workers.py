@@ -147,6 +147,33 @@ def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
         list(batches(Fatal(tmp_path), 1))
 
 
+class HalfSent:
+    """A batch whose worker dies before its memory is handed over: the other end of the line is gone."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Exception]]:
+        return hang_up, (self.error,)
+
+
+def hang_up(error: Exception) -> object:
+    raise error
+
+
+class HangsUp(Reader):
+    def read(self, task: Task) -> RawBatch:
+        error = ConnectionResetError(104, "Connection reset by peer") if task.epoch else EOFError()
+        return HalfSent(error)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("reason", ["EOFError", "Connection reset by peer"])
+def test_a_worker_killed_while_it_hands_over_a_batch_is_reported(tmp_path: Path, reason: str) -> None:
+    task = Task({}, int(reason != "EOFError"), torch.arange(2))
+    with pytest.raises(TrainingError, match=rf"data.workers=1: a worker process ended by itself .*{reason}.*fewer"):
+        list(read_batches(HangsUp(Plain(tmp_path), seed=0), [task], workers=1, prefetch=1))
+
+
 def test_workers_leave_signals_to_the_training_process(tmp_path: Path) -> None:
     reading = batches(Plain(tmp_path), 1)
     next(reading)

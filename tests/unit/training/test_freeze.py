@@ -120,3 +120,20 @@ def test_a_norm_whose_offset_learns_follows_the_images() -> None:
         "backbone.blocks.1.norm1": True,
         "backbone.blocks.2.norm1": False,
     }
+
+
+def test_a_freezer_that_forgets_freezes_anew_what_was_set_free_meanwhile() -> None:
+    """As a rollback to step 0 does."""
+    method = classifier()
+    freezer = LayerFreezer(method)
+    freezer(TIMELINE.clock(0))
+    frozen = {name: param.requires_grad for name, param in method.named_parameters()}
+    learning = {name: module.training for name, module in method.named_modules()}
+    for name, param in method.named_parameters():
+        param.requires_grad = name in freezer.learnable
+    method.train()
+    freezer.forget()
+    freezer(TIMELINE.clock(1))
+    assert {name: param.requires_grad for name, param in method.named_parameters()} == frozen
+    norms = [name for name, module in method.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {name: method.get_submodule(name).training for name in norms} == {name: learning[name] for name in norms}
