@@ -87,8 +87,8 @@ def _backup(arguments: argparse.Namespace) -> int:
     with RunDirectory.locked(folder):
         faults = finish_backup(config, folder, say=_aside)
     if faults:
-        print(f"{folder}: all but {len(faults)} checkpoint{'s'[: len(faults) > 1]} is in {config.path}")
-        return RunError.exit_status
+        left = f"{len(faults)} checkpoint{'s'[: len(faults) > 1]}"
+        raise RunError(f"{folder}: all but {left} went to {config.path}; what cannot be sent is told above")
     print(f"{folder}: all is in {config.path}")
     return 0
 

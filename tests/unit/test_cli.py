@@ -163,3 +163,14 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"opsin {__version__}\n"
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["train", "quickstart"], 4), (["recipes"], 0)])
+def test_only_a_table_may_end_because_nobody_reads_on(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int
+) -> None:
+    def broken(arguments: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(f"opsin.cli._{arguments[0]}", broken)
+    assert main(arguments) == status

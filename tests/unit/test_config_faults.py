@@ -6,6 +6,7 @@ import pytest
 
 from opsin.config import read
 from opsin.errors import ConfigError
+from opsin.recipe import read as read_recipe
 from tests.unit.sample_recipe import Bare, Optim, Recipe, faults, load, write
 
 
@@ -157,3 +158,9 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     assert faults(path) == ["recipe.yaml: is not UTF-8 text; save it as UTF-8"]
+
+
+def test_an_address_where_a_group_belongs_is_shown_without_its_secret() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_recipe("quickstart", ["backup=s3://AKIA:wJalr/XUt@bucket/runs"])
+    assert "'s3://***@bucket/runs' is text; must be a group of keys" in str(caught.value)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opsin.outlets import write_if_possible
-from opsin.reporting import Journal, Row, read_events, read_rows
+from opsin.reporting import Journal, Row, _LineFile, read_events, read_rows
 from opsin.sinks import CsvTable, SinkName, TensorBoard, TextLog, open_sinks
 from tests.digits_run import train_digits
 from tests.unit.test_reporting import Memory
@@ -235,3 +235,29 @@ def test_a_training_whose_logs_all_fail_learns_the_same(tmp_path: Path, capsys: 
     assert first == second
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot be written" in line]
     assert len(said) == len(blocked) + 1
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_after_a_rewind_nothing_that_waited_stands_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_over: bool
+) -> None:
+    journal, write, is_full = Journal(tmp_path, warn=lambda text: None), _LineFile.write, True
+
+    def failing(self: _LineFile, line: bytes, *, step: int | None = None) -> None:
+        if is_full:
+            raise OSError("no space left on the device")
+        write(self, line, step=step)
+
+    log(journal, 1)
+    monkeypatch.setattr(_LineFile, "write", failing)
+    for step in (2, 3):
+        log(journal, step)
+        journal.event("alert", step)
+    is_full = not is_over
+    journal.rewind(2)
+    is_full = False
+    for step in (3, 4):
+        log(journal, step)
+        journal.event("alert", step)
+    assert [row.step for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [event.step for event in read_events(tmp_path / "events.jsonl") if event.kind == "alert"] == [2, 3, 4]

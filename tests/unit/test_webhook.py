@@ -189,3 +189,9 @@ def test_a_variable_that_holds_no_url_is_a_fault_of_the_user(
 def test_what_is_no_webhook_is_refused(setting: str) -> None:
     with pytest.raises(ValueError, match="env:NAME"):
         check_setting(setting)
+
+
+def test_a_url_after_env_is_refused_without_showing_it() -> None:
+    with pytest.raises(ValueError, match="what follows env: names no environment variable") as caught:
+        check_setting("env:https://hooks/SECRET")
+    assert "SECRET" not in str(caught.value)

@@ -32,8 +32,9 @@ def check_place(text: str) -> str:
             raise ValueError("an empty path does not fit; must be a folder, or an address like s3://BUCKET/FOLDER")
         return text
     if has_secret(text):
+        shown = _USER.sub("***", masked(text))
         raise ValueError(
-            f"{_USER.sub('***', masked(text))!r} holds credentials or a query; must be scheme, bucket and folder alone: "
+            f"{shown!r} holds credentials or a query; must be scheme, bucket and folder alone: "
             "keys belong in the environment (AWS_ACCESS_KEY_ID, ...), which no file of a run holds"
         )
     scheme, bucket = match[1], match[2].partition("/")[0]

@@ -23,7 +23,7 @@ class Ledger:
             self._load()
 
     def add(self, *steps: int) -> None:
-        """Note steps whose checkpoints may be removed once the run has removed its own.
+        """Note steps whose checkpoints may be removed once the run has removed its own, and the name of the run.
 
         Raises:
             OSError: it cannot be written down.
@@ -37,14 +37,6 @@ class Ledger:
             OSError: it cannot be written down.
         """
         self._write(self.steps - {step})
-
-    def save(self) -> None:
-        """Write the name of the run down.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        self._write(self.steps)
 
     def _load(self) -> None:
         try:

@@ -4,7 +4,6 @@ import json
 import random
 import threading
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -246,16 +245,18 @@ def finish_backup(config: BackupConfig, folder: Path, *, say: Callable[[str], No
         ConfigError: as `open_mirror`.
     """
     mirror = open_mirror(config, folder, cancelled=(never := threading.Event()))
-    for attempt in count():
+    attempt = 0
+    while True:
         try:
             faults = mirror.sync()
             for fault in faults:
                 say(f"backup: {fault}")
             return faults
         except PlaceError as error:
-            if error.refused or attempt >= _ATTEMPTS - 1:
+            if error.refused or attempt == _ATTEMPTS - 1:
                 raise RunError(f"{error}; what was sent stays, the same command goes on") from error
             say(f"{error}; trying again")
         except (OSError, Unfit) as error:
             raise RunError(f"{folder}: {error}; what was sent stays, the same command goes on") from error
         never.wait(_FIRST_DELAY_S * 2.0**attempt)
+        attempt += 1

@@ -233,3 +233,50 @@ def test_a_name_outside_of_the_run_directory_is_damage(tmp_path: Path) -> None:
 
 def test_an_entry_is_size_and_hash() -> None:
     assert Entry(1, "a") != Entry(1, "b")
+
+
+def test_a_run_directory_that_is_gone_removes_nothing(tmp_path: Path) -> None:
+    run, place = write_run(tmp_path / "run", 10), tmp_path / "backup"
+    copying = mirror(run, place)
+    copying.sync()
+    before = content(place)
+    shutil.rmtree(run)
+    with pytest.raises(FileNotFoundError, match="the run directory is gone; nothing is removed from its backup"):
+        copying.sync()
+    assert content(place) == before
+
+
+def test_what_a_rollback_set_aside_stays_until_the_step_written_anew_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, place = write_run(tmp_path / "run", 20, 30), tmp_path / "backup"
+    mirror(run, place).sync()
+    (run / "checkpoints" / "step-00000030").rename(run / "checkpoints" / "unhealthy-step-00000030")
+    write_checkpoint(run, 20, b"with a detour")
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "put", staticmethod(interrupting(Folder(place).put, "step-00000020/state.pt")))
+        with pytest.raises(Interrupted):
+            mirror(run, place).sync()
+    assert marked_steps(Folder(place)) == [30]
+    mirror(run, place).sync()
+    assert marked_steps(Folder(place)) == [20]
+
+
+def test_after_a_copy_to_another_place_the_first_one_is_pruned_as_before(tmp_path: Path) -> None:
+    run, place = write_run(tmp_path / "run", 10, 20), tmp_path / "backup"
+    mirror(run, place).sync()
+    mirror(run, tmp_path / "other").sync()
+    copying = mirror(run, place)
+    copying.connect()
+    shutil.rmtree(run / "checkpoints" / "step-00000010")
+    copying.sync()
+    assert marked_steps(Folder(place)) == [20]
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_place(tmp_path: Path) -> None:
+    run, place = write_run(tmp_path / "run", 10, 20), tmp_path / "backup"
+    state = run / "checkpoints" / "step-00000020" / "state.pt"
+    state.unlink()
+    state.mkdir()
+    assert mirror(run, place).sync() == ["the checkpoint of step 20 is damaged here and was not sent"]
+    assert marked_steps(Folder(place)) == [10]

@@ -68,3 +68,9 @@ def test_a_file_is_checked_before_its_end(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"evil")
     with pytest.raises(Unfit, match="is not what was written"):
         list(outgoing(tmp_path / "file", throttle, size=4, sha256=digest))
+
+
+def test_a_file_that_cannot_be_read_is_unfit(tmp_path: Path) -> None:
+    throttle = Throttle(None, pause=lambda seconds: False)
+    with pytest.raises(Unfit, match="file: cannot be read: No such file"):
+        list(outgoing(tmp_path / "file", throttle, size=4, sha256=""))

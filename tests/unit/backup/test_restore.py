@@ -160,3 +160,11 @@ def test_a_backup_in_use_is_only_read(run: Path, tmp_path: Path) -> None:
     before = content(tmp_path / "backup")
     restore(str(tmp_path / "backup"), tmp_path / "again", say=print)
     assert content(tmp_path / "backup") == before
+
+
+def test_an_address_with_a_slash_at_its_end_is_the_same_place(server: S3Server, s3: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 10, 20)
+    mirror(run, s3).sync()
+    restore(f"{s3}/", tmp_path / "again", step=10, say=print)
+    # The ledger knows that the later checkpoint is this run's own.
+    mirror(tmp_path / "again", s3).sync()

@@ -3,13 +3,16 @@ import pytest
 from opsin.backup.config import BackupConfig, check_place
 from opsin.backup.secrecy import has_secret, masked
 
-SECRETS = ("hunter2hunter2", "AKIAQWERTYUIOPASDFGH", "deadbeefsignature")
+SECRETS = ("wJalr", "XUt", "hunter2hunter2", "AKIAQWERTYUIOPASDFGH", "deadbeefsignature")
 
 
 @pytest.mark.parametrize(
     "url",
     [
         "s3://AKIAQWERTYUIOPASDFGH:hunter2hunter2@runs/one",
+        "s3://AKIA:wJalr/XUt@runs/one",
+        "s3://AKIA:wJalr/XUt",
+        "s3://runs/wJalr@XUt@one",
         "s3://runs/one?X-Amz-Signature=deadbeefsignature",
         "az://runs/one?sv=1&sig=deadbeefsignature",
     ],

@@ -1,16 +1,17 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from opsin.backup.catalog import marked_steps
 from opsin.backup.config import BackupConfig
-from opsin.backup.places import Folder, open_place
+from opsin.backup.places import Folder, PlaceError, open_place
 from opsin.backup.restore import restore
 from opsin.backup.service import BackgroundBackup, Backup, backup_of, finish_backup, open_backup
+from opsin.cli import main
 from opsin.errors import ConfigError, RunError
 from tests.unit.backup.s3_server import KEY, SECRET, S3Server
 from tests.unit.backup.small_run import content, mirror, write_checkpoint, write_run
@@ -177,3 +178,60 @@ def test_a_bucket_that_is_missing_ends_a_new_run_before_it_begins(server: S3Serv
     with open_backup(config, run, resuming=True, say=told):
         pass
     assert told.kinds == ["backup_failed", "backup_incomplete"]
+
+
+def flip(path: Path) -> None:
+    """The file is as long as it was, and another."""
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+
+
+def test_a_damaged_checkpoint_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    run, place, told = write_run(tmp_path / "run", 10, 20), tmp_path / "backup", Told()
+    flip(run / "checkpoints" / "step-00000020" / "state.pt")
+    started = time.monotonic()
+    with background(run, place, told, wait=3600):
+        pass
+    assert time.monotonic() - started < 3600
+    assert [kind for kind in told.kinds if kind != "backup_waiting"] == ["backup_damaged", "backup_incomplete"]
+    assert marked_steps(Folder(place)) == [10]
+
+
+def test_what_fails_after_the_end_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, told, release = write_run(tmp_path / "run", 10), Told(), threading.Event()
+
+    def stuck(self: Folder, folder: str = "") -> list[str]:
+        release.wait(600)
+        raise PlaceError("the server is gone")
+
+    monkeypatch.setattr(Folder, "names", stuck)
+    monkeypatch.setattr("opsin.backup.service._GRACE_S", 0.1)
+    with background(run, tmp_path / "backup", told, wait=0.1) as backup:
+        pass
+    before = list(told)
+    release.set()
+    backup._thread.join()
+    assert told == before
+
+
+def test_the_command_tells_of_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, place = write_run(tmp_path / "run", 10, 20), tmp_path / "backup"
+    flip(run / "checkpoints" / "step-00000020" / "state.pt")
+    assert main(["backup", str(run), str(place)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"run: all but 1 checkpoint went to {place}" in shown.err
+    assert marked_steps(Folder(place)) == [10]
+
+
+def test_a_log_that_cannot_be_read_ends_the_command_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+    put = Folder.put
+
+    def losing(self: Folder, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
+        if name == "metrics.jsonl":
+            (run / ".backup" / "files" / name).unlink()
+        put(self, name, chunks, size=size, sha256=sha256)
+
+    monkeypatch.setattr(Folder, "put", losing)
+    with pytest.raises(RunError, match=r"metrics.jsonl: cannot be read: .*; what was sent stays"):
+        finish_backup(BackupConfig(path=str(tmp_path / "backup")), run, say=quiet)
