@@ -193,7 +193,7 @@ def test_a_lock_that_was_moved_away_meanwhile_is_not_taken_for_that_of_the_new_r
     folder = tmp_path / "run"
     folder.mkdir()
     real = fcntl.flock
-    moved = []
+    moved: list[Path] = []
 
     def moves_first(descriptor: int, operation: int) -> None:
         if not moved:
