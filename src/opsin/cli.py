@@ -32,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv)  # ends with argparse's own message
     else:
         arguments.overrides += rest
+    # A table that nobody reads on is done; a training that breaks before its end is not.
+    unread = 4 if arguments.command in ("train", "resume") else 0
     try:
         status: int = arguments.run(arguments)
+        unread = status
         sys.stdout.flush()
     except OpsinError as error:
         status = _fail(error.exit_status, *error.faults)
@@ -43,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes_on = "the same command begins again, from the newest checkpoint where there is one"
         status = _fail(3, f"{str(error) or 'SIGINT'}: stopped before the end; {goes_on}")
     except BrokenPipeError:
-        # A table that nobody reads on is done; a training is not.
-        status = 4 if arguments.command in ("train", "resume") else 0
+        status = unread
     except OSError as error:
         status = _fail(4, str(error))
     except Exception:

@@ -116,13 +116,13 @@ def test_a_signal_before_training_ends_without_a_traceback(
         assert process.poll() is None
     process.send_signal(number)
     _, err = process.communicate(timeout=180)
-    # The signal may tear a line of them.
-    told = [line for line in err.splitlines() if line and not line.startswith("import time:") and "|" not in line]
     assert process.returncode == 3
-    assert told == [
+    assert "Traceback" not in err
+    # Python's own lines are among ours, and the signal may tear one.
+    assert err.splitlines()[-1] == (
         f"opsin: {number.name}: stopped before the end; "
         "the same command begins again, from the newest checkpoint where there is one"
-    ]
+    )
 
 
 def wait_for(process: subprocess.Popen[str], folder: Path) -> None:
