@@ -13,12 +13,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from opsin.errors import ConfigError
 from opsin.reporting import Event, Fact, Row
@@ -221,9 +222,9 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def _post(url: str, message: bytes, *, timeout_s: float) -> str | None:
     """Why the message was not taken; None where it was. Never shows the URL."""
-    request = urllib.request.Request(
-        url, message, {"Content-Type": "application/json", "User-Agent": "opsin"}, method="POST"
-    )
+    address, credentials = _apart(url)
+    headers = {"Content-Type": "application/json", "User-Agent": "opsin", **credentials}
+    request = urllib.request.Request(address, message, headers, method="POST")
     try:
         with urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout_s):
             return None
@@ -239,6 +240,17 @@ def _post(url: str, message: bytes, *, timeout_s: float) -> str | None:
         return f"does not answer within {timeout_s:g} s"
     except (OSError, HTTPException, ValueError) as error:
         return f"cannot be reached ({type(error).__name__})"
+
+
+def _apart(url: str) -> tuple[str, dict[str, str]]:
+    """The URL without the user and the password that stand before its host, and the header that they belong in."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, {}
+    name, _, password = user.partition(":")
+    token = b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode()
+    return parts._replace(netloc=host).geturl(), {"Authorization": f"Basic {token}"}
 
 
 def _message(event: Event, run: str, recipe: str) -> bytes:

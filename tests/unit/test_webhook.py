@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from opsin.errors import ConfigError
 from opsin.reporting import Journal
-from opsin.webhook import Patience, Webhook, check_setting, masked, webhook_url
+from opsin.webhook import Patience, Webhook, check_setting, masked, url_fault, webhook_url
 
 QUICK = Patience(answer_s=0.3, first_pause_s=0.02, longest_pause_s=0.05, end_s=5.0)
 
@@ -24,6 +25,7 @@ class Server:
     def __init__(self, answers: Sequence[int], *, delay_s: float = 0.0) -> None:
         self.taken: list[dict[str, Any]] = []
         self.asked = 0
+        self.authorizations: list[str | None] = []
         self.done = threading.Event()
         server = self
 
@@ -32,6 +34,7 @@ class Server:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 status = answers[min(server.asked, len(answers) - 1)]
                 server.asked += 1
+                server.authorizations.append(self.headers["Authorization"])
                 server.done.wait(20 if status == 0 else delay_s)
                 if status == 0:
                     return
@@ -148,6 +151,39 @@ def test_a_message_that_is_refused_for_good_is_not_sent_again(
     journal.close()
     assert [item["kind"] for item in server.taken] == ["done"]
     assert f"refused a message with {answer}" in warnings[0]
+
+
+@pytest.mark.parametrize(("user", "sent"), [("me:p%40ss%3Aw@", "me:p@ss:w"), ("token@", "token:"), ("", None)])
+def test_a_user_and_a_password_go_into_a_header_and_nowhere_else(
+    tmp_path: Path, servers: list[Server], user: str, sent: str | None
+) -> None:
+    servers.append(server := Server([200, 404]))
+    url = server.url.replace("//", f"//{user}")
+    assert url_fault(url) is None
+    warnings: list[str] = []
+    journal = journal_with(tmp_path, url, warnings)
+    journal.event("alert", 1, message="taken")
+    journal.event("done", 2, reason=None)
+    journal.close()
+    wanted = None if sent is None else f"Basic {b64encode(sent.encode()).decode()}"
+    assert server.authorizations == [wanted] * 2
+    assert [item["kind"] for item in server.taken] == ["alert"]
+    shown = "".join(warnings) + (tmp_path / "events.jsonl").read_text()
+    assert "refused a message with 404" in shown
+    assert not any(secret in shown for secret in ("p%40ss", "p@ss", "token@"))
+
+
+def test_a_server_out_of_reach_is_named_without_user_and_password(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://me:hidden@127.0.0.1:{taken.getsockname()[1]}/hook"
+    warnings: list[str] = []
+    journal = journal_with(tmp_path, url, warnings, Patience(0.2, 0.02, 0.05, end_s=0.3))
+    journal.event("failed", 3, reason="loss nan")
+    journal.close()
+    assert "cannot be reached (Connection refused)" in warnings[0]
+    assert "me:" not in "".join(warnings)
+    assert "hidden" not in "".join(warnings)
 
 
 def test_a_slow_server_is_waited_for_at_the_end_only(tmp_path: Path, servers: list[Server]) -> None:
