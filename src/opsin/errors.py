@@ -4,10 +4,11 @@ OpsinError
 ├── ConfigError       the recipe or the command line is wrong                   exit status 2
 ├── DataError         the images or their lists cannot be used                  exit status 2
 ├── RunError          the run directory cannot be used as asked                 exit status 2
+│                     (LockLost: another process has taken it over)
 ├── CheckpointError   a checkpoint or a weights file cannot be loaded           exit status 2
 ├── Stopped           a signal or the time limit ended the run, all is saved    exit status 3
 └── TrainingError     training itself failed (Diverged: not finite any more;    exit status 4
-                      WorkerEnded: a process that reads images is gone)
+                      PassingFault: something it needs failed, which may pass)
 
 Each fault is one line: the place, the value, the rule, the way out.
 """
@@ -41,6 +42,10 @@ class RunError(OpsinError):
     exit_status = 2
 
 
+class LockLost(RunError):
+    """Another process has taken over the run directory: this one must not write there any more."""
+
+
 class CheckpointError(OpsinError):
     """A checkpoint or weights file is damaged, too new, or does not fit."""
 
@@ -61,5 +66,9 @@ class Diverged(TrainingError):
     """Losses are not finite any more, or rollbacks do not help: the last states are not worth a checkpoint."""
 
 
-class WorkerEnded(TrainingError):
-    """A process that reads images ended by itself. Another attempt may succeed, as after no other `TrainingError`."""
+class PassingFault(TrainingError):
+    """Something that training needs failed: a disk, a process. Another attempt may succeed, as after no other fault."""
+
+
+class WorkerEnded(PassingFault):
+    """A process that reads images ended by itself."""

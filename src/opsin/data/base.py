@@ -3,6 +3,7 @@
 Shapes: B images of a batch, C channels, S side of a crop in pixels, N images of a source.
 """
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,6 +14,11 @@ from torch import Tensor
 
 from opsin.data.crops import Crop
 from opsin.data.mix import Mix
+from opsin.errors import PassingFault
+
+_NETWORK = "ESTALE ETIMEDOUT ENOTCONN ECONNABORTED ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH"
+_MACHINE = "EAGAIN EINTR EMFILE ENFILE ENOBUFS ENOMEM"
+_PASSING = frozenset(getattr(errno, name, -1) for name in f"{_NETWORK} {_MACHINE}".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,17 @@ class UnreadableImage(Exception):
     """One image cannot be decoded. `str()` is the reason, without the place."""
 
 
+def raise_if_passing(place: str, error: OSError) -> None:
+    """See that it is because of what is stored at `place` that it cannot be read.
+
+    Raises:
+        PassingFault: the network or the machine fails. To replace the image would change what is learned.
+    """
+    if error.errno in _PASSING:
+        reason = error.strerror or str(error)
+        raise PassingFault(f"{place}: cannot be read: {reason}; the image is not at fault: try again later") from error
+
+
 class Source(Protocol):
     """Stored images, addressed by index. Must survive pickling into a worker process."""
 
@@ -47,6 +64,7 @@ class Source(Protocol):
 
         Raises:
             UnreadableImage: it cannot be decoded.
+            PassingFault: as `raise_if_passing`.
         """
         ...
 

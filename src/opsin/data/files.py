@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opsin.data.base import UnreadableImage
+from opsin.data.base import UnreadableImage, raise_if_passing
 from opsin.data.decode import decode
 from opsin.data.labels import find_classes, index_labels, no_labels
 from opsin.data.strings import Strings
@@ -50,6 +50,7 @@ class Files:
         try:
             data = Path(self.place(index)).read_bytes()
         except OSError as error:
+            raise_if_passing(self.place(index), error)
             raise UnreadableImage(f"the file cannot be read ({error.strerror})") from error
         return decode(data)
 

@@ -73,7 +73,7 @@ class TrainingData:
         Raises:
             DataError: too many images are unreadable.
             ConfigError: `resident` is true and the images have several sizes.
-            TrainingError: a worker process ended by itself.
+            PassingFault: a worker process ended by itself, or failed with what says nothing about an image.
         """
         self._trail.at_step(start)
         tasks = (self._task(step, detours) for step in range(start, stop))
@@ -170,7 +170,7 @@ class EvaluationData:
 
         Raises:
             DataError: no image can be read.
-            TrainingError: a worker process ended by itself.
+            PassingFault: a worker process ended by itself, or failed with what says nothing about an image.
         """
         failures: list[Failure] = []
         images = 0

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from opsin.data.base import UnreadableImage
+from opsin.data.base import UnreadableImage, raise_if_passing
 from opsin.data.columns import Columns, find_columns
 from opsin.data.decode import decode
 from opsin.data.labels import find_classes, index_labels, no_labels
@@ -39,6 +39,8 @@ class Table:
         try:
             data = self.store.read(index)
         except (OSError, pa.ArrowException) as error:
+            if isinstance(error, OSError):
+                raise_if_passing(self.place(index), error)
             raise UnreadableImage(f"the row cannot be read ({error})") from error
         if not data:
             raise UnreadableImage("the row holds no image bytes")

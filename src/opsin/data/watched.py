@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from opsin.data.base import Source, UnreadableImage
-from opsin.errors import DataError, RunError
+from opsin.errors import DataError, PassingFault, RunError
 from opsin.put_aside import read_aside, write_aside
 from opsin.trail import Trail
 
@@ -32,7 +32,7 @@ class Watched:
         self._trail.begin_reading(index, self._source.place(index))
         try:
             image = self._source.read(index)
-        except UnreadableImage:
+        except (UnreadableImage, PassingFault):  # neither is a crash because of this image
             self._trail.end_reading()
             raise
         self._trail.end_reading()  # not where another exception passes: the trail shall end with this image

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from opsin.data.base import Source, UnreadableImage
 from opsin.data.crops import Crop, boxes_for, cut
 from opsin.data.quarantine import Failure, Read, read_or_replace
-from opsin.errors import DataError, OpsinError, WorkerEnded
+from opsin.errors import OpsinError, PassingFault, WorkerEnded
 
 _GROUP_BYTES = 64 << 20
 
@@ -134,7 +134,7 @@ def read_batches(
     SIGINT, SIGTERM and SIGUSR1 to this process and end when it ends, however it does.
 
     Raises:
-        OpsinError: what a worker raised.
+        OpsinError: what a worker raised; PassingFault where that was none.
         WorkerEnded: a worker ended by itself.
     """
     if workers == 0:
@@ -177,7 +177,7 @@ class _Tasks(Dataset[RawBatch | _Fault]):
             return _Fault(type(error), error.faults)
         except Exception as error:
             text = f"data.workers: reading failed in a worker with {type(error).__name__}: {error}"
-            return _Fault(DataError, (f"{text}; data.workers=0 shows where",))
+            return _Fault(PassingFault, (f"{text}; data.workers=0 shows where",))
 
 
 def _from_workers(

@@ -1,5 +1,6 @@
 """Folders: which folder name is a class, which a split, and what is said about it."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from opsin.data.base import UnreadableImage
 from opsin.data.files import find_images
 from opsin.data.folder import open_folder
-from opsin.errors import DataError
+from opsin.errors import DataError, PassingFault
 from tests.unit.data.pictures import fill
 
 
@@ -127,6 +128,23 @@ def test_files_that_are_no_images_are_unreadable_one_by_one(tmp_path: Path) -> N
         source.read(1)
     with pytest.raises(UnreadableImage, match=r"the file cannot be read \(No such file or directory\)"):
         source.read(2)
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.ESTALE, True), (errno.EMFILE, True), (errno.EIO, False)])
+def test_what_the_network_or_the_machine_does_is_not_blamed_on_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
+    fill(tmp_path, "a/1.png", "b/2.png")
+    source = open_folder(tmp_path).train
+
+    def fail(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(PassingFault if passes else UnreadableImage) as caught:
+        source.read(0)
+    if passes:
+        assert str(caught.value).startswith(f"{tmp_path}/a/1.png: cannot be read: {os.strerror(number)}; the image is")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

@@ -11,7 +11,7 @@ import torch
 
 from opsin.data.quarantine import read_or_replace
 from opsin.data.watched import watch
-from opsin.errors import DataError, RunError
+from opsin.errors import DataError, PassingFault, RunError
 from opsin.put_aside import Aside, read_aside, write_aside
 from opsin.trail import Trail, Whereabouts, follow
 from tests.unit.data.test_quarantine import images
@@ -74,17 +74,20 @@ def test_a_trail_tells_the_step_its_images_and_what_is_in_hand(tmp_path: Path) -
 
 
 class Fragile:
-    """A source whose reader fails in an unforeseen way."""
+    """A source whose reader fails with `error`."""
 
     name = "fragile"
     classes: tuple[str, ...] = ("a",)
     labels = torch.zeros(6, dtype=torch.int64)
 
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
     def __len__(self) -> int:
         return 6
 
     def read(self, index: int) -> torch.Tensor:
-        raise RuntimeError("the decoder is broken")
+        raise self.error
 
     def place(self, index: int) -> str:
         return f"{index}.png"
@@ -96,8 +99,12 @@ def test_an_image_that_cannot_be_read_is_no_longer_in_hand_and_one_that_fails_ot
     folder.mkdir()
     read_or_replace(watch(source, Trail(folder), tmp_path / "put_aside.json"), 2, seed=0)
     assert follow(folder).reading == ()
+    unreachable = Fragile(PassingFault("5.png: cannot be read: the network is away"))
+    with pytest.raises(PassingFault):
+        watch(unreachable, Trail(folder), tmp_path / "put_aside.json").read(5)
+    assert follow(folder).reading == ()
     with pytest.raises(RuntimeError):
-        watch(Fragile(), Trail(folder), tmp_path / "put_aside.json").read(5)
+        watch(Fragile(RuntimeError("broken")), Trail(folder), tmp_path / "put_aside.json").read(5)
     assert [(reading.index, reading.place) for reading in follow(folder).reading] == [(5, "5.png")]
 
 
