@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "opsin"
 
 # From the bottom up. Folders of one layer do not know each other; a file may know the files named before it.
 LAYERS = [
-    ["errors", "yaml_tree", "settings", "config_faults", "recipe_text", "config", "runlock", "rundir"],
+    ["errors", "yaml_tree", "settings", "config_faults", "recipe_text", "config", "folders", "runlock", "rundir"],
     [
         "timeline",
         "cadence",

@@ -125,6 +125,7 @@ def _checkpoints(
         on_restore=go_on,
         on_written=on_written,
         margin=reach(recipe, timeline),
+        check=directory.check_held,
     )
 
 

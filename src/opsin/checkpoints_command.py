@@ -4,22 +4,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opsin.compression import SUFFIX
 from opsin.console import duration
 from opsin.errors import CheckpointError, RunError
+from opsin.folders import REPLACING, remove_whole
 from opsin.recipe import read
 from opsin.rundir import RunDirectory
-from opsin.training.checkpoint_format import (
-    DamagedCheckpoint,
-    find_checkpoints,
-    name_of,
-    read_manifest,
-    remove_checkpoint,
-    verify,
-)
-from opsin.training.checkpoint_writer import remove_leftovers
+from opsin.training.checkpoint_format import DamagedCheckpoint, find_checkpoints, name_of, read_manifest, verify
 from opsin.training.retention import UNHEALTHY, CheckpointConfig, Retention, read_best
 
 LATER = "later-"
@@ -27,6 +20,7 @@ LATER = "later-"
 
 _DAMAGED = "damaged-"
 _MIB = 2**20
+_LOOKS = 10  # at a checkpoint that changes while it is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +49,8 @@ class Stored:
 def list_checkpoints(path: Path, *, content: bool = False) -> list[Stored]:
     """The checkpoints of the run at `path`, those set aside included, by step; with `content` every byte is hashed.
 
+    The run may be written meanwhile: what is removed while it is looked at is left out.
+
     Raises:
         RunError: there is no run.
     """
@@ -62,8 +58,11 @@ def list_checkpoints(path: Path, *, content: bool = False) -> list[Stored]:
     best = {scored.step: f"{scored.name} {scored.score:.4g}" for scored in read_best(folder)}
     present = max(find_checkpoints(folder), default=0)
     margin = _margin(folder)
-    found = [item for item in folder.glob("*step-*") if item.is_dir() and not item.name.startswith(".")]
-    return [_look(item, best, present, margin, content=content) for item in sorted(found, key=_place)]
+    found = {folder / item.name for item in folder.glob("*step-*") if item.is_dir() and not item.name.startswith(".")}
+    # Where a process was killed while one took the place of another: the next that writes the run finishes it.
+    found |= {folder / item.name.removeprefix(REPLACING) for item in folder.glob(f"{REPLACING}step-*")}
+    looked = (_look(item, best, present, margin, content=content) for item in sorted(found, key=_order))
+    return [one for one in looked if one is not None]
 
 
 def checkpoints_table(stored: Sequence[Stored]) -> list[str]:
@@ -105,9 +104,9 @@ def superfluous(path: Path, *, keep: int | None = None) -> list[Path]:
         lambda step: config.milestones is not None and _is_milestone(folder / name_of(step)),
         margin=None if margin is None else lambda step: margin,
     )
-    aside = [item for prefix in (_DAMAGED, LATER) for item in folder.glob(f"{prefix}step-*")]
+    aside = [item for prefix in (UNHEALTHY, _DAMAGED, LATER) for item in folder.glob(f"{prefix}step-*")]
     found = find_checkpoints(folder)
-    return sorted([*aside, *(retention.superfluous(max(found)) if found else ())], key=_place)
+    return sorted({*aside, *(retention.superfluous(max(found)) if found else ())}, key=_order)
 
 
 def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
@@ -119,7 +118,6 @@ def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
     """
     with RunDirectory.locked(path, say):
         folder = _folder(path)
-        remove_leftovers(folder)
         doomed = superfluous(path, keep=keep)
         if doomed and (found := find_checkpoints(folder)):
             newest = found[max(found)]
@@ -131,7 +129,7 @@ def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
                 ) from error
         for item in doomed:
             try:
-                remove_checkpoint(item)
+                remove_whole(item)
             except OSError as error:
                 raise RunError(f"{item}: cannot be removed: {error.strerror or error}") from error
             say(f"removed {item.name}")
@@ -149,7 +147,6 @@ def restore(path: Path, step: int, *, say: Callable[[str], None]) -> None:
     """
     with RunDirectory.locked(path, say):
         folder = _folder(path)
-        remove_leftovers(folder)
         found = find_checkpoints(folder)
         wanted = found.get(step, folder / f"{LATER}{name_of(step)}")
         if not wanted.exists():
@@ -186,7 +183,7 @@ def _folder(path: Path) -> Path:
     return run.checkpoints
 
 
-def _place(path: Path) -> tuple[int, str]:
+def _order(path: Path) -> tuple[int, str]:
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1, path.name
 
@@ -210,24 +207,41 @@ def _is_milestone(path: Path) -> bool:
     return bool(_manifest(path).get("milestone", True))
 
 
-def _look(path: Path, best: dict[int, str], present: int, margin: int | None, *, content: bool) -> Stored:
+def _look(path: Path, best: dict[int, str], present: int, margin: int | None, *, content: bool) -> Stored | None:
+    """What is stored at `path`; None where it was removed meanwhile. What is replaced meanwhile is looked at again."""
+    for _ in range(_LOOKS):
+        before = _place_now(path)
+        if before is None:
+            return None
+        try:
+            found = _look_at(before.path, path.name, best, present, margin, content=content)
+        except FileNotFoundError:
+            continue
+        if _place_now(path) == before:
+            return found
+    return None
+
+
+def _look_at(
+    place: Path, name: str, best: dict[int, str], present: int, margin: int | None, *, content: bool
+) -> Stored:
     fault, verified = None, "sha256" if content else "sizes"
     try:
-        manifest = verify(path, content=content)
+        manifest = verify(place, content=content)
     except DamagedCheckpoint as error:
-        manifest, fault, verified = _manifest(path), str(error), "DAMAGED"
+        manifest, fault, verified = _manifest(place), str(error), "DAMAGED"
     except CheckpointError as error:
         manifest, fault, verified = {}, str(error), "too new"
-    step = _place(path)[0]
-    is_aside = path.name != name_of(step)
+    step = _order(Path(name))[0]
+    is_aside = name != name_of(step)
     healthy: bool | None = None
-    if path.name.startswith((UNHEALTHY, _DAMAGED)) or verified == "DAMAGED":
+    if name.startswith((UNHEALTHY, _DAMAGED)) or verified == "DAMAGED":
         healthy = False
     elif not is_aside and margin is not None and step <= present - margin:
         healthy = True
-    files = [item.stat() for item in path.iterdir()]
+    files = [item.stat() for item in place.iterdir()]
     return Stored(
-        name=path.name,
+        name=name,
         step=step,
         epoch=manifest.get("epoch"),
         score=None if is_aside else best.get(step),
@@ -238,3 +252,22 @@ def _look(path: Path, best: dict[int, str], present: int, margin: int | None, *,
         verified=verified,
         fault=fault,
     )
+
+
+class _Place(NamedTuple):
+    """Where a checkpoint is; two equal ones are the same folder."""
+
+    path: Path
+    device: int
+    inode: int
+
+
+def _place_now(path: Path) -> _Place | None:
+    """The folder of the checkpoint that is called `path`, or is about to be; None where there is none."""
+    for place in (path.with_name(f"{REPLACING}{path.name}"), path):
+        try:
+            found = place.stat()
+        except FileNotFoundError:
+            continue
+        return _Place(place, found.st_dev, found.st_ino)
+    return None

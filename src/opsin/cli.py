@@ -16,7 +16,8 @@ from opsin import __version__
 from opsin.cli_backup import add_commands, directory_of_resume, out_of_train, take_local
 from opsin.cli_checkpoints import add_checkpoints
 from opsin.cli_supervision import supervised, take_supervision
-from opsin.errors import ConfigError, OpsinError
+from opsin.errors import ConfigError, OpsinError, PassingFault, TrainingError
+from opsin.trail import Trail
 
 _WEIGHTS = "as trained, or their moving average where the recipe has `ema` (default: raw)"
 _OVERRIDES = "recipe keys to change, as key=value (optim.lr=0.001)"
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         unread = status
         sys.stdout.flush()
     except OpsinError as error:
+        if isinstance(error, TrainingError) and not isinstance(error, PassingFault):
+            Trail.from_environment().verdict(str(error))
         status = _fail(error.exit_status, *error.faults)
     except KeyboardInterrupt as error:
         # An interrupt that went through exec, as in some imports, makes Python die of SIGINT at exit: exec forgets it.

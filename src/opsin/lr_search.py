@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from opsin.config import flatten
-from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError
+from opsin.errors import ConfigError, OpsinError, PassingFault, Stopped, TrainingError
 from opsin.recipe import Recipe, read
+from opsin.trail import VARIABLE, follow
 
 RESULT = "lr.json"
 
@@ -41,7 +43,8 @@ def find_lr(
     Raises:
         ConfigError: the recipe cannot be trained as it is.
         Stopped: the sweep got a signal.
-        TrainingError: its curve has no usable slope, or it failed.
+        TrainingError: its curve has no usable slope, or it found another reason that stays.
+        PassingFault: it crashed.
     """
     known = _read_result(folder, sweep_key(read(str(recipe), overrides)))
     if known is not None:
@@ -49,11 +52,17 @@ def find_lr(
         return known
     say(f"optim.lr=auto: sweeping the learning rate first ({folder})")
     command = [sys.executable, "-m", "opsin", "tune", "lr", str(recipe), *overrides, "--quiet", "--out", str(folder)]
-    done = subprocess.run(command, env=_environment(), stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    # With a trail of its own: where the sweep is, is no place of the run.
+    with tempfile.TemporaryDirectory(prefix="opsin-lr-", ignore_cleanup_errors=True) as trail:
+        done = subprocess.run(
+            command, env=_environment(trail), stderr=subprocess.PIPE, text=True, errors="replace", check=False
+        )
+        is_verdict = follow(Path(trail)).verdict is not None
     if done.returncode:
         faults = [line.removeprefix("opsin: ") for line in done.stderr.splitlines() if line.startswith("opsin: ")]
         faults = faults or [f"the sweep ended with exit status {done.returncode}: {done.stderr.strip()[-500:]}"]
-        raise _KINDS.get(done.returncode, TrainingError)(*(f"optim.lr=auto: {fault}" for fault in faults))
+        kind = _KINDS.get(done.returncode, TrainingError if is_verdict else PassingFault)
+        raise kind(*(f"optim.lr=auto: {fault}" for fault in faults))
     found = _read_result(folder, sweep_key(read(str(recipe), overrides)))
     assert found is not None, "the sweep has written what it found"
     say(f"optim.lr=auto: {_shown(found)}")
@@ -66,10 +75,10 @@ def sweep_key(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _environment() -> dict[str, str]:
+def _environment(trail: str) -> dict[str, str]:
     """The environment of a process that finds this very package, however this process came to it."""
     places = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), VARIABLE: trail}
 
 
 def _read_result(folder: Path, key: str) -> Mapping[str, float] | None:

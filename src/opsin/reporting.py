@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from opsin.errors import RunError
+from opsin.errors import LockLost, RunError
 from opsin.outlets import Outlet
 from opsin.rundir import write_atomic
 
@@ -84,8 +84,17 @@ class Journal:
     newest 10,000 entries are kept; sinks make good from `metrics.jsonl` what they lost.
     """
 
-    def __init__(self, folder: Path, sinks: Sequence[Sink] = (), *, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sinks: Sequence[Sink] = (),
+        *,
+        warn: Callable[[str], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check` raises LockLost once the files are another process's: from then on nothing is written."""
         self._folder = folder
+        self._check = check
         self._metrics_file = _LineFile(folder / "metrics.jsonl")
         self._events_file = _LineFile(folder / "events.jsonl")
         self._metrics = Outlet("metrics.jsonl", warn)
@@ -98,7 +107,12 @@ class Journal:
         self._load()
 
     def log(self, step: int, epoch: float, values: Mapping[str, float], *, time_s: float) -> None:
-        """Write values; those of the last step are added to its row."""
+        """Write values; those of the last step are added to its row.
+
+        Raises:
+            LockLost: by `check`.
+        """
+        self._check()
         with self._lock:
             last_step = -1 if self._last is None else self._last.step
             assert step >= last_step, f"step {step} is logged after step {last_step}"
@@ -110,7 +124,9 @@ class Journal:
             self._tell_recoveries(step)
 
     def event(self, kind: str, step: int, **facts: Fact) -> None:
-        """Write that something happened after `step` updates."""
+        """Write that something happened after `step` updates; nothing where the run is another process's."""
+        if not self._is_ours():
+            return
         with self._lock:
             event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), step, kind, facts)
             line = _line({"time": event.time, "step": step, "kind": kind, **facts})
@@ -155,7 +171,9 @@ class Journal:
 
         Raises:
             RunError: a file cannot be rewritten.
+            LockLost: by `check`.
         """
+        self._check()
         with self._lock:
             # What waits would else be written after the rewind, and steps would stand twice.
             self._metrics.rewind(step)
@@ -171,6 +189,8 @@ class Journal:
 
     def summarize(self, *, steps: int, seconds: float, peak_memory_bytes: int | None = None) -> None:
         """Replace `summary.json`: last and best of every score, steps, seconds, peak memory."""
+        if not self._is_ours():
+            return
         with self._lock:
             scores: dict[str, Fact] = {name: self._scores[name].facts() for name in sorted(self._scores)}
             facts: dict[str, Fact] = {
@@ -190,11 +210,21 @@ class Journal:
         Events that come later go to `events.jsonl` alone.
         """
         with self._lock:
+            if not self._is_ours():
+                for outlet in (self._metrics, self._events, self._summary):
+                    outlet.drop()
             for outlet, sink in self._sinks:
                 outlet.put(sink.close)
             for outlet in self._outlets():
                 outlet.give_up()
             self._sinks = []
+
+    def _is_ours(self) -> bool:
+        try:
+            self._check()
+        except LockLost:
+            return False
+        return True
 
     def _outlets(self) -> list[Outlet]:
         return [self._metrics, self._events, self._summary, *(outlet for outlet, _ in self._sinks)]

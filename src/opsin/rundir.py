@@ -31,6 +31,7 @@ from typing import Any, Literal, Self
 
 from opsin import __version__
 from opsin.errors import RunError
+from opsin.folders import remove_leftovers, sync_folder
 from opsin.runlock import RunLock, is_held
 
 _PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "pydantic", "safetensors")
@@ -54,15 +55,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RunDirectory:
@@ -108,14 +100,14 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run._check_foreign()
-            run._lock.take(notice)
+            run._take_lock(notice)
             if fresh and run.exists():
                 notice(f"{path}: the earlier run was moved to {run._move_aside()}")
                 path.mkdir()
-                run._lock.take(notice)
+                run._take_lock(notice)
             run._take_recipe(recipe_yaml, differences)
             for leftover in path.glob(".*.writing"):
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
         except BaseException as error:
             run.close()
             if isinstance(error, OSError):
@@ -125,14 +117,18 @@ class RunDirectory:
 
     @classmethod
     def locked(cls, path: Path, notice: Callable[[str], None] = lambda text: None) -> Self:
-        """The directory of a run that was begun, locked and otherwise as it is.
+        """The directory of a run that was begun, locked; what a killed process left half done in it is finished.
 
         Raises:
             RunError: another process is writing it.
             OSError: the lock cannot be written.
         """
         run = cls(path)
-        run._lock.take(notice)
+        try:
+            run._take_lock(notice)
+        except BaseException:
+            run.close()
+            raise
         return run
 
     def exists(self) -> bool:
@@ -149,6 +145,14 @@ class RunDirectory:
             return str(json.loads(self.run_json.read_text())["recipe"]) if self.run_json.exists() else None
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from error
+
+    def check_held(self) -> None:
+        """See that the lock that was taken is still this process's; cheap enough for every row.
+
+        Raises:
+            LockLost: another process has taken it over and writes the run.
+        """
+        self._lock.check()
 
     def close(self) -> None:
         """Let other processes write this run."""
@@ -181,10 +185,17 @@ class RunDirectory:
 
         Raises:
             RunError: `run.json` cannot be written.
+            LockLost: it is another process's.
         """
         assert self._facts, "no session was begun"
+        self.check_held()
         self._facts["sessions"][-1].update(status=status, ended=_now(), reason=reason)
         self._write_facts()
+
+    def _take_lock(self, notice: Callable[[str], None]) -> None:
+        """Take the lock, and finish what the process before was killed in: who looks now sees every checkpoint."""
+        self._lock.take(notice)
+        remove_leftovers(self.checkpoints)
 
     def _check_foreign(self) -> None:
         # Hidden names are ours (the lock, a file half written when the power went) or the system's.

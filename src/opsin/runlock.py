@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from opsin.errors import RunError
+from opsin.errors import LockLost, RunError
 
 _RENEWED_S, _EXPIRES_S = 5.0, 60.0
 _SETTLE_S = 0.2
@@ -81,6 +81,8 @@ class RunLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._release: Callable[[], object] = lambda: None
+        self._lease: Holder | None = None
+        self._seen_s = 0.0
 
     def take(self, notice: Callable[[str], None] = lambda text: None) -> None:
         """Hold the lock. `notice` is told when it was that of a dead process, or the file system has none.
@@ -106,6 +108,7 @@ class RunLock:
             os.close(descriptor)
             self._release = weakref.finalize(self, _end_lease, self._path, me, _keep_renewing(self._path, me))
             self._settle(me)
+            self._lease, self._seen_s = me, time.time()
             notice(
                 f"{self._path.parent}: this file system has no locks: {self._path.name} is renewed every "
                 f"{_RENEWED_S:g} s instead, and a process that finds it {_EXPIRES_S:g} s old takes it over; "
@@ -117,8 +120,32 @@ class RunLock:
                 f"which wrote this run since {before.since} and has died"
             )
 
+    def check(self) -> None:
+        """See that a lease is still held: it may have run out while the machine slept. The kernel's lock does not.
+
+        Raises:
+            LockLost: another process has taken it over.
+        """
+        # By the clock that goes on in sleep; where it is set anew the file is looked at once more.
+        if self._lease is None or abs(time.time() - self._seen_s) < _RENEWED_S:
+            return
+        try:
+            now = Holder.read(self._path)
+            if now == self._lease:
+                os.utime(self._path)
+                self._seen_s = time.time()
+                return
+        except OSError:  # for a moment, on a network
+            return
+        who = "another process" if now is None else f"{now.process} on {now.host} (since {now.since})"
+        raise LockLost(
+            f"{self._path.parent}: {who} has taken over this run, whose lock was not renewed for {_EXPIRES_S:g} s (did "
+            "this machine sleep?): nothing more is written here; what was not saved is done again there"
+        )
+
     def release(self) -> None:
         """Let other processes have it."""
+        self._lease = None
         self._release()
         self._release = lambda: None
 

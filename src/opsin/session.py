@@ -18,17 +18,16 @@ import torch
 from opsin.assembly import assemble
 from opsin.backup.config import BackupConfig
 from opsin.backup.elsewhere import begin_elsewhere, find_elsewhere
-from opsin.backup.service import open_backup
+from opsin.backup.service import open_backup, refuse_taken
 from opsin.config import diff, flatten, to_yaml
 from opsin.console import Console, describe, duration, open_console
-from opsin.errors import ConfigError, RunError, Stopped, TrainingError, WorkerEnded
+from opsin.errors import ConfigError, RunError, Stopped, TrainingError
 from opsin.export import write_model
 from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
 from opsin.rundir import RunDirectory, write_atomic
 from opsin.sinks import SinkName, TextLog, open_sinks
-from opsin.trail import Trail
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit
 from opsin.training.observe import AVERAGED
@@ -75,7 +74,7 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
     """Train `recipe` in the directory `out`, going on from its newest checkpoint if it has one.
 
     Raises:
-        RunError: `out` holds another run, or cannot be written.
+        RunError: `out` holds another run, or cannot be written; with `fresh`, its backup holds a run.
         OpsinError: whatever ends the training early.
     """
 
@@ -84,6 +83,8 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
         has_weights = find_checkpoints(out / "checkpoints") or (out / "model.safetensors").exists()
         return diff(read(str(out / "recipe.yaml")), recipe) if has_weights else ()
 
+    if fresh:
+        refuse_taken(recipe.backup)
     notes: list[str] = []
     settled = settle_rates(recipe, out, name=name, notice=open_console(quiet=quiet).notice)
     if settled != recipe:
@@ -190,7 +191,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     if recipe.alerts.webhook is not None:
         url = webhook_url(recipe.alerts.webhook)
         copies.append(Webhook(directory.path, url, recipe=name, warn=console.warning))
-    journal = Journal(directory.path, copies, warn=console.warning)
+    journal = Journal(directory.path, copies, warn=console.warning, check=directory.check_held)
     device = choose_device(recipe.device)
     hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
     resuming = bool(find_checkpoints(directory.checkpoints))
@@ -249,8 +250,6 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
     except BaseException as error:
         status = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
         reason = str(error) or type(error).__name__
-        if isinstance(error, TrainingError) and not isinstance(error, WorkerEnded):
-            Trail.from_environment().verdict(reason)
         raise
     finally:
         console.finish()
@@ -261,7 +260,8 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
         try:
             directory.end_session(status, reason)
         except RunError as error:  # a full disk must not hide how training ended
-            console.warning(str(error))
+            if str(error) != reason:
+                console.warning(str(error))
         journal.close()  # waits for the last pictures: training is over before
 
 

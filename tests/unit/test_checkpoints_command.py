@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from opsin.cli import main
 from opsin.config import to_yaml
+from opsin.folders import remove_whole
 from opsin.recipe import read
 from opsin.rundir import RunDirectory
 from tests.unit.training.tiny_run import Story, equal, flip_byte, fresh, train
@@ -152,3 +153,72 @@ def test_a_folder_without_checkpoints_is_told_from_one_without_a_run(tmp_path: P
     assert "holds no run" in opsin(tmp_path)[2]
     begin(tmp_path / "run")
     assert "has no checkpoints yet" in opsin(tmp_path / "run")[2]
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, moment: str, checkpoint: Path, then: Callable[[], object]) -> None:
+    """Another process does `then`, once, at a moment while `checkpoint` is looked at."""
+    read, count = Path.read_bytes, Path.iterdir
+    left = [then]
+
+    def read_bytes(path: Path) -> bytes:
+        if path.parent != checkpoint or moment == "before its files are counted" or not left:
+            return read(path)
+        if moment == "before its manifest is read":
+            left.pop()()
+            return read(path)
+        data = read(path)
+        left.pop()()
+        return data
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path == checkpoint and moment == "before its files are counted" and left:
+            left.pop()()
+        return count(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+
+
+MOMENTS = ("before its manifest is read", "after its manifest is read", "before its files are counted")
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_is_removed_while_it_is_looked_at_is_left_out(
+    run: Path, opsin: Command, monkeypatch: pytest.MonkeyPatch, moment: str, action: str
+) -> None:
+    doomed = run / "checkpoints" / "step-00000011"
+    meanwhile(monkeypatch, moment, doomed, lambda: remove_whole(doomed))
+    status, (_, *rows), said = opsin(run, action)
+    assert (status, said) == (0, "")
+    assert [row.split()[0] for row in rows] == step_names(5, 10, 12, 13)
+    assert not any("DAMAGED" in row for row in rows)
+
+
+def test_what_is_replaced_while_it_is_looked_at_is_looked_at_again(
+    run: Path, opsin: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = train(fresh(width=9), to=12)
+    story = Story(run / "checkpoints", keep=9)
+    replaced = run / "checkpoints" / "step-00000012"
+    meanwhile(monkeypatch, MOMENTS[1], replaced, lambda: story.checkpoints.save(other, reason="rollback"))
+    status, (_, *rows), said = opsin(run, "verify")
+    assert (status, said) == (0, "")
+    assert [row.split()[-1] for row in rows] == ["sha256"] * 5
+
+
+def test_a_replacement_that_was_broken_off_is_seen_and_finished(run: Path, opsin: Command) -> None:
+    newest = run / "checkpoints" / "step-00000013"
+    newest.rename(newest.with_name(".replacing-step-00000013"))
+    status, (_, *rows), said = opsin(run, "verify")
+    assert (status, said) == (0, "")
+    assert [row.split()[0] for row in rows] == step_names(5, 10, 11, 12, 13)
+    assert not newest.exists(), "who only looks changes nothing"
+    assert opsin(run, "restore", "13")[0] == 0
+    assert names(run) == step_names(5, 10, 11, 12, 13)
+
+
+def test_prune_removes_what_a_rollback_went_back_over(run: Path, opsin: Command) -> None:
+    Story(run / "checkpoints").checkpoints.set_aside_after(12)
+    assert opsin(run, "prune")[1] == ["would remove unhealthy-step-00000013", "--yes removes them"]
+    assert opsin(run, "prune", "--yes")[1] == ["removed unhealthy-step-00000013"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.errors import RunError
+from opsin.errors import LockLost, RunError
 from opsin.reporting import Event, Journal, Row, Sink, read_events, read_rows
 
 
@@ -142,6 +142,28 @@ def test_a_folder_that_cannot_be_rewound_is_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").mkdir()
     with pytest.raises(RunError, match="cannot rewind the log to step 0"):
         journal.rewind(0)
+
+
+def test_nothing_is_written_once_the_run_is_another_process_s(tmp_path: Path) -> None:
+    def check() -> None:
+        if lost:
+            raise LockLost("taken over")
+
+    lost: list[bool] = []
+    sink = Memory()
+    journal = Journal(tmp_path, [sink], warn=no_warning, check=check)
+    log(journal, 1, train_loss=1.0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    lost.append(True)
+    calls: list[Callable[[], None]] = [lambda: log(journal, 2, train_loss=1.0), lambda: journal.rewind(0)]
+    for call in calls:
+        with pytest.raises(LockLost):
+            call()
+    journal.event("failed", 2, reason="taken over")
+    journal.summarize(steps=2, seconds=1.0)
+    journal.close()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert sink.entries[1:] == ["close"]
 
 
 def test_the_summary_holds_last_and_best_of_each_score(tmp_path: Path) -> None:

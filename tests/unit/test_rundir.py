@@ -117,6 +117,27 @@ def test_a_directory_left_by_a_kill_during_set_up_is_taken(tmp_path: Path) -> No
         assert sorted(path.name for path in run.path.iterdir()) == [".lock", "recipe.yaml"]
 
 
+def test_who_takes_the_lock_finishes_what_a_killed_process_left_half_done(tmp_path: Path) -> None:
+    prepare(tmp_path).close()
+    folder = tmp_path / "checkpoints"
+
+    def leave() -> None:
+        for name in (".replacing-step-00000005", ".removing-step-00000004-1", ".writing-6-1"):
+            (folder / name).mkdir(parents=True)
+
+    def differences(before: str) -> list[str]:
+        seen.extend(path.name for path in folder.iterdir())
+        return []
+
+    seen: list[str] = []
+    leave()
+    RunDirectory.prepare(tmp_path, "seed: 1\n", fresh=False, differences=differences).close()
+    assert seen == ["step-00000005"], "before anything is decided by what there is"
+    leave()
+    with RunDirectory.locked(tmp_path):
+        assert [path.name for path in folder.iterdir()] == ["step-00000005"]
+
+
 def test_a_place_that_cannot_be_written_is_an_error_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from opsin import runlock
-from opsin.errors import RunError
+from opsin.errors import LockLost, RunError
 from opsin.runlock import RunLock, is_held
 
 HOLD = """
@@ -161,6 +161,54 @@ def test_of_two_that_take_an_old_lease_together_the_last_has_it(
     monkeypatch.setattr(time, "sleep", lambda seconds: stand_in(path, token="faster"))
     with pytest.raises(RunError, match="process 1 is writing this run"):
         taken(path)
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """The machine sleeps two minutes: the clock goes on, the thread that renews does not."""
+    clock, late_s = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + late_s[0])
+    return lambda: late_s.append(late_s.pop() + 120)
+
+
+@pytest.mark.parametrize("kind", ["lease"], indirect=True)
+def test_a_holder_that_slept_while_its_lease_was_taken_over_says_so_and_leaves_it(
+    path: Path, kind: str, slept: Callable[[], None]
+) -> None:
+    lock = RunLock(path)
+    lock.take()
+    lock.check()
+    stand_in(path, pid=7)
+    slept()
+    words = rf"{re.escape(str(path.parent))}: process 7 on elsewhere \(since 2026.*\) has taken over this run, "
+    for _ in range(2):
+        with pytest.raises(LockLost, match=words):
+            lock.check()
+    lock.release()
+    assert json.loads(path.read_text())["pid"] == 7
+
+
+@pytest.mark.parametrize("kind", ["lease"], indirect=True)
+def test_a_holder_that_slept_and_lost_nothing_renews_its_lease_at_once(
+    path: Path, kind: str, slept: Callable[[], None]
+) -> None:
+    lock = RunLock(path)
+    lock.take()
+    os.utime(path, (1.0, 1.0))
+    slept()
+    lock.check()
+    assert path.stat().st_mtime > 1
+    lock.release()
+    lock.check()  # nobody's, and nothing to lose
+
+
+def test_the_lock_of_the_kernel_is_not_lost_in_sleep(path: Path, slept: Callable[[], None]) -> None:
+    lock = RunLock(path)
+    lock.take()
+    stand_in(path)
+    slept()
+    lock.check()
+    lock.release()
 
 
 def test_a_lock_of_an_older_opsin_is_understood(path: Path) -> None:

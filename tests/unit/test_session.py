@@ -1,14 +1,21 @@
 """What a run directory holds after a session, and what a later session may change."""
 
+import errno
+import fcntl
 import json
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import opsin
-from opsin.errors import ConfigError, OpsinError, RunError
+from opsin import runlock
+from opsin.errors import ConfigError, LockLost, OpsinError, RunError
 from opsin.reporting import read_events, read_rows
+from opsin.rundir import last_step, write_atomic
 from opsin.session import FIXED, fingerprint, resume_run, train, train_recipe
 from opsin.training.checkpoint import find_checkpoints
 from tests.digits_run import STEPS_PER_EPOCH, digits_recipe, train_digits
@@ -97,6 +104,18 @@ def test_fresh_moves_the_earlier_run_aside(tmp_path: Path) -> None:
     assert "resumed" not in [event.kind for event in read_events(tmp_path / "run" / "events.jsonl")]
 
 
+def test_fresh_is_refused_before_anything_is_moved_where_the_backup_holds_a_run(tmp_path: Path) -> None:
+    recipe = digits_recipe("limits.steps=1", f"backup.path={tmp_path / 'backup'}")
+    train_recipe(recipe, tmp_path / "run", name="quickstart", quiet=True)
+    for place in ("run", "new"):
+        with pytest.raises(RunError, match=r"backup: holds the backup of a run, .* another backup.path, .* nothing"):
+            train_recipe(recipe, tmp_path / place, name="quickstart", fresh=True, quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backup", "run"]
+    elsewhere = digits_recipe("limits.steps=1", f"backup.path={tmp_path / 'other'}")
+    train_recipe(elsewhere, tmp_path / "run", name="quickstart", fresh=True, quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backup", "other", "run", "run.before-1"]
+
+
 def test_a_resumed_run_may_change_what_its_state_does_not_depend_on(tmp_path: Path) -> None:
     train_digits(tmp_path, "epochs=1")
     changes = ["epochs=2", "optim.lr=0.005", "batch_size=128", "checkpoints.keep=1"]
@@ -141,3 +160,27 @@ def test_a_failed_session_is_written_down_with_its_reason(tmp_path: Path) -> Non
     assert facts["status"] == "failed"
     assert str(caught.value) in json.dumps(facts)
     assert [event.kind for event in read_events(tmp_path / "events.jsonl")] == ["failed"]
+
+
+def test_a_run_whose_lease_was_taken_over_writes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    def take_over() -> None:
+        while (last_step(path / "metrics.jsonl") or 0) < 3:
+            time.sleep(0.001)
+        write_atomic(path / ".lock", json.dumps({"pid": 1, "host": "elsewhere", "since": "now", "token": "x"}).encode())
+
+    path = tmp_path / "run"
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(runlock, "_RENEWED_S", 0.001)
+    other = threading.Thread(target=take_over)
+    other.start()
+    with pytest.raises(LockLost, match=r"process 1 on elsewhere \(since now\) has taken over this run"):
+        train_digits(path, "epochs=1000", "log.every=1", "checkpoints.every=2 steps")
+    other.join()
+    assert run_facts(path)["status"] == "running"
+    events = [event.kind for event in read_events(path / "events.jsonl")]
+    assert "failed" not in events
+    assert "emergency" not in (path / "events.jsonl").read_text()
+    assert json.loads((path / ".lock").read_text())["pid"] == 1, "the other one has it"

@@ -24,6 +24,8 @@ from pathlib import Path
 from opsin.trail import Trail
 
 out = Path(sys.argv[1])
+if "--fresh" in sys.argv and (out.parent / "moves").exists():
+    out.rename(out.with_name("run.before-1"))
 out.mkdir(exist_ok=True)
 (out / "recipe.yaml").touch()
 starts = out / "starts.jsonl"
@@ -151,6 +153,18 @@ def test_fresh_is_said_until_the_earlier_run_is_out_of_the_way(tmp_path: Path) -
     (tmp_path / "run").rename(tmp_path / "earlier")
     assert run(tmp_path, [{"end": 4}, {"end": 0}], fresh=True) == 0
     assert [start["arguments"] for start in starts(tmp_path)] == [[], []]
+
+
+def test_a_restart_goes_on_with_the_fresh_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("earlier")
+    (tmp_path / "moves").touch()
+    lives = [{"end": 4, "checkpoint": 7}, {"end": -9}, {"end": 0}]
+    assert run(tmp_path, lives, fresh=True) == 0
+    assert [start["arguments"] for start in starts(tmp_path)] == [["--fresh"], [], []]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000007").is_dir(), "what the fresh run has saved is there"
+    assert (tmp_path / "run.before-1" / "recipe.yaml").read_text() == "earlier"
+    assert not (tmp_path / "run.before-2").exists()
 
 
 def test_a_signal_is_handed_on_and_the_status_kept(tmp_path: Path) -> None:

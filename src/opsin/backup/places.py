@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from opsin.backup.config import is_address
-from opsin.rundir import sync_folder
+from opsin.folders import sync_folder
 
 CHUNK = 2**20
 """Bytes that are read, sent and fetched at once."""

@@ -21,7 +21,7 @@ from opsin.backup.config import check_place
 from opsin.backup.ledger import Ledger
 from opsin.backup.places import Absent, Place, PlaceError, open_place
 from opsin.errors import ConfigError, RunError
-from opsin.rundir import sync_folder
+from opsin.folders import sync_folder
 
 _RECIPE = "recipe.yaml"
 _LOGS = (".jsonl", ".txt", ".csv")  # a torn line is worth less than the lines around it

@@ -10,12 +10,13 @@ from typing import Self
 
 from pydantic import ValidationError
 
+from opsin.backup.catalog import INDEX
 from opsin.backup.config import BackupConfig
 from opsin.backup.mirror import Mirror
 from opsin.backup.outgoing import Cancelled, Throttle, Unfit
-from opsin.backup.places import PlaceError, open_place
+from opsin.backup.places import PlaceError, open_place, read_bytes
 from opsin.backup.secrecy import masked
-from opsin.errors import ConfigError, RunError
+from opsin.errors import ConfigError, LockLost, RunError
 from opsin.yaml_tree import read_file
 
 Say = Callable[[str, str], None]
@@ -112,6 +113,10 @@ class BackgroundBackup(Backup):
         """Send the last files, for `backup.wait` seconds at most, and tell what is missing."""
         self._closing.set()
         self._wake.set()
+        if isinstance(error, LockLost):  # whoever has the run now copies it, too
+            self._cancelled.set()
+            self._thread.join(_GRACE_S)
+            return
         try:
             self._thread.join(min(_QUIET_S, self._config.wait))
             if self._thread.is_alive() and self._config.wait > _QUIET_S:
@@ -198,6 +203,25 @@ class BackgroundBackup(Backup):
         if text not in self._told:
             self._told.add(text)
             self._say(kind, text)
+
+
+def refuse_taken(config: BackupConfig | None) -> None:
+    """See that a run that starts over finds no earlier one in its backup, before anything of that is moved.
+
+    Raises:
+        RunError: there is one: nothing would be copied over it.
+    """
+    if config is None:
+        return
+    try:
+        is_taken = read_bytes(open_place(config.path), INDEX) is not None
+    except PlaceError:  # out of reach, or none: the backup itself will tell, and knows what to do about it
+        return
+    if is_taken:
+        raise RunError(
+            f"{config.path}: holds the backup of a run, over which a fresh one is not copied; give the fresh one "
+            "another backup.path, or go on with that run without --fresh; nothing was moved"
+        )
 
 
 def open_mirror(config: BackupConfig, folder: Path, *, cancelled: threading.Event) -> Mirror:

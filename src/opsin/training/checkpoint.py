@@ -2,7 +2,6 @@
 
 import errno
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from opsin.cadence import is_due
-from opsin.errors import CheckpointError, Diverged, RunError, Stopped
+from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
+from opsin.folders import remove_leftovers, remove_whole
 from opsin.reporting import Fact
 from opsin.timeline import Timeline
 from opsin.training.background import Background
@@ -23,7 +23,7 @@ from opsin.training.checkpoint_format import (
     name_of,
     read_checkpoint,
 )
-from opsin.training.checkpoint_writer import remove_leftovers, room, write_checkpoint
+from opsin.training.checkpoint_writer import room, write_checkpoint
 from opsin.training.retention import (
     BEST,
     CheckpointConfig,
@@ -34,7 +34,7 @@ from opsin.training.retention import (
     read_best,
     write_best,
 )
-from opsin.training.snapshot import Buffers, Snapshot, take_snapshot
+from opsin.training.snapshot import Snapshot, Snapshots
 from opsin.training.state import Detour, TrainState
 
 __all__ = [
@@ -66,6 +66,7 @@ class Checkpoints:
         on_restore: Callable[[int], None] = lambda step: None,
         on_written: Callable[[Path], None] = lambda path: None,
         margin: Callable[[int], int] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """`say` gets the kind and the facts of an event: always `step`; where all is not well `warning`, a sentence.
 
@@ -73,6 +74,7 @@ class Checkpoints:
         (0 where there is no checkpoint), before any event: what was logged after it is to be forgotten. `on_written`
         gets each complete checkpoint, in the thread that wrote it, before older ones are removed; it must not raise.
         `margin` gives for a step how many steps before it a healthy checkpoint lies; None where none is asked for.
+        `check` raises LockLost where the folder is another process's by now.
         """
         self._folder = folder
         self._config = config
@@ -83,8 +85,9 @@ class Checkpoints:
         self._on_restore = on_restore
         self._on_written = on_written
         self._margin = margin
+        self._check = check
         self._retention = Retention(folder, config, self._is_milestone, margin=margin)
-        self._buffers = Buffers() if config.background else None
+        self._snapshots = Snapshots(beside=config.background, say=say)
         self._writing: Background[_Written] | None = None
         self._newest: tuple[int, tuple[Detour, ...]] | None = None
         self._tried_s = 0.0
@@ -171,7 +174,7 @@ class Checkpoints:
         """
         try:
             yield
-        except (Stopped, Diverged):  # a stop has its own already
+        except (Stopped, Diverged, LockLost):  # a stop has its own already
             raise
         except BaseException:
             self.emergency(state)
@@ -213,7 +216,7 @@ class Checkpoints:
         return next(reversed([p for step, p in find_checkpoints(self._folder).items() if step <= before_step]), None)
 
     def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints of later steps to `unhealthy-step-...`: none is loaded, the next save removes them.
+        """Rename the checkpoints of later steps to `unhealthy-step-...`: none is loaded, the next save keeps one.
 
         Raises:
             OSError: one cannot be renamed.
@@ -268,11 +271,16 @@ class Checkpoints:
         """Where the state will be, unless writing fails; None where it has failed already."""
         if (path := self._saved(state)) is not None:
             return path
+        self._check()
         self._tried_s = state.elapsed_s
         started = time.monotonic()
-        snapshot = take_snapshot(state, self._buffers)
+        try:
+            snapshot = self._snapshots.take(state)
+        except MemoryError as error:
+            self._tell(_Written(state.step, state.detours, {}, f"no memory: {error}", ()))
+            return None
         write = partial(self._write, snapshot, reason, started, blocked_s=time.monotonic() - started)
-        if self._buffers is None:
+        if not self._snapshots.beside:
             self._tell(write())
             return self._saved(state)
         self._writing = Background(write, name="checkpoint")
@@ -295,10 +303,12 @@ class Checkpoints:
             path = write_checkpoint(self._folder, snapshot, about, level=level)
         except OSError as error:
             return _Written(step, snapshot.detours, {}, self._reason(snapshot, error), kept)
+        except MemoryError:
+            return _Written(step, snapshot.detours, {}, "no memory is left", kept)
         seconds = time.monotonic() - started
         self._on_written(path)
-        kept += self._retention.prune(step)
-        blocked_s = blocked_s if self._buffers is not None else seconds
+        kept += self._retention.prune(step, keep_unhealthy=step != self._last_step)
+        blocked_s = blocked_s if self._snapshots.beside else seconds
         times = {"seconds": round(seconds, 3), "blocked_s": round(blocked_s, 3)}
         facts: dict[str, Fact] = {"step": step, "path": path.name, "reason": reason, **times}
         return _Written(step, snapshot.detours, facts, None, kept)
@@ -313,7 +323,7 @@ class Checkpoints:
         needed, free = room(self._folder, snapshot)
         if free < needed and self._config.make_room:
             newest = list(find_checkpoints(self._folder).values())[-1:]
-            faults = self._retention.prune(snapshot.step, spared=newest)
+            faults = self._retention.prune(snapshot.step, spared=newest, keep_unhealthy=False)
             free = room(self._folder, snapshot)[1]
         if free < needed:
             raise OSError(errno.ENOSPC, "the disk is full")
@@ -354,7 +364,7 @@ class Checkpoints:
         aside = path.with_name(f"damaged-{path.name}")
         try:
             if aside.exists():
-                shutil.rmtree(aside)
+                remove_whole(aside)
             path.rename(aside)
         except OSError as error:
             raise CheckpointError(f"{fault}; it cannot be renamed to {aside.name}: {error}") from error

@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,17 +166,6 @@ def load_into(path: Path, state: TrainState) -> Checkpoint:
     state.step, state.elapsed_s, state.whole = stored.step, stored.elapsed_s, True
     state.detours = stored.detours
     return stored
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; killed in the middle, no half of it is left under its name.
-
-    Raises:
-        OSError: it cannot be deleted.
-    """
-    doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def digest(facts: Mapping[str, Any]) -> str:

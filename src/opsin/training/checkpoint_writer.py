@@ -17,12 +17,11 @@ import torch
 
 from opsin import __version__
 from opsin.compression import SUFFIX, Compressor
-from opsin.rundir import sync_folder
+from opsin.folders import put_in_place, sync_folder
 from opsin.training.checkpoint_format import MANIFEST, STATE, digest, name_of
 from opsin.training.snapshot import Snapshot
 
 _GATHERED = 2**18
-_REPLACING = ".replacing-"
 _EACH_TENSOR, _MANIFEST_BYTES = 320, 4096  # what names and alignment take in both files, measured: 270
 
 
@@ -58,7 +57,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: Mapping[str, Any],
         with _SyncedFile(partial / MANIFEST) as file:
             file.write(text.encode())
         sync_folder(partial)
-        _put_in_place(partial, path)
+        put_in_place(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -70,39 +69,6 @@ def room(folder: Path, snapshot: Snapshot) -> tuple[int, int]:
     place = next(above for above in (folder, *folder.parents) if above.exists())
     needed = snapshot.num_bytes + snapshot.num_tensors * _EACH_TENSOR + _MANIFEST_BYTES
     return needed, shutil.disk_usage(place).free
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Finish or delete what killed processes left half done. Only for the one that holds the run's lock."""
-    for complete in folder.glob(f"{_REPLACING}step-*"):
-        _replace(complete, folder / complete.name.removeprefix(_REPLACING))
-    for pattern in (".writing-*", ".removing-*"):
-        for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
-    for file in folder.glob(".*.writing"):
-        file.unlink(missing_ok=True)
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        sync_folder(path.parent)
-        return
-    complete = path.with_name(f"{_REPLACING}{path.name}")
-    shutil.rmtree(complete, ignore_errors=True)  # of an earlier failure; the older one is still in its place
-    partial.rename(complete)
-    sync_folder(path.parent)
-    _replace(complete, path)
-
-
-def _replace(complete: Path, path: Path) -> None:
-    """Give `complete` the name of the older checkpoint, which goes."""
-    doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
-    if path.exists():
-        path.rename(doomed)
-    complete.rename(path)
-    sync_folder(path.parent)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 class _SyncedFile:

@@ -15,7 +15,7 @@ from pydantic import Field
 from opsin.cadence import StepEvery, parse
 from opsin.config import Settings
 from opsin.console import Console
-from opsin.errors import Diverged, RunError
+from opsin.errors import Diverged, LockLost, PassingFault, RunError
 from opsin.reporting import Fact, Journal
 from opsin.timeline import Timeline
 from opsin.training.alerts import RollBack
@@ -91,7 +91,7 @@ class Guard:
 
         Raises:
             Diverged: there were as many rollbacks as are allowed; says what they have shown.
-        RunError: the checkpoints cannot be renamed.
+            PassingFault: the disk fails on the way; training again goes the same way.
         """
         if len(state.detours) >= self._config.max_rollbacks:
             raise Diverged(self._diagnosis(state, trouble))
@@ -100,10 +100,12 @@ class Guard:
         state.whole = False
         try:
             self._restore(state, detour.first)
-        except OSError as error:
-            raise RunError(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
+            self._journal.rewind(state.step)
+        except LockLost:
+            raise
+        except (OSError, RunError) as error:  # the latter where the log cannot be written
+            raise PassingFault(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
         state.detours, state.elapsed_s, state.whole = detours, elapsed_s, True
-        self._journal.rewind(state.step)
         self._tell(state.step, detour, trouble)
         self._checkpoints.save(state, reason="rollback")
 

@@ -1,7 +1,6 @@
 """Which checkpoints of a run are kept, and which of them are the best."""
 
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +10,14 @@ from pydantic import Field
 
 from opsin.cadence import Every, StepEvery
 from opsin.config import Settings
+from opsin.folders import remove_whole
 from opsin.rundir import write_atomic
-from opsin.training.checkpoint_format import find_checkpoints, remove_checkpoint
+from opsin.training.checkpoint_format import find_checkpoints
 
 BEST = "best.json"
 UNHEALTHY = "unhealthy-"
-"""Before the name of a checkpoint that a rollback went back over: never loaded, and removed with the next save."""
+"""Before the name of a checkpoint that a rollback went back over: never loaded. The newest stays, to be looked at,
+until the next rollback or the end of the run."""
 
 
 class CheckpointConfig(Settings):
@@ -129,21 +130,27 @@ class Retention:
             kept |= {*healthy[-1:], *ordered[len(healthy) : len(healthy) + 1]}
         return kept & set(ordered)
 
-    def superfluous(self, present: int) -> list[Path]:
+    def superfluous(self, present: int, *, keep_unhealthy: bool = True) -> list[Path]:
         """What `prune` would remove, oldest first."""
         found = find_checkpoints(self._folder)
         # With the one of the present, which may be yet to be written.
         kept = self.kept({*found, present}, present)
-        return [*self._folder.glob(f"{UNHEALTHY}step-*"), *(path for step, path in found.items() if step not in kept)]
+        # The one that was written last is nearest to the newest trouble, and says most about it.
+        unhealthy = sorted(self._folder.glob(f"{UNHEALTHY}step-*"), key=_written)
+        aside = unhealthy[:-1] if keep_unhealthy else unhealthy
+        return [*aside, *(path for step, path in found.items() if step not in kept)]
 
-    def prune(self, present: int, *, spared: Collection[Path] = ()) -> list[str]:
-        """Remove what is not kept; a sentence for each that cannot be removed."""
+    def prune(self, present: int, *, spared: Collection[Path] = (), keep_unhealthy: bool = True) -> list[str]:
+        """Remove what is not kept; a sentence for each that cannot be removed.
+
+        Without `keep_unhealthy` the newest that a rollback went back over goes too.
+        """
         faults = []
-        for path in self.superfluous(present):
+        for path in self.superfluous(present, keep_unhealthy=keep_unhealthy):
             if path in spared:
                 continue
             try:
-                remove_checkpoint(path)
+                remove_whole(path)
             except OSError as error:
                 faults.append(f"{path}: cannot be removed: {error}")
         return faults
@@ -159,7 +166,7 @@ class Retention:
         for path in reversed(later):
             aside = path.with_name(f"{UNHEALTHY}{path.name}")
             if aside.exists():
-                shutil.rmtree(aside)
+                remove_whole(aside)
             path.rename(aside)
         self.forget_scores_after(step)
         return later
@@ -169,3 +176,11 @@ class Retention:
         best = read_best(self._folder)
         if any(scored.step > step for scored in best):
             write_best(self._folder, [scored for scored in best if scored.step <= step])
+
+
+def _written(path: Path) -> tuple[int, str]:
+    """What sorts checkpoints by when they were written; of the same moment the later step is the newer."""
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except OSError:  # removed at this moment, or a bad disk
+        return 0, path.name

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsin.reporting import Fact
 from opsin.training.state import Detour, TrainState
 
 _SLAB = 2**26  # bytes; pinned memory is taken in pieces of at least this size
@@ -46,7 +47,11 @@ class Buffers:
         return sum(self._sizes)
 
     def take(self, sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
-        """Places of these many bytes, none of them 0. What an earlier call gave is lost."""
+        """Places of these many bytes, none of them 0. What an earlier call gave is lost.
+
+        Raises:
+            MemoryError: there is no room for them; none is held.
+        """
         if tuple(sizes) != self._sizes or pinned != self._pinned:
             self._parts, self._sizes = [], ()  # first, so that there are never two copies
             self._parts = _carve(sizes, pinned=pinned)
@@ -54,10 +59,46 @@ class Buffers:
         return self._parts
 
 
+class Snapshots:
+    """Takes the snapshots of a run, in memory of their own as long as there is room for that."""
+
+    def __init__(self, *, beside: bool, say: Callable[[str, Mapping[str, Fact]], None]) -> None:
+        """`beside` asks for memory of their own. `say` gets an event once it cannot be had."""
+        self._buffers = Buffers() if beside else None
+        self._say = say
+
+    @property
+    def beside(self) -> bool:
+        """Whether training may go on while a snapshot is written."""
+        return self._buffers is not None
+
+    def take(self, state: TrainState) -> Snapshot:
+        """The state as it is now. Where there is no memory for a copy, `beside` is false from then on.
+
+        Raises:
+            MemoryError: there is none even to write it while training waits.
+        """
+        if self._buffers is not None:
+            try:
+                return take_snapshot(state, self._buffers)
+            except MemoryError as error:
+                fault = str(error)
+            self._buffers = None
+            warning = (
+                f"no memory for a copy of the state ({fault}): from here on training waits while a checkpoint is "
+                "written, as with checkpoints.background=false"
+            )
+            self._say("checkpoint_waits", {"step": state.step, "warning": warning})
+        return take_snapshot(state, None)
+
+
 def take_snapshot(state: TrainState, buffers: Buffers | None) -> Snapshot:
     """The state as it is now. With `buffers` all tensors are copied there, and training may go on at once.
 
     Without, the tensors of a state on the CPU are in the snapshot themselves: write it before the next update.
+
+    Raises:
+        MemoryError: there is none for the copy.
     """
     assert state.whole, "weights and moments belong to different steps"
     scale = state.loss_scale
@@ -69,7 +110,7 @@ def take_snapshot(state: TrainState, buffers: Buffers | None) -> Snapshot:
     }
     sources = _storages(content)
     if buffers is None:
-        copies = [source.cpu() for source in sources.values()]
+        copies = [_on_host(source) for source in sources.values()]
         wait: Callable[[], None] = _nothing
     else:
         copies, wait = _copy(list(sources.values()), buffers)
@@ -130,6 +171,11 @@ def _replaced(value: Any, copies: Mapping[_Place, Tensor]) -> Any:
     return value
 
 
+def _on_host(source: Tensor) -> Tensor:
+    """Bytes in the memory of the host; a copy only where they are elsewhere."""
+    return source if source.device.type == "cpu" else _slab(source.nbytes, pinned=False).copy_(source)
+
+
 def _copy(sources: Sequence[Tensor], buffers: Buffers) -> tuple[list[Tensor], Callable[[], None]]:
     """Copies of `sources` in `buffers`, and what waits for them.
 
@@ -163,9 +209,17 @@ def _carve(sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
     for index in sorted(range(len(sizes)), key=lambda index: -room[index]):
         chosen = next((n for n, taken in enumerate(used) if taken + room[index] <= slab_bytes), len(slabs))
         if chosen == len(slabs):
-            slabs.append(torch.empty(slab_bytes, dtype=torch.uint8, pin_memory=pinned))
+            slabs.append(_slab(slab_bytes, pinned=pinned))
             used.append(0)
         memory = slabs[chosen].numpy()
         parts[index] = torch.frombuffer(memory, dtype=torch.uint8, count=sizes[index], offset=used[chosen])
         used[chosen] += room[index]
     return [parts[index] for index in range(len(sizes))]
+
+
+def _slab(num_bytes: int, *, pinned: bool) -> Tensor:
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+    except (RuntimeError, MemoryError) as error:  # of several kinds, by what was to give the memory
+        kind = " of page-locked memory" if pinned else ""
+        raise MemoryError(f"{num_bytes / 2**20:.1f} MiB{kind} are not free") from error

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from opsin.errors import Diverged, RunError, TrainingError
+from opsin.errors import Diverged, LockLost, RunError, TrainingError
 from opsin.training.checkpoint import best_checkpoint, read_checkpoint
 from opsin.training.state import TrainState
 from tests.unit.training.tiny_run import Story, bits, equal, flip_byte, fresh, train
@@ -263,3 +263,17 @@ def test_an_emergency_hides_no_exception(story: Story, monkeypatch: pytest.Monke
     assert story.checkpoints.emergency(train(fresh(), to=3)) is None
     assert "the device is lost" in story.warnings()[0]
     assert list(story.folder.iterdir()) == []
+
+
+def test_a_run_that_another_process_has_taken_over_is_not_saved_not_even_in_an_emergency(tmp_path: Path) -> None:
+    def check() -> None:
+        raise LockLost("taken over")
+
+    story = Story(tmp_path / "checkpoints", check=check)
+    state = train(fresh(), to=3)
+    with pytest.raises(LockLost):
+        story.checkpoints.save(state, reason="test")
+    for error in (LockLost("taken over"), OSError("the network")):
+        with pytest.raises(type(error)), story.checkpoints.rescue(state):
+            raise error
+    assert not story.folder.exists()

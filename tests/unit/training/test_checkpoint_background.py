@@ -129,6 +129,51 @@ def test_one_copy_of_the_state_is_kept_and_used_again() -> None:
     assert len(addresses) == 1
 
 
+NO_MEMORY = (MemoryError(), torch.OutOfMemoryError("of a GPU"), RuntimeError("CUDA error: out of memory"))
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_without_memory_for_a_copy_training_waits_for_the_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    real = torch.empty
+
+    def empty(*size: int, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is torch.uint8 and size != (0,):
+            raise error
+        return real(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    story = story_in(tmp_path)
+    state = fresh()
+    for step in (1, 2):
+        story.checkpoints.save_if_due(train(state, to=step))
+        assert story.checkpoints.newest_step == step, "it is on disk at once"
+    assert [kind for kind, _ in story.events] == ["checkpoint_waits", "checkpoint", "checkpoint"], "told once"
+    assert story.warnings() == [
+        "no memory for a copy of the state (0.0 MiB are not free): from here on training waits while a checkpoint is "
+        "written, as with checkpoints.background=false"
+    ]
+    monkeypatch.undo()
+    assert equal(Story(story.folder).checkpoints.restore(fresh()), train(fresh(), to=2))
+
+
+def test_memory_that_ends_while_a_checkpoint_is_written_costs_that_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "save", full)
+    story = story_in(tmp_path)
+    state = train(fresh(), to=1)
+    assert story.checkpoints.save(state, reason="test") is None
+    assert "checkpoint of step 1 was not written: no memory is left; there is no complete one" in story.warnings()[0]
+    monkeypatch.undo()
+    assert story.checkpoints.save(train(state, to=2), reason="test") is not None
+    assert story.steps() == [2]
+
+
 # --- waiting --------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """A run that goes bad is brought back, and ends in the same bits whatever checkpoints and interruptions there were."""
 
+import errno
 import io
 import math
 import os
@@ -13,12 +14,12 @@ import pytest
 
 from opsin.data import base
 from opsin.data.base import Batch
-from opsin.errors import ConfigError, Diverged, Stopped
+from opsin.errors import ConfigError, Diverged, PassingFault, Stopped
 from opsin.recipe import read
 from opsin.reporting import Journal, Row, read_events, read_rows
 from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import Finding, Monitor, RollBack
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoint import find_checkpoints, read_checkpoint
 from opsin.training.guard import GuardConfig
 from opsin.training.loop import Run, fit
 from opsin.training.state import Detour
@@ -149,10 +150,37 @@ def test_a_run_that_ends_in_the_middle_of_a_rollback_goes_on_to_the_same_bits(tm
     assert rollbacks(tmp_path / "ended") == rollbacks(tmp_path / "straight"), "told once"
 
 
-def test_unhealthy_checkpoints_are_gone_after_a_rollback(tmp_path: Path) -> None:
+def test_the_newest_unhealthy_checkpoint_stays_to_be_looked_at_until_the_end(tmp_path: Path) -> None:
     with pytest.raises(End):
         fit(guarded(tmp_path, every="2 steps", screen=Screen()))
-    assert [path.name for path in (tmp_path / "checkpoints").glob("*step-*")] == ["step-00000004"]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*step-*"))
+    assert names == ["step-00000004", "unhealthy-step-00000008"], "of 6 and 8, which were gone back over"
+    assert read_checkpoint(tmp_path / "checkpoints" / names[1]).step == 8
+    fit(guarded(tmp_path, every="2 steps"))
+    assert not list((tmp_path / "checkpoints").glob("unhealthy-*"))
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "log"])
+def test_a_rollback_that_the_disk_stops_may_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    straight = fit(guarded(tmp_path / "straight", every="2 steps"))
+    rename = Path.rename
+
+    def broken(path: Path, target: Path | bytes) -> Path:
+        if isinstance(target, bytes) or target.name.startswith("unhealthy-"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    if place == "checkpoints":
+        monkeypatch.setattr(Path, "rename", broken)
+    else:
+        monkeypatch.setattr("opsin.reporting.write_atomic", broken)
+    with pytest.raises(PassingFault, match=r"large since step 8; a rollback fails: .*Input/output error.*resume"):
+        fit(guarded(tmp_path / "run", every="2 steps"))
+    monkeypatch.undo()
+    assert equal(fit(guarded(tmp_path / "run", every="2 steps")), straight)
+    assert rollbacks(tmp_path / "run") == rollbacks(tmp_path / "straight")
 
 
 def test_a_damaged_checkpoint_is_passed_over_on_the_way_back(tmp_path: Path) -> None:

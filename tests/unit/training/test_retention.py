@@ -74,20 +74,43 @@ def test_a_policy_without_rollbacks_keeps_none_for_them(tmp_path: Path) -> None:
     assert retention.kept(range(1, 25), present=24) == {10, 20, 23, 24}
 
 
-def test_what_was_gone_back_over_is_never_loaded_and_goes_with_the_next_save(tmp_path: Path) -> None:
+def test_what_was_gone_back_over_is_never_loaded_and_the_newest_of_it_stays_until_the_next(tmp_path: Path) -> None:
     story = Story(tmp_path, every="1 step", keep=9)
     save_each(story, to=5, scores={4: 0.5})
+    for step in range(1, 6):  # written at times that no file system takes for one
+        os.utime(tmp_path / f"step-0000000{step}", (step, step))
     assert story.checkpoints.healthy(3) == tmp_path / "step-00000003"
     assert story.checkpoints.healthy(0) is None
     story.checkpoints.set_aside_after(3)
     assert story.checkpoints.newest_step is None
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"step-0000000{n}" for n in (1, 2, 3)] + [f"unhealthy-step-0000000{n}" for n in (4, 5)]
-    again = Story(tmp_path, every="1 step", keep=9)
+    again = Story(tmp_path, every="1 step", keep=9, last_step=6)
     state = again.checkpoints.restore(fresh())
     assert equal(state, train(fresh(), to=3))
     again.checkpoints.save(train(state, to=4), reason="test")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (1, 2, 3, 4)]
+    assert unhealthy(tmp_path) == [5]
+    again.checkpoints.set_aside_after(3)
+    again.checkpoints.save(again.checkpoints.restore(fresh()), reason="test")
+    assert unhealthy(tmp_path) == [5, 4], "nothing was saved"
+    again.checkpoints.save(train(fresh(), to=4), reason="test")
+    assert unhealthy(tmp_path) == [4], "the one that was written last"
+    again.checkpoints.save(train(fresh(), to=6), reason="last step")
+    assert unhealthy(tmp_path) == []
+
+
+def unhealthy(folder: Path) -> list[int]:
+    return sorted((int(path.name[-8:]) for path in folder.glob("unhealthy-step-*")), reverse=True)
+
+
+def test_a_full_disk_takes_what_was_gone_back_over_first(tmp_path: Path) -> None:
+    story = Story(tmp_path, every="1 step", keep=9)
+    save_each(story, to=2)
+    story.checkpoints.set_aside_after(1)
+    retention = Retention(tmp_path, CheckpointConfig(keep=9), lambda step: False, margin=None)
+    assert retention.superfluous(2) == []
+    assert retention.prune(2, keep_unhealthy=False) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 FULL_DISK = """

@@ -84,6 +84,7 @@ class Story:
         last_step: int | None = None,
         margin: int | None = None,
         on_written: Callable[[Path], None] = lambda path: None,
+        check: Callable[[], None] = lambda: None,
         **settings: object,
     ) -> None:
         self.folder = folder
@@ -99,6 +100,7 @@ class Story:
             on_restore=self.restored_at.append,
             on_written=on_written,
             margin=None if margin is None else lambda step: margin,
+            check=check,
         )
 
     def warnings(self) -> list[str]:

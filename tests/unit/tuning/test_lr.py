@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from opsin.assembly import assemble
+from opsin.cli import main
 from opsin.config import to_yaml
 from opsin.console import Console, open_console
-from opsin.errors import ConfigError, RunError, TrainingError
+from opsin.errors import ConfigError, OpsinError, PassingFault, RunError, TrainingError
 from opsin.lr_search import find_lr, sweep_key
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
 from opsin.rundir import RunDirectory
 from opsin.schedule import Constant
+from opsin.trail import VARIABLE, Whereabouts, follow
 from opsin.training.loop import Run
 from opsin.training.state import LossScale, TrainState
 from opsin.tuning.lr import SweepRange, choose_range, rising_losses, run_sweep, scaled_rates, tune_lr
@@ -249,6 +251,42 @@ def test_a_search_that_finds_nothing_says_why(tmp_path: Path) -> None:
     recipe.write_text(f"extends: quickstart\ndata.path: {tmp_path}/nowhere\n")
     with pytest.raises(ConfigError, match=r"^optim.lr=auto: .*nowhere"):
         find_lr(recipe, (), tmp_path / "lr")
+
+
+ENDS = """
+import os, signal, sys
+from opsin.trail import Trail
+
+if "tune" in getattr(sys, "orig_argv", ()):
+    {end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "is_final"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", PassingFault, False),
+        ("print('opsin: a fault of opsin', file=sys.stderr); sys.stderr.flush(); os._exit(4)", PassingFault, False),
+        ("Trail.from_environment().verdict('no slope'); os._exit(4)", TrainingError, True),
+        ("print('opsin: nowhere', file=sys.stderr); sys.stderr.flush(); os._exit(2)", ConfigError, False),
+    ],
+    ids=["killed", "crashed", "no result", "wrong input"],
+)
+def test_a_supervisor_learns_whether_another_search_may_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, kind: type[OpsinError], is_final: bool
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ENDS.format(end=end))
+    trail = tmp_path / "trail"
+    trail.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(VARIABLE, str(trail))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(small("optim.lr=auto"), comments=False))
+    with pytest.raises(kind, match=r"^optim\.lr=auto: ") as caught:
+        find_lr(tmp_path / "recipe.yaml", (), tmp_path / "lr")
+    assert type(caught.value) is kind
+    assert follow(trail) == Whereabouts(), "the sweep is no part of the run"
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--quiet"]) == kind.exit_status
+    assert (follow(trail).verdict is not None) == is_final
 
 
 def test_a_damaged_result_is_no_result(tmp_path: Path) -> None:

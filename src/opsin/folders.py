@@ -1,0 +1,74 @@
+"""Folders that take the place of others whole, whenever the process is killed or the power goes.
+
+A folder is made under a hidden name and renamed. One that takes the place of another is first renamed to
+`.replacing-NAME`: from there on it is finished whatever happens, at the latest by the next process that may write.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+REPLACING = ".replacing-"
+"""Before the name of a folder that is complete and about to take the place of an older one."""
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give the folder `partial`, which is complete and synced, the name `path`; an older one there goes.
+
+    Raises:
+        OSError: it cannot be renamed; the older one is there, or `remove_leftovers` brings the new one.
+    """
+    if not path.exists():
+        partial.rename(path)
+        sync_folder(path.parent)
+        return
+    complete = path.with_name(f"{REPLACING}{path.name}")
+    shutil.rmtree(complete, ignore_errors=True)  # of an earlier failure; the older one is still in its place
+    partial.rename(complete)
+    sync_folder(path.parent)
+    _replace(complete, path)
+
+
+def remove_whole(path: Path) -> None:
+    """Delete a folder; killed in the middle, no half of it is left under its name.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Finish or delete what killed processes left half done in `folder`. Only for the one that holds the run's lock.
+
+    Raises:
+        OSError: a complete folder cannot take its place.
+    """
+    for complete in folder.glob(f"{REPLACING}step-*"):
+        _replace(complete, folder / complete.name.removeprefix(REPLACING))
+    for pattern in (".writing-*", ".removing-*"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for file in folder.glob(".*.writing"):
+        file.unlink(missing_ok=True)
+
+
+def _replace(complete: Path, path: Path) -> None:
+    """Give `complete` the name of the older folder, which goes."""
+    doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
+    if path.exists():
+        path.rename(doomed)
+    complete.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
