@@ -57,6 +57,7 @@ def race(script: str, doc: str, works: Mapping[str, W], ways: Mapping[str, Calla
     parser.add_argument("--work", nargs="*", choices=list(works), default=list(works))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--only", nargs="*", choices=list(ways), help="these ways (all live in memory at a time)")
     parser.add_argument("--one", choices=list(ways), help="be one contestant, for the program itself")
     parser.add_argument("--peak", action="store_true", help="with --one: print its memory in bytes")
     arguments = parser.parse_args()
@@ -70,7 +71,7 @@ def race(script: str, doc: str, works: Mapping[str, W], ways: Mapping[str, Calla
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds in turns")
     for name in arguments.work:
         print(f"\n{works[name].title}")
-        rows = list(_rows(script, name, list(ways), arguments))
+        rows = list(_rows(script, name, arguments.only or list(ways), arguments))
         print(table(["", "s/step", "speed", "over its format", "memory MiB"], rows), flush=True)
 
 
@@ -117,7 +118,7 @@ def _rows(script: str, work: str, ways: list[str], arguments: argparse.Namespace
     with ExitStack() as stack:
         steps = {way: stack.enter_context(Contestant(Path(script), "--work", work, "--one", way)) for way in ways}
         timings = take_turns(steps, rounds=arguments.rounds, warmup=2)
-    first = {kind: next(t for t in timings if kind in t.name) for kind in ("fp32", "bf16")}
+    first = {kind: next((t for t in timings if kind in t.name), timings[0]) for kind in ("fp32", "bf16")}
     for timing in timings:
         own = first["bf16" if "bf16" in timing.name else "fp32"]
         memory = f"{peaks[timing.name] / MIB:.0f}" if timing.name in peaks else ""

@@ -232,18 +232,17 @@ class Dino(Method):
     def forward(self, batch: Batch, clock: Clock) -> Losses:
         lesson = batch.targets if isinstance(batch.targets, _Lesson) else self._teach(batch, clock)
         with record_function("student forward"):
-            features = torch.cat([self.student.pool(images) for images in _by_size(batch.views)])  # [V B, D]
+            features = self.student.pool_sizes(_by_size(batch.views))  # [V B, D]
             vectors = self.student_head(features)
         with record_function("loss"):
-            summed = cross_entropy(
+            total = cross_entropy(
                 vectors.view(-1, len(batch), vectors.shape[1]),
                 self.prototypes,
                 lesson.targets,
-                self._pairs(batch.views).to(vectors.device),
+                self._pairs(batch.views).to(vectors) / (self._num_pairs() * len(batch)),
                 temperature=self.config.student_temperature,
                 learn=clock.epoch >= self.config.freeze_epochs,
             )
-        total = summed / (self._num_pairs() * len(batch))
         measures = {"kl": total.detach()} if lesson.told else self._describe(lesson.targets, total.detach())
         own = features.detach()[: len(lesson.features)]  # of the large crops, which come first
         shown = {"student": own, "teacher": lesson.features[: len(own)]}

@@ -1,6 +1,7 @@
 """Self-attention, and the choice of how it is computed.
 
-Shapes: B images, T tokens, Q tokens that ask, H heads, E width of a head, D = H x E.
+Shapes: B images, T tokens, Q tokens that ask, H heads, E width of a head, D = H x E. Images of several sizes are
+packed: their tokens stand one after the other in [M, D], and sizes tell how many images have how many tokens.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 AttentionKind = Literal["fused", "explicit"]
+Sizes = Sequence[tuple[int, int]]
+"""(B, T) of each size of image, in the order of a packed tensor."""
 
 
 class Attention(nn.Module):
@@ -36,18 +39,28 @@ class Attention(nn.Module):
         """
         q, k, v = self._project(x, queries)
         mask = None if seen is None else seen[:, None, None]
-        if self.fused_attn:
-            rate = self.attention_dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-        else:
-            mixed = F.dropout(self._probabilities(q, k, mask), self.attention_dropout, self.training) @ v
-        out: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+        out: Tensor = self.proj_drop(self.proj(self._mix(q, k, v, mask)))
+        return out
+
+    def forward_packed(self, x: Tensor, sizes: Sizes) -> Tensor:
+        """Packed tokens [M, D] to [M, D]; tokens look at those of their own image."""
+        mixed = [self._mix(*self._split(part, 3)).flatten(0, 1) for part in unpack(self.qkv(x), sizes)]
+        out: Tensor = self.proj_drop(self.proj(torch.cat(mixed)))
         return out
 
     def probabilities(self, x: Tensor) -> Tensor:
         """How much each token looks at each other: [B, H, T, T], rows sum to 1, without dropout."""
         q, k, _ = self._project(x, None)
         return self._probabilities(q, k)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Values [B, H, T, E] as each query [B, H, Q, E] sees them: [B, Q, D]."""
+        if self.fused_attn:
+            rate = self.attention_dropout if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        else:
+            mixed = F.dropout(self._probabilities(q, k, mask), self.attention_dropout, self.training) @ v
+        return mixed.transpose(1, 2).flatten(2)
 
     def _probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
         scores: Tensor = (q * self.scale) @ k.transpose(-2, -1)  # [B, H, Q, T]
@@ -69,6 +82,12 @@ class Attention(nn.Module):
     def _split(self, x: Tensor, parts: int) -> Sequence[Tensor]:
         """[B, T, parts x D] to `parts` times [B, H, T, E]."""
         return x.reshape(*x.shape[:2], parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def unpack(x: Tensor, sizes: Sizes) -> list[Tensor]:
+    """Packed tokens [M, D] as [B, T, D] of each size."""
+    parts = x.split([images * tokens for images, tokens in sizes])
+    return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def set_attention(module: nn.Module, kind: AttentionKind) -> int:

@@ -4,7 +4,7 @@ Shapes: B images, C channels, S side in pixels, N patches, D width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,10 @@ class Backbone(nn.Module, ABC):
         """The pooled features [B, D] alone, with less work where the architecture allows it."""
         pooled: Tensor = self(images).pooled
         return pooled
+
+    def pool_sizes(self, images: Sequence[Tensor]) -> Tensor:
+        """The pooled features [M, D] of images of several sizes, one [B, C, S, S] after the other."""
+        return torch.cat([self.pool(of_size) for of_size in images])
 
     def checkpoint_blocks(self) -> bool:
         """From now on, compute each block once more in the backward pass; False where it has no blocks."""

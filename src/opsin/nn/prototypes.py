@@ -118,8 +118,8 @@ def cross_entropy(
 ) -> Tensor:
     """The sum over images, and over the pairs of views, of the cross-entropy with the teacher's probabilities.
 
-    `vectors` are the student's unit vectors [V, B, d]. `pairs` [V, G] is 1 where a student view answers a teacher
-    view. The gradient reaches the prototypes only with `learn`.
+    `vectors` are the student's unit vectors [V, B, d]. `pairs` [V, G] is the weight of a student view's answer to a
+    teacher view. The gradient reaches the prototypes only with `learn`.
     """
     learned = [weight if learn else weight.detach() for weight in (prototypes.weight_v, prototypes.weight_g)]
     loss: Tensor = _CrossEntropy.apply(vectors, *learned, prototypes, targets, pairs, temperature)
@@ -153,6 +153,8 @@ class _CrossEntropy(torch.autograd.Function):
         # Scaled where they are: those of the prototypes are the largest tensors of a step.
         grads, ctx.grads = ctx.grads, None
         assert grads is not None, "one backward pass for each forward pass"
+        if factor.device.type == "cpu" and factor == 1:  # on a GPU the host would wait for the number
+            return *grads, None, None, None, None
         return *(None if grad is None else grad.mul_(factor) for grad in grads), None, None, None, None
 
 

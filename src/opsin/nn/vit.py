@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opsin.errors import ConfigError
-from opsin.nn.attention import Attention
+from opsin.nn.attention import Attention, Sizes, unpack
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
 from opsin.nn.position import resize_grid, sincos_positions
 
@@ -109,6 +109,18 @@ class VisionTransformer(Backbone):
         """[B, C, S, S] to the pooled features [B, D]."""
         return self.forward_tokens(images, class_token_only=self.pool_kind == "token").pooled
 
+    def pool_sizes(self, images: Sequence[Tensor]) -> Tensor:
+        # What a layer does to each token on its own, it does to those of all sizes at once.
+        if len(images) == 1:
+            return self.pool(images[0])
+        tokens = [self._embed(of_size, None) for of_size in images]
+        sizes = [(len(part), part.shape[1]) for part in tokens]
+        x = torch.cat([part.flatten(0, 1) for part in tokens])
+        for block in self.blocks[:-1]:
+            x = self._run(block, x, sizes=sizes)
+        of_token = self.pool_kind == "token"
+        return torch.cat([self._finish(part, class_token_only=of_token).pooled for part in unpack(x, sizes)])
+
     def checkpoint_blocks(self) -> bool:
         """From now on, keep only the tokens between blocks for the backward pass."""
         self.checkpointing = True
@@ -138,12 +150,9 @@ class VisionTransformer(Backbone):
         if class_token_only and self.pool_kind != "token":
             raise ValueError(f"class_token_only needs pool 'token', not '{self.pool_kind}'")
         x = self._embed(images, keep)  # [B, T, D]
-        *first, last = self.blocks
-        for block in first:
+        for block in self.blocks[:-1]:
             x = self._run(block, x)
-        x = self.norm(self._run(last, x, 1 if class_token_only else None))
-        patches = x[:, self.prefix :]
-        return Tokens(x[:, 0] if self.pool_kind == "token" else patches.mean(dim=1), patches)
+        return self._finish(x, class_token_only=class_token_only)
 
     def forward_depths(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
         """Patch tokens [B, N, D] as the first 1, 2, ... blocks leave them; after the last one with the final norm."""
@@ -167,10 +176,16 @@ class VisionTransformer(Backbone):
         assert isinstance(last, Block)
         return last.attn.probabilities(last.norm1(x))
 
-    def _run(self, block: nn.Module, x: Tensor, queries: int | None = None) -> Tensor:
+    def _finish(self, x: Tensor, *, class_token_only: bool) -> Tokens:
+        """The last block and the norm, for tokens [B, T, D] of one size."""
+        x = self.norm(self._run(self.blocks[-1], x, 1 if class_token_only else None))
+        patches = x[:, self.prefix :]
+        return Tokens(x[:, 0] if self.pool_kind == "token" else patches.mean(dim=1), patches)
+
+    def _run(self, block: nn.Module, x: Tensor, queries: int | None = None, sizes: Sizes | None = None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, x, queries, use_reentrant=False))
-        return cast(Tensor, block(x, queries))
+            return cast(Tensor, checkpoint(block, x, queries, sizes=sizes, use_reentrant=False))
+        return cast(Tensor, block(x, queries, sizes=sizes))
 
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         height, width = (side // self.patch for side in images.shape[-2:])
@@ -248,17 +263,28 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), dropout=config.dropout)
 
-    def forward(self, x: Tensor, queries: int | None = None, seen: Tensor | None = None) -> Tensor:
-        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first of them come out. `seen` as for `Attention`."""
-        x = x[:, :queries] + self._skip(self.attn(self.norm1(x), queries, seen))
-        return x + self._skip(self.mlp(self.norm2(x)))
+    def forward(
+        self, x: Tensor, queries: int | None = None, seen: Tensor | None = None, sizes: Sizes | None = None
+    ) -> Tensor:
+        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first of them come out. `seen` as for `Attention`.
 
-    def _skip(self, branch: Tensor) -> Tensor:
+        With `sizes`, packed tokens [M, D] to [M, D].
+        """
+        if sizes is not None:
+            x = x + self._skip(self.attn.forward_packed(self.norm1(x), sizes), sizes)
+        else:
+            x = x[:, :queries] + self._skip(self.attn(self.norm1(x), queries, seen))
+        return x + self._skip(self.mlp(self.norm2(x)), sizes)
+
+    def _skip(self, branch: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Drop the whole branch for some images, and scale it for the others to keep its mean."""
         if self.drop_path == 0.0 or not self.training:
             return branch
         kept = 1.0 - self.drop_path
-        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(kept).div_(kept)
+        if sizes is None:
+            return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(kept).div_(kept)
+        factors = [branch.new_empty(images, 1).bernoulli_(kept).div_(kept).expand(-1, t) for images, t in sizes]
+        return branch * torch.cat([part.reshape(-1, 1) for part in factors])
 
 
 class Mlp(nn.Module):

@@ -15,6 +15,7 @@ from opsin.data.base import Batch
 from opsin.methods.base import Losses
 from opsin.seeding import seed_layers
 from opsin.timeline import Clock
+from opsin.training.gradients import scale
 from opsin.training.precision import release_memory
 from opsin.training.splits import is_out_of_memory
 from opsin.training.state import Pace, StepPlan, StepReport, TrainState
@@ -146,7 +147,7 @@ def _settle_gradients(state: TrainState, loss: Tensor, plan: StepPlan) -> tuple[
         shrink = (plan.clip_norm / (own + 1e-6)).clamp(max=1.0)
         factor = shrink if factor is None else factor * shrink
     if factor is not None:
-        torch._foreach_mul_(grads, list(factor.unbind()) if factor.ndim else factor)
+        scale(grads, factor)
     applied = (torch.isfinite(loss) & torch.isfinite(norm)).float()
     return norm, applied
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from opsin.errors import ConfigError
-from opsin.nn.attention import AttentionKind, set_attention
+from opsin.nn.attention import AttentionKind, set_attention, unpack
 from opsin.nn.vit import VisionTransformer, ViTConfig
 from opsin.nn.weights import load_weights
 from tests.plain_ijepa import patch_positions
@@ -173,6 +173,38 @@ def test_drop_path_skips_whole_images_and_keeps_the_mean() -> None:
     assert {tuple(row.unique().tolist()) for row in out} == {(0.0,), (2.0,)}
     # Deviation of the mean of 4000 draws of 0 or 2: 1 / sqrt(4000) = 0.016.
     assert out.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_drop_path_skips_whole_images_of_several_sizes_too() -> None:
+    block: Any = ViTConfig(**SMALL, drop_path=0.5).build(image_size=16).blocks[-1].train()
+    sizes = [(2000, 2), (1000, 3)]
+    out = unpack(block._skip(torch.ones(7000, 4), sizes), sizes)
+    assert [part.shape for part in out] == [(2000, 2, 4), (1000, 3, 4)]
+    for part in out:
+        assert {tuple(row.unique().tolist()) for row in part} == {(0.0,), (2.0,)}
+        # Deviation of the mean of 1000 such draws: 0.032.
+        assert part.mean().item() == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+@pytest.mark.parametrize("kind", ["fused", "explicit"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_images_of_several_sizes_are_pooled_as_each_size_alone(
+    images: Tensor, pool: str, kind: AttentionKind, *, checkpointing: bool
+) -> None:
+    vit = ViTConfig(**SMALL, pool=pool).build(image_size=16).double()  # type: ignore[arg-type]  # one of its words
+    set_attention(vit, kind)
+    vit.checkpointing = checkpointing
+    sizes = [images.double(), torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.randn(1, 3, 16, 8).double()]
+    apart = torch.cat([vit.pool(of_size) for of_size in sizes])
+    together = vit.pool_sizes(sizes)
+    # The same sums in another order, in float64.
+    torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-12)
+    weights = torch.randn_like(apart)
+    learned = [param for param in vit.parameters() if param.requires_grad]
+    expected = torch.autograd.grad((apart * weights).sum(), learned)
+    found = torch.autograd.grad((together * weights).sum(), learned)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.fixture
