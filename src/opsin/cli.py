@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from opsin import __version__
 from opsin.cli_backup import add_commands, directory_of_resume, out_of_train, take_local
@@ -18,6 +17,7 @@ from opsin.cli_checkpoints import add_checkpoints
 from opsin.cli_supervision import supervised, take_supervision
 from opsin.errors import ConfigError, OpsinError, PassingFault, TrainingError
 from opsin.trail import Trail
+from opsin.training.stop import SIGNALS, Interrupt
 
 _WEIGHTS = "as trained, or their moving average where the recipe has `ema` (default: raw)"
 _OVERRIDES = "recipe keys to change, as key=value (optim.lr=0.001)"
@@ -85,11 +85,8 @@ def _flush_output() -> None:
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
     """Outside of training, which has its own way to stop, SIGTERM and SIGUSR1 end the process as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    interrupt = Interrupt()
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
     finally:

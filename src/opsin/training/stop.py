@@ -6,15 +6,26 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interrupt:
+    """A handler that raises KeyboardInterrupt, and remembers it: there are libraries whose import swallows one."""
+
+    caught: str | None = None
+    """The name of the newest signal."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.caught = signal.Signals(number).name
+        raise KeyboardInterrupt(self.caught)
 
 
 class Stop:
     """A request to end after the running step. While `with` lasts, signals are requests.
 
-    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent ahead of a batch system's time limit) count. A second
-    Ctrl-C raises KeyboardInterrupt at once. Python gives signals to the main thread only: elsewhere
-    nothing is installed, and only the time limit works.
+    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent ahead of a batch system's time limit) count, and one that an
+    `Interrupt` has caught before, to no effect. A second Ctrl-C raises KeyboardInterrupt at once. Python gives
+    signals to the main thread only: elsewhere nothing is installed, and only the time limit works.
     """
 
     def __init__(self, *, hours: float | None = None) -> None:
@@ -35,7 +46,9 @@ class Stop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            earlier = [before.caught for before in self._before.values() if isinstance(before, Interrupt)]
+            self._signal = self._signal or next(filter(None, earlier), None)
         return self
 
     def __exit__(

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from opsin.training.stop import Stop
+from opsin.training.stop import Interrupt, Stop
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
@@ -17,6 +17,19 @@ def test_a_signal_is_a_request_that_stays(name: str) -> None:
         os.kill(os.getpid(), signal.Signals[name])
         assert (before, stop.requested) == (None, name)
     assert stop.requested == name
+
+
+def test_a_signal_that_was_swallowed_before_is_a_request_too() -> None:
+    before = signal.signal(signal.SIGINT, Interrupt())
+    try:
+        with suppress(KeyboardInterrupt):  # as an import may do
+            os.kill(os.getpid(), signal.SIGINT)
+        with Stop() as stop:
+            assert stop.requested == "SIGINT"
+        with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_interrupt_ends_at_once() -> None:
