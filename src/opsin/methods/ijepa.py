@@ -216,16 +216,11 @@ class IJepa(Method):
         with record_function("predictor"):
             predictor = self.predictors[level]
             assert isinstance(predictor, Predictor)
-            patches, blocks = images.shape[-1] // self.encoder.patch, cells.indices.shape[1]
+            patches = images.shape[-1] // self.encoder.patch
             places = sincos_positions(kept // patches, kept % patches, predictor.width).to(context.dtype)
             asked = cells.positions(patches, predictor.width).to(context.dtype)
             asked = asked if hints is None else asked + hints
-            predicted = predictor(
-                context.repeat_interleave(blocks, 0),
-                places.repeat_interleave(blocks, 0),
-                asked.flatten(0, 1),
-                cells.valid.flatten(0, 1),
-            )
+            predicted = predictor(context, places, asked.flatten(0, 1), cells.valid.flatten(0, 1))
             return torch.unflatten(predicted, 0, cells.indices.shape[:2])
 
     def compare(self, level: Level) -> Tensor:

@@ -2,7 +2,7 @@
 
 Assran et al. 2023 (I-JEPA), section 3 and appendix A.
 
-Shapes: M contexts, Kc context tokens, Kt asked ones, D width of the encoder, P of the predictor.
+Shapes: B images, M blocks of all of them, Kc context tokens, Kt asked ones, D width of the encoder, P of the predictor.
 """
 
 import torch
@@ -30,17 +30,24 @@ class Predictor(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: Tensor, places: Tensor, asked: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Predictions [M, Kt, D] from the context's tokens [M, Kc, D].
+        """Predictions [M, Kt, D] from contexts of tokens [B, Kc, D], each for M / B blocks one after the other.
 
-        `places` [M, Kc, P] and `asked` [M, Kt, P] are position embeddings, the latter with whatever else is known.
+        `places` [B, Kc, P] and `asked` [M, Kt, P] are position embeddings, the latter with whatever else is known.
         What stands where `valid`, bool [M, Kt], is false changes no other prediction.
         """
-        context = self.embed(tokens) + places
-        x = torch.cat([context, (self.mask_token + asked).to(context.dtype)], dim=1)
+        context = (self.embed(tokens) + places).repeat_interleave(len(asked) // len(tokens), 0)  # [M, Kc, P]
+        # What is asked for stands first, so that the last block can leave out the rest.
+        x = torch.cat([(self.mask_token + asked).to(context.dtype), context], dim=1)
         seen = None
-        if valid is not None:
-            seen = torch.cat([valid.new_ones(context.shape[:2]), valid], dim=1)
-        for block in self.blocks:
+        if valid is not None and not _all_on_host(valid):
+            seen = torch.cat([valid, valid.new_ones(context.shape[:2])], dim=1)
+        *first, last = self.blocks
+        for block in first:
             x = block(x, None, seen)
-        predictions: Tensor = self.out(self.norm(x[:, context.shape[1] :]))
+        predictions: Tensor = self.out(self.norm(last(x, asked.shape[1], seen)))
         return predictions
+
+
+def _all_on_host(valid: Tensor) -> bool:
+    """Whether all are true, where asking costs nothing: a GPU would have to be waited for."""
+    return valid.device.type == "cpu" and bool(valid.all())

@@ -94,6 +94,19 @@ def test_predictions_go_with_the_places_that_are_asked_for(predictor: Predictor,
     torch.testing.assert_close(predictor(**turned), predictor(**inputs)[:, order], **CLOSE)
 
 
+def test_blocks_of_an_image_have_its_context_each_on_its_own(
+    predictor: Predictor, inputs: dict[str, Tensor]
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    asked = torch.randn(8, 6, 8, generator=generator, dtype=torch.float64)
+    valid = torch.arange(6) < torch.tensor([6, 4, 1, 3, 6, 6, 2, 5])[:, None]
+    together = predictor(inputs["tokens"], inputs["places"], asked, valid)
+    for block in range(2):
+        own = slice(block, None, 2)
+        alone = predictor(inputs["tokens"], inputs["places"], asked[own], valid[own])
+        torch.testing.assert_close(together[own][valid[own]], alone[valid[own]], **CLOSE)
+
+
 def test_starts_as_published() -> None:
     torch.manual_seed(0)
     predictor = Predictor(192, width=96, depth=2, heads=3)
