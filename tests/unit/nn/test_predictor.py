@@ -94,9 +94,7 @@ def test_predictions_go_with_the_places_that_are_asked_for(predictor: Predictor,
     torch.testing.assert_close(predictor(**turned), predictor(**inputs)[:, order], **CLOSE)
 
 
-def test_blocks_of_an_image_have_its_context_each_on_its_own(
-    predictor: Predictor, inputs: dict[str, Tensor]
-) -> None:
+def test_blocks_of_an_image_have_its_context_each_on_its_own(predictor: Predictor, inputs: dict[str, Tensor]) -> None:
     generator = torch.Generator().manual_seed(2)
     asked = torch.randn(8, 6, 8, generator=generator, dtype=torch.float64)
     valid = torch.arange(6) < torch.tensor([6, 4, 1, 3, 6, 6, 2, 5])[:, None]
