@@ -20,7 +20,7 @@ from chaos_runs import STEPS, Case, clock_jumps, files_end_at, said, syncs_take,
 from opsin.rundir import RunDirectory
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, train_killed
-from tests.unit.backup.s3_server import BUCKET, S3Server
+from tests.s3_server import BUCKET, S3Server
 
 Fault = Callable[[Case], int]
 

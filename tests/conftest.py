@@ -1,4 +1,4 @@
-"""What every test may ask for: the CIFAR-10 files, and `opsin` as a user runs it."""
+"""What every test may ask for: the CIFAR-10 files, `opsin` as a user runs it, a small disk, a bucket."""
 
 import os
 
@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+
+from tests.s3_server import BUCKET, S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +31,12 @@ class RunOpsin(Protocol):
         env: Mapping[str, str] | None = None,
         timeout_s: float = 180,
     ) -> subprocess.CompletedProcess[str]: ...
+
+
+class RunOnSmallDisk(Protocol):
+    """What a Python program prints that is given a folder on a file system of `size` (as of mount) and `arguments`."""
+
+    def __call__(self, program: str, *arguments: str, size: str) -> list[str]: ...
 
 
 @pytest.fixture
@@ -86,6 +95,38 @@ def torch_switches() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     if workspace is None:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A folder of its own in a bucket, and the environment to reach it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{request.node.name}"
+
+
+@pytest.fixture
+def run_on_small_disk(tmp_path: Path) -> RunOnSmallDisk:
+    # In a mount namespace of its own: the small file system goes with the process, even if that is killed.
+    def run(program: str, *arguments: str, size: str) -> list[str]:
+        options = f"mount -t tmpfs -o size={size} tmpfs"
+        mount = ["unshare", "--mount", "sh", "-c", f'{options} "$0" && exec "$@"', str(tmp_path)]
+        if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small file system needs root")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [*mount, sys.executable, "-c", program, str(tmp_path), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

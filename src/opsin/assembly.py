@@ -16,13 +16,14 @@ from opsin.data.loading import TrainingData
 from opsin.distributed import World, join
 from opsin.errors import RunError
 from opsin.export import CARD_FILE, EncoderCard, describe_encoder, write_card
+from opsin.folders import write_atomic
 from opsin.methods.base import Method
 from opsin.nn.ema import ModelEma, ema_decay
 from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
 from opsin.recipe import EmaConfig, Recipe
 from opsin.reporting import Fact, Journal
-from opsin.rundir import RunDirectory, write_atomic
+from opsin.rundir import RunDirectory
 from opsin.seeding import fold_in
 from opsin.stages import announce_stage, plan_stages, plan_time
 from opsin.timeline import Timeline

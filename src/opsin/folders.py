@@ -1,11 +1,12 @@
-"""Folders that take the place of others whole, whenever the process is killed or the power goes.
+"""Files and folders that take the place of others whole, whenever the process is killed or the power goes.
 
-A folder is made under a hidden name and renamed. One that takes the place of another is first renamed to
+A file or a folder is made under a hidden name and renamed. A folder that takes the place of another is first renamed to
 `.replacing-NAME`: from there on it is finished whatever happens, at the latest by the next process that may write.
 """
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 REPLACING = ".replacing-"
@@ -19,6 +20,35 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Put `data` in the place of the file `path`: a reader, or a crash, sees the old content or the new.
+
+    Raises:
+        OSError: it cannot be written; the old content stays.
+    """
+    replace_file(path, [data], by=path.with_name(f".{path.name}.{os.getpid()}.writing"))
+
+
+def replace_file(path: Path, chunks: Iterable[bytes], *, by: Path) -> None:
+    """Write `chunks` to the file `by`, in the folder of `path`, and give it the name `path`.
+
+    What `chunks` raises passes through.
+
+    Raises:
+        OSError: it cannot be written; the old content of `path` stays, and `by` is gone.
+    """
+    try:
+        with by.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        by.replace(path)
+    except BaseException:
+        by.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def put_in_place(partial: Path, path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from opsin.rundir import write_atomic
+from opsin.folders import write_atomic
 
 _MOST_WAITING = 10_000
 _QUICK_S = 0.05

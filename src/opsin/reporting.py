@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from opsin.errors import LockLost, RunError
+from opsin.folders import write_atomic
 from opsin.outlets import Outlet
-from opsin.rundir import write_atomic
 
 Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
 """What JSON can hold."""

@@ -18,7 +18,6 @@ DIR/
 """
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -31,30 +30,11 @@ from typing import Any, Literal, Self
 
 from opsin import __version__
 from opsin.errors import RunError
-from opsin.folders import remove_leftovers, sync_folder
+from opsin.folders import remove_leftovers, write_atomic
 from opsin.runlock import RunLock, is_held
 
 _PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "pydantic", "safetensors")
 _UNWRITTEN = "choose another folder with --out, or make room for this one"
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Put `data` in the place of the file `path`: a reader, or a crash, sees the old content or the new.
-
-    Raises:
-        OSError: it cannot be written; the old content stays.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 class RunDirectory:

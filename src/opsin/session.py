@@ -23,10 +23,11 @@ from opsin.config import diff, flatten, to_yaml
 from opsin.console import Console, describe, duration, open_console
 from opsin.errors import ConfigError, RunError, Stopped, TrainingError
 from opsin.export import write_model
+from opsin.folders import write_atomic
 from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory, write_atomic
+from opsin.rundir import RunDirectory
 from opsin.sinks import SinkName, TextLog, open_sinks
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit

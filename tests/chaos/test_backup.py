@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,27 +20,13 @@ from opsin.training.loop import Run
 from opsin.verify import digest
 from tests.cli.commands import run_several
 from tests.digits_run import BROKEN_UP, VIT
-from tests.unit.backup.s3_server import BUCKET, KEY, SECRET, S3Server
+from tests.s3_server import KEY, SECRET, S3Server
 from tests.unit.backup.small_run import content
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
 
 STEPS = 24
 SMALL = (*BROKEN_UP, *VIT, "precision=fp32", "log.every=1", f"limits.steps={STEPS}")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{request.node.name}"
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +71,11 @@ def test_a_run_goes_on_from_an_earlier_step_of_its_backup(s3: str, straight: Run
 
 
 def test_a_killed_machine_costs_what_was_not_copied_yet(
-    s3: str, straight: RunDirectory, tmp_path: Path, opsin_env: Mapping[str, str], server: S3Server
+    s3: str, straight: RunDirectory, tmp_path: Path, opsin_env: Mapping[str, str], s3_server: S3Server
 ) -> None:
     keys = [*SMALL, f"backup.path={s3}", "limits.steps=2000", "epochs=200"]
     command = [sys.executable, "-m", "opsin", "train", "quickstart", *keys, "--quiet", "--out", "run"]
-    environment = {**opsin_env, **server.environment}
+    environment = {**opsin_env, **s3_server.environment}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             end = time.monotonic() + 300
@@ -125,11 +111,11 @@ def test_training_goes_on_without_its_backup_and_catches_up(
 
 
 def test_the_commands_of_a_run_in_a_bucket(
-    s3: str, straight: RunDirectory, tmp_path: Path, opsin_env: Mapping[str, str], server: S3Server
+    s3: str, straight: RunDirectory, tmp_path: Path, opsin_env: Mapping[str, str], s3_server: S3Server
 ) -> None:
     folder = tmp_path / ".cache" / "opsin" / "runs" / s3.replace("://", "/")
     train_there = ["train", "quickstart", *SMALL, "--out", s3]
-    environment = {**opsin_env, **server.environment}
+    environment = {**opsin_env, **s3_server.environment}
     first, twice, wrong, secret = run_several(
         [
             train_there,

@@ -1,4 +1,4 @@
-"""Run directories: files replaced whole, one writer, nothing lost, and runs in a list."""
+"""Run directories: one writer, nothing lost, and runs in a list."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opsin.errors import RunError
-from opsin.rundir import RunDirectory, git_state, installed_versions, list_runs, runs_table, write_atomic
+from opsin.rundir import RunDirectory, git_state, installed_versions, list_runs, runs_table
 
 RECIPE = "seed: 0\n"
 
@@ -27,33 +27,6 @@ def prepare(path: Path, recipe: str = RECIPE, *, fresh: bool = False, notices: l
         differences=lambda before: [f"seed: {before[6:].strip()} there, {recipe[6:].strip()} asked for"],
         notice=(notices if notices is not None else []).append,
     )
-
-
-# --- write_atomic -------------------------------------------------------------------------------
-
-
-def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
-    for content in (b"first", b"second"):
-        write_atomic(tmp_path / "file", content)
-        assert (tmp_path / "file").read_bytes() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "file", b"old")
-    program = (
-        "import resource, signal, sys, pathlib\n"
-        "from opsin.rundir import write_atomic\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "write_atomic(pathlib.Path(sys.argv[1]), bytes(1000))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", program, str(tmp_path / "file")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert "OSError: [Errno 27] File too large" in done.stderr
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # --- prepare ------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import pytest
 import opsin
 from opsin import runlock
 from opsin.errors import ConfigError, LockLost, OpsinError, RunError
+from opsin.folders import write_atomic
 from opsin.reporting import read_events, read_rows
-from opsin.rundir import last_step, write_atomic
+from opsin.rundir import last_step
 from opsin.session import FIXED, fingerprint, resume_run, train, train_recipe
 from opsin.training.checkpoint import find_checkpoints
 from tests.digits_run import STEPS_PER_EPOCH, digits_recipe, train_digits

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,30 +168,31 @@ def test_a_restart_goes_on_with_the_fresh_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run.before-2").exists()
 
 
-def test_a_signal_is_handed_on_and_the_status_kept(tmp_path: Path) -> None:
+@contextmanager
+def signal_as_soon_as(path: Path, number: signal.Signals) -> Iterator[None]:
+    """Sends a signal to this process when there is a file of this name."""
+
     def send() -> None:
-        while not (tmp_path / "run" / "listens").exists():
+        while not path.exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), number)
 
     sender = threading.Thread(target=send)
     sender.start()
-    assert run(tmp_path, [{"listen": True, "end": 0}]) == 3
+    yield
     sender.join()
+
+
+def test_a_signal_is_handed_on_and_the_status_kept(tmp_path: Path) -> None:
+    with signal_as_soon_as(tmp_path / "run" / "listens", signal.SIGUSR1):
+        assert run(tmp_path, [{"listen": True, "end": 0}]) == 3
 
 
 def test_a_signal_ends_the_wait(tmp_path: Path) -> None:
-    def send() -> None:
-        while not (tmp_path / "run" / "events.jsonl").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    sender = threading.Thread(target=send)
-    sender.start()
     began = time.monotonic()
-    assert run(tmp_path, [{"end": 4}], first_wait_s=60, longest_wait_s=60) == 3
+    with signal_as_soon_as(tmp_path / "run" / "events.jsonl", signal.SIGTERM):
+        assert run(tmp_path, [{"end": 4}], first_wait_s=60, longest_wait_s=60) == 3
     assert time.monotonic() - began < 30
-    sender.join()
 
 
 def test_a_run_that_another_process_writes_gets_no_event(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import json
 import uuid
 from pathlib import Path
 
-from opsin.rundir import write_atomic
+from opsin.folders import write_atomic
 
 HIDDEN = ".backup"
 """The folder in the run directory: the ledger, and files that wait to be sent."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from opsin.backup.config import is_address
-from opsin.folders import sync_folder
+from opsin.folders import replace_file
 
 CHUNK = 2**20
 """Bytes that are read, sent and fetched at once."""
@@ -112,17 +112,7 @@ class Folder:
         try:
             self._path.mkdir(exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("wb") as file:
-                    for chunk in chunks:
-                        file.write(chunk)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(target)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-            sync_folder(target.parent)
+            replace_file(target, chunks, by=partial)
         except OSError as error:
             raise self._error(error) from error
 

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from opsin.cadence import Every, StepEvery
 from opsin.config import Settings
-from opsin.folders import remove_whole
-from opsin.rundir import write_atomic
+from opsin.folders import remove_whole, write_atomic
 from opsin.training.checkpoint_format import find_checkpoints
 
 BEST = "best.json"

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from opsin.errors import RunError
+from opsin.folders import write_atomic
 from opsin.reporting import Fact
-from opsin.rundir import write_atomic
 
 Policy = Literal["split", "always", "stop"]
 """`split` does so where the update stays the same, `always` also where batch norm sees smaller parts."""

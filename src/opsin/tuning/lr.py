@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from opsin.config import shipped_recipes
 from opsin.console import Console, open_console
 from opsin.errors import ConfigError, RunError, TrainingError
+from opsin.folders import write_atomic
 from opsin.lr_search import RESULT, sweep_key
 from opsin.recipe import Recipe, StageConfig, read, shipped
-from opsin.rundir import write_atomic
 from opsin.schedule import Constant
 from opsin.session import in_words
 from opsin.timeline import Clock

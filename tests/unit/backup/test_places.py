@@ -8,7 +8,7 @@ import pytest
 from opsin.backup.bucket import open_bucket
 from opsin.backup.places import Absent, Folder, Place, PlaceError, open_place, put_bytes, read_bytes
 from opsin.errors import ConfigError
-from tests.unit.backup.s3_server import BUCKET, KEY, SECRET, S3Server
+from tests.s3_server import BUCKET, KEY, SECRET, S3Server
 
 LARGE = 9 * 2**20  # more than one part of an upload
 
@@ -77,7 +77,7 @@ def test_a_server_out_of_reach_is_told_in_words(monkeypatch: pytest.MonkeyPatch)
     assert not caught.value.refused
 
 
-def test_a_bucket_that_is_missing_refuses(server: S3Server, s3: str) -> None:
+def test_a_bucket_that_is_missing_refuses(s3_server: S3Server, s3: str) -> None:
     for ask in (lambda place: place.names(), lambda place: put_bytes(place, "file", b"1")):
         with pytest.raises(PlaceError, match="no such bucket") as caught:
             ask(open_place(s3.replace(BUCKET, "others")))
@@ -85,7 +85,7 @@ def test_a_bucket_that_is_missing_refuses(server: S3Server, s3: str) -> None:
 
 
 def test_keys_come_from_the_shared_files_too(
-    server: S3Server, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_server: S3Server, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.delenv(name)

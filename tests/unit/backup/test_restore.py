@@ -7,7 +7,7 @@ import pytest
 from opsin.backup.places import Folder, open_place, read_bytes
 from opsin.backup.restore import restore
 from opsin.errors import ConfigError, RunError
-from tests.unit.backup.s3_server import S3Server
+from tests.s3_server import S3Server
 from tests.unit.backup.small_run import Interrupted, content, mirror, write_checkpoint, write_run
 
 
@@ -143,7 +143,7 @@ def test_what_holds_no_backup_is_said_so(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
-def test_a_run_comes_back_from_a_bucket_past_a_damaged_object(server: S3Server, s3: str, tmp_path: Path) -> None:
+def test_a_run_comes_back_from_a_bucket_past_a_damaged_object(s3_server: S3Server, s3: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10)
     write_checkpoint(run, 20, bytes(range(256)) * (9 * 2**20 // 256))
     mirror(run, s3).sync()
@@ -162,7 +162,7 @@ def test_a_backup_in_use_is_only_read(run: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "backup") == before
 
 
-def test_an_address_with_a_slash_at_its_end_is_the_same_place(server: S3Server, s3: str, tmp_path: Path) -> None:
+def test_an_address_with_a_slash_at_its_end_is_the_same_place(s3_server: S3Server, s3: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10, 20)
     mirror(run, s3).sync()
     restore(f"{s3}/", tmp_path / "again", step=10, say=print)

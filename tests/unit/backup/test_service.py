@@ -13,7 +13,7 @@ from opsin.backup.restore import restore
 from opsin.backup.service import BackgroundBackup, Backup, backup_of, finish_backup, open_backup
 from opsin.cli import main
 from opsin.errors import ConfigError, RunError
-from tests.unit.backup.s3_server import KEY, SECRET, S3Server
+from tests.s3_server import KEY, SECRET, S3Server
 from tests.unit.backup.small_run import content, mirror, write_checkpoint, write_run
 
 
@@ -149,7 +149,7 @@ def test_the_recipe_of_a_run_says_where_its_backup_is(tmp_path: Path) -> None:
 
 
 def test_a_server_killed_in_the_middle_of_an_upload_gets_all_once_it_is_back(
-    server: S3Server, s3: str, tmp_path: Path
+    s3_server: S3Server, s3: str, tmp_path: Path
 ) -> None:
     run, told = write_run(tmp_path / "run"), Told()
     large = bytes(range(256)) * (40 * 2**20 // 256)
@@ -158,10 +158,10 @@ def test_a_server_killed_in_the_middle_of_an_upload_gets_all_once_it_is_back(
         wait_for(lambda: marked_steps(open_place(s3)) == [10])
         backup.take(write_checkpoint(run, 20, large))
         time.sleep(0.3)
-        server.kill()
+        s3_server.kill()
         wait_for(lambda: told)
         backup.take(write_checkpoint(run, 30))
-        server.start()  # and it remembers nothing
+        s3_server.start()  # and it remembers nothing
         wait_for(lambda: "backup_recovered" in told.kinds)
     assert told.kinds == ["backup_failed", "backup_recovered"]
     assert not any(secret in text for _, text in told for secret in (KEY, SECRET))
@@ -170,7 +170,7 @@ def test_a_server_killed_in_the_middle_of_an_upload_gets_all_once_it_is_back(
     assert content(tmp_path / "again") == content(run)
 
 
-def test_a_bucket_that_is_missing_ends_a_new_run_before_it_begins(server: S3Server, s3: str, tmp_path: Path) -> None:
+def test_a_bucket_that_is_missing_ends_a_new_run_before_it_begins(s3_server: S3Server, s3: str, tmp_path: Path) -> None:
     run, told = write_run(tmp_path / "run"), Told()
     config = BackupConfig(path="s3://nowhere/run", wait=0)
     with pytest.raises(ConfigError, match=r"s3://nowhere/run: there is no such bucket; mend it, or .*backup=null"):

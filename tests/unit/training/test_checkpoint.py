@@ -1,11 +1,8 @@
 """Checkpoints are exact, written whole, and the right ones are kept."""
 
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from opsin.errors import Diverged, LockLost, RunError, TrainingError
 from opsin.training.checkpoint import best_checkpoint, read_checkpoint
 from opsin.training.state import TrainState
+from tests.conftest import RunOnSmallDisk
 from tests.unit.training.tiny_run import Story, bits, equal, flip_byte, fresh, train
 
 
@@ -218,21 +216,10 @@ assert story.checkpoints.save_if_due(train(state, to=3)) is not None
 """
 
 
-def test_a_full_file_system_is_named_with_what_is_needed(tmp_path: Path) -> None:
-    # In a mount namespace of its own: the small file system goes with the process, even if that is killed.
-    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"', str(tmp_path)]
-    try:
-        possible = subprocess.run([*mount, "true"], capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        possible = False
-    if not possible:
-        pytest.skip("mounting a small file system needs root")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*mount, sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint of step 2 was not written: no space left (needs about 0.4 MiB, 0." in done.stdout
-    assert "the newest complete one is step 1" in done.stdout
+def test_a_full_file_system_is_named_with_what_is_needed(run_on_small_disk: RunOnSmallDisk) -> None:
+    (said,) = run_on_small_disk(FULL_DISK, size="1m")
+    assert "checkpoint of step 2 was not written: no space left (needs about 0.4 MiB, 0." in said
+    assert "the newest complete one is step 1" in said
 
 
 def test_an_emergency_saves_a_whole_state_only(story: Story) -> None:

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from opsin.training.checkpoint import best_checkpoint, find_checkpoints
 from opsin.training.retention import CheckpointConfig, Retention, Scored, among_best
+from tests.conftest import RunOnSmallDisk
 from tests.unit.training.tiny_run import Story, equal, flip_byte, fresh, train
 
 
@@ -130,20 +129,9 @@ print(*story.warnings())
 
 @pytest.mark.parametrize(("make_room", "steps"), [("yes", [2, 3]), ("no", [1, 2])])
 def test_a_full_disk_is_noticed_beforehand_and_room_made_if_wanted(
-    tmp_path: Path, make_room: str, steps: list[int]
+    run_on_small_disk: RunOnSmallDisk, make_room: str, steps: list[int]
 ) -> None:
-    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1200k tmpfs "$0" && exec "$@"', str(tmp_path)]
-    try:
-        possible = subprocess.run([*mount, "true"], capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        possible = False
-    if not possible:
-        pytest.skip("mounting a small file system needs root")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*mount, sys.executable, "-c", FULL_DISK, str(tmp_path), make_room]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    first, warning = done.stdout.splitlines()
+    first, warning = run_on_small_disk(FULL_DISK, make_room, size="1200k")
     assert first == f"{steps} {[f'step-{step:08d}' for step in steps]}", "nothing half written is left"
     said = "checkpoint of step 3 was not written: no space left (needs about 0.4 MiB, 0.3 MiB are free)"
     assert warning.startswith(said) == (make_room == "no")
