@@ -205,16 +205,16 @@ class _Pass:
             if self.keeps:
                 self.kept.append((both, high))
         answers = torch.einsum("vg,gbd->vbd", self.pairs, pulled.view(self.pairs.shape[1], *self.vectors.shape[1:]))
-        counts = self.pairs.sum(1)[:, None]  # [V, 1]
+        totals = self.pairs.sum(1)[:, None]  # [V, 1]
         logs = self.sums.log() if self.bounded else self.sums.log() + self.top
-        loss = (counts * logs.view(self.vectors.shape[:2])).sum() - (self.vectors * answers).sum() / self.temperature
-        return loss, (counts[..., None] * (pushed / self.sums).view(self.vectors.shape) - answers) / self.temperature
+        loss = (totals * logs.view(self.vectors.shape[:2])).sum() - (self.vectors * answers).sum() / self.temperature
+        return loss, (totals[..., None] * (pushed / self.sums).view(self.vectors.shape) - answers) / self.temperature
 
     def look_again(self, scale_learns: bool) -> tuple[Tensor, Tensor | None]:
         """The gradients for the prototypes' vectors [K, d] and lengths [K, 1]; call `look` first."""
         weight_v, weight_g = self.prototypes.weight_v.detach(), self.prototypes.weight_g.detach()
-        counts = self.pairs.sum(1).repeat_interleave(self.vectors.shape[1])[:, None]
-        pushing = self.flat * (counts / self.sums / self.temperature)
+        totals = self.pairs.sum(1).repeat_interleave(self.vectors.shape[1])[:, None]
+        pushing = self.flat * (totals / self.sums / self.temperature)
         pulling = torch.einsum("vg,vbd->gbd", self.pairs, self.vectors).flatten(0, 1) / self.temperature
         # Taken off before half precision, which has no room below, and put back after.
         unit = torch.maximum(pushing.abs().max(), (pulling * self.shares).abs().max())
