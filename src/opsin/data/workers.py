@@ -187,14 +187,16 @@ def _from_workers(
     # own watch looks at the parent of a worker: that is the fork server here, which outlives training.
     ended, alive = _context().Pipe(duplex=False)
     with ended, alive:
-        batches = _start(reader, tasks, workers=workers, prefetch=prefetch, pin_memory=pin_memory, ended=ended)
+        batches = None
         try:
+            batches = _start(reader, tasks, workers=workers, prefetch=prefetch, pin_memory=pin_memory, ended=ended)
             while (batch := next(batches, None)) is not None:
                 if isinstance(batch, _Fault):
                     raise batch.kind(*batch.faults)
                 yield batch
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            # The last two: it died between the notice of a batch and the handing over of its memory.
+        except (RuntimeError, OSError, EOFError) as error:
+            # The last two: it died between the notice of a batch and the handing over of its memory, or the fork server
+            # died while it was asked for a worker.
             raise WorkerEnded(_describe_end(error, workers)) from error
         finally:
             # Ends the workers in order. Left to the garbage collector, the loader would wait for its own dead threads.

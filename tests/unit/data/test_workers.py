@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -183,6 +184,20 @@ def test_a_worker_killed_while_it_hands_over_a_batch_is_reported(tmp_path: Path,
     task = Task({}, int(reason != "EOFError"), torch.arange(2))
     with pytest.raises(PassingFault, match=rf"data.workers=1: a worker process ended by itself .*{reason}.*fewer"):
         list(read_batches(HangsUp(Plain(tmp_path), seed=0), [task], workers=1, prefetch=1))
+
+
+def test_a_fork_server_killed_while_it_is_asked_for_a_worker_is_reported_and_replaced(tmp_path: Path) -> None:
+    reading = batches(Plain(tmp_path), 1)
+    expected = next(reading)
+    [worker] = [int(path.name) for path in tmp_path.iterdir()]
+    server = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(server, signal.SIGSTOP)
+    timer = threading.Timer(0.5, os.kill, (server, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(PassingFault, match=r"data.workers=1: a worker process ended by itself .*try fewer workers"):
+        next(batches(Plain(tmp_path), 1))
+    timer.join()
+    assert torch.equal(next(batches(Plain(tmp_path), 1)).ids, expected.ids)
 
 
 def test_workers_leave_signals_to_the_training_process(tmp_path: Path) -> None:
