@@ -10,11 +10,13 @@ machine in healthy runs (speed, waiting, memory) is counted apart: it is real wh
 """
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -184,7 +186,12 @@ CASES = (
 
 
 def train(recipe: str, overrides: tuple[str, ...]) -> tuple[list[Event], str]:
-    """What a run told of itself, and why it ended early if it did."""
+    """What a run told of itself, and why it ended early if it did; in a process of its own, with memory of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_train, recipe, overrides).result()
+
+
+def _train(recipe: str, overrides: tuple[str, ...]) -> tuple[list[Event], str]:
     with tempfile.TemporaryDirectory() as folder:
         directory, reason = RunDirectory(Path(folder) / "run"), ""
         try:
