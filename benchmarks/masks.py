@@ -55,9 +55,10 @@ def show_maps(name: str, config: MaskConfig, side: int, images: int) -> None:
     batches = images // BATCH
     for epoch in range(batches):
         drawn = sampler(0, epoch, torch.arange(BATCH))
-        target += flags(drawn["targets"], drawn["target_valid"], side).sum(0)
-        context += flags(drawn["context"], drawn["context_valid"], side).sum(0)
-        lengths += torch.tensor([drawn["context_valid"].sum() / BATCH, drawn["target_valid"].float().mean()])
+        seen = flags(drawn["context"], side)
+        target += flags(drawn["targets"], side).sum(0)
+        context += seen.sum(0)
+        lengths += torch.tensor([seen.sum() / BATCH, drawn["target_valid"].float().mean()])
     print(
         f"\n{name}: {lengths[0] / batches:.1f} patches of context, {1 - lengths[1] / batches:.1%} of targets is padding"
     )
@@ -72,10 +73,10 @@ def show_maps(name: str, config: MaskConfig, side: int, images: int) -> None:
         print("    by column:", " ".join(f"{rate:3.0f}" for rate in grid.mean(0)))
 
 
-def flags(patches: Tensor, valid: Tensor, side: int) -> Tensor:
+def flags(patches: Tensor, side: int) -> Tensor:
     """Which patches are named: bool [B, side^2]."""
-    named = torch.zeros(len(patches), side**2 + 1, dtype=torch.bool)
-    return named.scatter_(1, torch.where(valid, patches, side**2).flatten(1), True)[:, :-1]
+    named = torch.zeros(len(patches), side**2, dtype=torch.bool)
+    return named.scatter_(1, patches.flatten(1), True)
 
 
 def length_rows() -> list[list[str]]:
@@ -85,9 +86,11 @@ def length_rows() -> list[list[str]]:
         plain = [plain_length(side, batch, random.Random(number)) for number in range(batches)]
         sampler = PUBLISHED.build(side)
         ours = [sampler(0, epoch, torch.arange(batch))["context"].shape[1] for epoch in range(batches)]
-        whole = MaskConfig(context_keep=1.0).build(side)(0, 0, torch.arange(20_000))["context_valid"].sum(1)
-        kept = MaskConfig().build(side)(0, 0, torch.arange(20_000))["context_valid"]
-        shown = [f"{kept.shape[1]}", f"{whole.double().mean():.1f}", f"{1 - kept.all(1).double().mean():.1%}"]
+        whole, kept = (
+            MaskConfig(context_keep=keep).build(side)(0, 0, torch.arange(20_000))["context"] for keep in (1.0, "auto")
+        )
+        length, found = kept.shape[1], flags(whole, side).sum(1).double()
+        shown = [f"{length}", f"{found.mean():.1f}", f"{(found < length).double().mean():.1%}"]
         rows.append([f"{side} x {side}", f"{batch}", mean_of(plain), mean_of(ours), *shown])
     return rows
 

@@ -84,12 +84,11 @@ class BlockMasks:
 
     context         [B, K]     patches of the context block outside all targets; K is the same for every batch
     targets         [B, T, M]  patches of each target block, M those of the largest
-    context_valid   bool, as `context`: false where a patch of the image is repeated to reach K
     target_valid    bool, as `targets`: false where the block's last patch is repeated to reach M
 
-    A context with more than K patches is thinned evenly at random, never by place. The patches of a cell
-    stand together, quarter by quarter: any `level` x `level` group, where level divides `coarsest` by a
-    power of two, is a run of level^2 entries. Contexts are in random order of cells.
+    A context with more than K patches is thinned evenly at random, never by place; one with fewer names the first of
+    them again. The patches of a cell stand together, quarter by quarter: any `level` x `level` group, where level
+    divides `coarsest` by a power of two, is a run of level^2 entries. Contexts are in random order of cells.
 
     The plain program for one image: draw T target sizes and a context size from `_sizes`; place each evenly
     over the positions where it fits; keep the context's cells that no target covers; shuffle; take K.
@@ -141,13 +140,12 @@ class BlockMasks:
                 break
             begin[short, repeated], end[short, repeated] = begin[short, 0], end[short, 0]
             visible[short] = self._visible(begin[short], end[short])
-        kept, is_new = self._keep(visible, draws[:, num_placed:])
+        kept = self._keep(visible, draws[:, num_placed:])
         begin, size = begin[:, :-1], (end - begin)[:, :-1]  # the targets
         block = self._blocks.number[size[..., 0], size[..., 1]]  # [B, T]
         origin = self._origins[begin[..., 0] * self.cells + begin[..., 1]]
         return {
             "context": kept if self.config.coarsest == 1 else self._patches[kept].flatten(1),
-            "context_valid": is_new.repeat_interleave(self.config.coarsest**2, 1),
             "targets": origin[..., None] + self._blocks.offsets[block],
             "target_valid": self._blocks.is_new[block],
         }
@@ -171,8 +169,8 @@ class BlockMasks:
         # One for the context block less one for each target.
         return (torch.bmm((rows * self._sign[:, None]).mT, columns) > 0.5).flatten(1)
 
-    def _keep(self, visible: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Visible cells in random order [B, K], and which of them are not repeated."""
+    def _keep(self, visible: Tensor, draws: Tensor) -> Tensor:
+        """Visible cells in random order [B, K], from the first again where there are fewer."""
         # The cell is in the low bits: no two keys are equal, so that every sort gives the same order.
         keys = (draws * (1 << 48)).long().add_(self._cell_index).masked_fill_(~visible, 1 << 62)
         # NumPy sorts whole numbers many times faster than torch, which carries indices along.
@@ -180,7 +178,7 @@ class BlockMasks:
         place, count = torch.arange(self._num_kept), visible.sum(1, keepdim=True)
         short = (count < self._num_kept).nonzero()[:, 0]
         order[short] = order[short].gather(1, place % count[short])
-        return order, place < count
+        return order
 
     def _choose_num_kept(self) -> int:
         """How many cells every context gets."""
@@ -231,7 +229,6 @@ class PublishedMasks:
         targets = (begin[..., 0] * self.cells + begin[..., 1])[..., None] + offsets
         return {
             "context": context,
-            "context_valid": torch.ones_like(context, dtype=torch.bool),
             "targets": targets,
             "target_valid": torch.ones_like(targets, dtype=torch.bool),
         }

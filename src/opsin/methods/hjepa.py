@@ -82,9 +82,9 @@ class HJepa(IJepa):
         context, levels = self.predict_levels(batch.views["image"][0], batch.masks)
         losses = [self.compare(level) for level in levels]
         total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
-        targets = {f"target_{n}": (pooled(level.raw, level.cells.side), level.cells) for n, level in enumerate(levels)}
+        targets = {f"target_{n}": level for n, level in enumerate(levels)}
         # The coarsest first, as they were predicted.
-        said = {f"prediction_{n}": levels[n].predictions for n in reversed(range(self.levels))}
+        said = {f"prediction_{n}": levels[n] for n in reversed(range(self.levels))}
         parts = {f"level_{n}": loss for n, loss in enumerate(losses)}
         return Losses(total, parts=parts, features=self.shown(context, targets, said))
 
@@ -93,7 +93,8 @@ class HJepa(IJepa):
         finest = Cells(masks["targets"], masks["target_valid"], 1)
         cells = [finest, *(coarser(finest, 2**level, grid) for level in range(1, self.levels))]
         depths = sorted(set(self.depths))
-        raw = dict(zip(depths, self.target_tokens(images, depths), strict=True))
+        tokens = dict(zip(depths, self.target_tokens(images, depths), strict=True))
+        raw = [pooled(tokens[depth], 2**level) for level, depth in enumerate(self.depths)]
         context = self.encode_context(images, kept)
         predictions: dict[int, Tensor] = {}
         for level in reversed(range(self.levels)):
@@ -103,8 +104,8 @@ class HJepa(IJepa):
                 hints = self.hints[level](above)
             predictions[level] = self.predict(level, context, kept, cells[level], images, hints)
         return context, [
-            Level(cells[level], raw[depth], predictions[level], self.targets(raw[depth], cells[level]))
-            for level, depth in enumerate(self.depths)
+            Level(cells[level], raw[level], predictions[level], self.targets(raw[level], cells[level]))
+            for level in range(self.levels)
         ]
 
     def param_groups(self) -> Sequence[ParamGroup]:

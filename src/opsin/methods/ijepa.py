@@ -114,11 +114,15 @@ class Level:
 
     cells: Cells
     raw: Tensor
-    """[B, N, D]: what the target encoder says of every patch."""
+    """[B, n x n, D]: what the target encoder says of every cell."""
     predictions: Tensor
     """[B, T, C, D]"""
     targets: Tensor
     """[B, T, C, D]"""
+
+    def first_targets(self) -> Tensor:
+        """[B, T, D]: of each block one cell, before the norm."""
+        return torch.take_along_dim(self.raw, self.cells.indices[:, :, 0, None], dim=1)
 
     def errors(self) -> Tensor:
         """[B, T, C]: the mean smooth L1 distance of a prediction from its target."""
@@ -174,8 +178,7 @@ class IJepa(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:
         context, (level,) = self.predict_levels(batch.views["image"][0], batch.masks)
-        shown = self.shown(context, {"target": (level.raw, level.cells)}, {"prediction": level.predictions})
-        return Losses(self.compare(level), features=shown)
+        return Losses(self.compare(level), features=self.shown(context, {"target": level}, {"prediction": level}))
 
     def explain(self, images: Tensor, masks: Mapping[str, Tensor]) -> list[LevelErrors]:
         """The errors of the predictions on each level, the finest first; images are [B, C, S, S]."""
@@ -203,10 +206,9 @@ class IJepa(Method):
             return self.backbone.forward_depths(images, depths)
 
     @torch.no_grad()
-    def targets(self, tokens: Tensor, cells: Cells) -> Tensor:
-        """[B, T, C, D]: tokens [B, N, D] averaged within cells and normalised, of the cells that are asked for."""
-        tokens = pooled(tokens, cells.side)
-        tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+    def targets(self, raw: Tensor, cells: Cells) -> Tensor:
+        """[B, T, C, D]: what `raw` [B, n x n, D] says of the cells that are asked for, normalised."""
+        tokens = raw if raw.dtype == torch.float64 else raw.float()
         return cells.gather(F.layer_norm(tokens, tokens.shape[-1:]) if self.config.norm_targets else tokens)
 
     def predict(
@@ -230,14 +232,15 @@ class IJepa(Method):
             valid = level.cells.valid.to(apart.dtype)
             return ((apart * valid).sum((1, 2)) / valid.sum((1, 2))).mean()
 
+    @torch.no_grad()
     def shown(
-        self, context: Tensor, targets: dict[str, tuple[Tensor, Cells]], predictions: dict[str, Tensor]
+        self, context: Tensor, targets: Mapping[str, Level], predictions: Mapping[str, Level]
     ) -> dict[str, Tensor]:
         """One vector of each image for the context, one of each block for targets (before the norm) and predictions."""
         return {
             "context": context.detach()[:, 0].float(),
-            **{name: cells.gather(raw)[:, :, 0].flatten(0, 1).float() for name, (raw, cells) in targets.items()},
-            **{name: values.detach()[:, :, 0].flatten(0, 1).float() for name, values in predictions.items()},
+            **{name: level.first_targets().flatten(0, 1).float() for name, level in targets.items()},
+            **{name: level.predictions.detach()[:, :, 0].flatten(0, 1).float() for name, level in predictions.items()},
         }
 
     def after_update(self, clock: Clock, applied: Tensor) -> None:

@@ -27,18 +27,18 @@ def masks(config: MaskConfig = UNBIASED, side: int = 16, count: int = COUNT) -> 
     return config.build(side)(7, 3, torch.arange(count))
 
 
-def flags(patches: Tensor, valid: Tensor, side: int) -> Tensor:
+def flags(patches: Tensor, side: int) -> Tensor:
     """Which patches are named: bool [B, side^2]."""
-    named = torch.zeros(len(patches), side**2 + 1, dtype=torch.bool)
-    return named.scatter_(1, torch.where(valid, patches, side**2).flatten(1), True)[:, :-1]
+    named = torch.zeros(len(patches), side**2, dtype=torch.bool)
+    return named.scatter_(1, patches.flatten(1), True)
 
 
 def context_flags(drawn: dict[str, Tensor], side: int) -> Tensor:
-    return flags(drawn["context"], drawn["context_valid"], side)
+    return flags(drawn["context"], side)
 
 
 def target_flags(drawn: dict[str, Tensor], side: int) -> Tensor:
-    return flags(drawn["targets"], drawn["target_valid"], side)
+    return flags(drawn["targets"], side)
 
 
 def coverage(sizes: list[tuple[int, int]], side: int) -> Tensor:
@@ -101,15 +101,17 @@ def test_context_and_targets_are_disjoint_patches_of_the_grid(config: MaskConfig
     length = drawn["context"].shape[1]
     assert drawn["targets"].shape[:2] == (1000, config.targets)
     assert drawn["target_valid"].shape == drawn["targets"].shape
-    assert drawn["context_valid"].shape == (1000, length)
+    assert drawn["context"].shape == (1000, length)
     for mask in (drawn["context"], drawn["targets"]):
         assert mask.dtype == torch.int64
         assert mask.min() >= 0
         assert mask.max() < side**2
     assert not (context_flags(drawn, side) & target_flags(drawn, side)).any()
-    assert torch.equal(context_flags(drawn, side).sum(1), drawn["context_valid"].sum(1)), "no patch counts twice"
-    everything = torch.ones_like(drawn["context_valid"])
-    assert torch.equal(flags(drawn["context"], everything, side), context_flags(drawn, side)), "repeats are its own"
+    for context, different in zip(drawn["context"].tolist(), context_flags(drawn, side).sum(1).tolist(), strict=True):
+        begin = context[:different]
+        assert len(set(begin)) == different, "nothing is repeated before all are named"
+        again = config.coarsest**2 * -(-length // different)
+        assert context == (begin * again)[:length], "and then from the first on"
     batch = Batch({}, torch.arange(1000), torch.arange(1000), drawn)
     assert torch.equal(torch.cat([part.masks["context"] for part in batch.split(3)]), drawn["context"])
 
@@ -180,7 +182,8 @@ def test_a_context_is_thinned_evenly_whatever_the_place(config: MaskConfig) -> N
 def test_contexts_have_one_length_which_nearly_all_images_reach() -> None:
     assert masks()["context"].shape == (COUNT, 85)
     for side in (8, 14, 16):
-        reached = masks(MaskConfig(), side)["context_valid"].all(1).double().mean()
+        drawn = masks(MaskConfig(), side)
+        reached = (context_flags(drawn, side).sum(1) == drawn["context"].shape[1]).double().mean()
         assert 0.93 <= reached <= 0.98
     assert masks(MaskConfig(context_keep=0.25), count=4)["context"].shape == (4, 64)
 
@@ -188,7 +191,7 @@ def test_contexts_have_one_length_which_nearly_all_images_reach() -> None:
 def test_an_image_with_little_context_repeats_its_first_target() -> None:
     config = MaskConfig(min_context=24, context_keep=1.0)
     plain, drawn = masks(EVERYTHING, 8), masks(config, 8)
-    before, after = (each["context_valid"].sum(1) for each in (plain, drawn))
+    before, after = (context_flags(each, 8).sum(1) for each in (plain, drawn))
     short = before < 24
     assert 0.05 < short.double().mean() < 0.3
     assert after.min() == 24
@@ -209,11 +212,13 @@ def test_a_coarse_cell_is_wholly_target_or_context_or_neither(side: int, coarses
 def test_the_patches_of_a_cell_stand_together_on_every_level(side: int, coarsest: int, levels: tuple[int, ...]) -> None:
     drawn = masks(MaskConfig(coarsest=coarsest), side, 500)
     for level in levels:
-        for patches, valid in (("context", "context_valid"), ("targets", "target_valid")):
-            cells = drawn[patches] // side // level * side + drawn[patches] % side // level
-            runs, is_valid = cells.unflatten(-1, (-1, level**2)), drawn[valid].unflatten(-1, (-1, level**2))
-            assert (runs == runs[..., :1])[is_valid].all()
-            assert torch.equal(is_valid.any(-1), is_valid.all(-1))
+        is_valid = drawn["target_valid"].unflatten(-1, (-1, level**2))
+        assert torch.equal(is_valid.any(-1), is_valid.all(-1))
+        for name, counted in (("context", None), ("targets", is_valid)):
+            cells = drawn[name] // side // level * side + drawn[name] % side // level
+            runs = cells.unflatten(-1, (-1, level**2))
+            same = runs == runs[..., :1]
+            assert (same if counted is None else same[counted]).all()
 
 
 def published_batches(side: int, batch: int, images: int = COUNT) -> list[dict[str, Tensor]]:

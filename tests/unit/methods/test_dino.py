@@ -25,6 +25,7 @@ from tests.unit.methods.dino_parts import (
     OPTIM,
     STEPS_PER_EPOCH,
     TIMELINE,
+    VIT,
     PlainDino,
     batch_of,
     build_dino,
@@ -321,6 +322,14 @@ def test_numbers_that_were_given_are_kept() -> None:
     config = DinoConfig(prototypes=77, teacher_temperature=0.03, momentum=0.5)
     assert config.settled(10) == config
     assert DinoConfig(momentum=0.5).settled(10**6).prototypes == 65536
+
+
+def test_the_teacher_is_at_rest_where_the_student_drops() -> None:
+    method = build_dino(VIT.model_copy(update={"dropout": 0.3, "attention_dropout": 0.3, "drop_path": 0.3}))
+    method.train()
+    first, second = (method(batch_of(), TIMELINE.clock(0)).features for _ in range(2))
+    assert not torch.equal(first["student"], second["student"])
+    assert torch.equal(first["teacher"], second["teacher"])
 
 
 def test_teacher_with_batch_norm_sees_statistics_of_its_own() -> None:
