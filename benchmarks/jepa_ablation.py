@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 PYTHONPATH=src python benchmarks/jepa_ablation.py --work digits --seeds 3 --minutes 1
     OMP_NUM_THREADS=1 PYTHONPATH=src python benchmarks/jepa_ablation.py --work cifar10 --data DIR --seeds 3 --minutes 15
 
-Every variant gets `--minutes` of processor time (of all threads together) for each seed: a few updates are timed, and
-the epochs follow. Schedules are stretched to them. Each seed holds out its own images of the digits; CIFAR-10 has test
-images. Scores are those of the last step. What is done stays in `--out`, and is not done again.
+Every variant gets `--minutes` of processor time (of all threads together) for each seed: updates of all variants are
+timed in turns, and the epochs follow, in tenths. Schedules and their warm-up are stretched to them. The processor time
+that training and its one evaluation took in the end stands in the table. Each seed holds out its own images of the
+digits; CIFAR-10 has test images. Scores are those of the last step. What is done stays in `--out`, and is not done
+again.
 
 "Masks of L" are blocks of whole cells of 2^(L - 1) patches a side, as L levels need them: one level with such masks
 says what they do without a hierarchy. One level is I-JEPA, bit for bit, with the masks of the recipe of H-JEPA.
@@ -32,6 +34,7 @@ from opsin.evaluation.labelled import LabelledImages
 from opsin.recipe import Recipe, read
 from opsin.reporting import read_rows
 from opsin.results import evaluate_run
+from opsin.schedule import Cosine
 from opsin.session import train_recipe
 from opsin.training.scene import LabelledChoice
 
@@ -41,10 +44,13 @@ QUIET = (
     "log.csv=false",
     "checkpoints.every=never",
     "checkpoints.best=null",
+    "evaluators.knn.every=never",
+    "evaluators.linear.every=never",
 )
 WORKS = {"digits": "digits", "cifar10": "cifar10-cpu"}
 _TIMED = (10, 40)
 """Updates of two runs whose difference in time is that of the updates between."""
+_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +62,10 @@ class Variant:
     changes: tuple[str, ...] = ()
 
 
+PUBLISHED = ("method.masks.parity=published", "method.masks.min_context=8", "method.masks.context_keep=auto")
 VARIANTS = [
     Variant("I-JEPA", "ijepa"),
-    Variant(
-        "I-JEPA, published (biased) masks", "ijepa", ("method.masks.parity=published", "method.masks.min_context=8")
-    ),
+    Variant("I-JEPA, published (biased) masks", "ijepa", PUBLISHED),
     Variant("H-JEPA, 1 level", "hjepa", ("method.levels=1",)),
     Variant("H-JEPA, 1 level, masks of 2", "hjepa", ("method.levels=1", "method.masks.coarsest=2")),
     Variant("H-JEPA, 1 level, masks of 3", "hjepa", ("method.levels=1", "method.masks.coarsest=4")),
@@ -71,10 +76,11 @@ VARIANTS = [
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Fractions in 0..1."""
+    """Fractions in 0..1, and the processor time that they cost."""
 
     knn: float
     linear: float
+    minutes: float | None = None
 
 
 def main() -> None:
@@ -83,60 +89,83 @@ def main() -> None:
     parser.add_argument("--data", help="CIFAR-10 as data.path wants it")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=1.0, help="processor time of each run (default: 1)")
-    parser.add_argument("--only", nargs="*", help="variants by name (default: all)")
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument("--only", nargs="*", choices=names, default=names, help="variants (default: all)")
     parser.add_argument("--out", type=Path, help="where runs are kept (default: runs/ablation-WORK)")
     arguments = parser.parse_args()
     out = arguments.out or Path("runs", f"ablation-{arguments.work}")
     out.mkdir(parents=True, exist_ok=True)
     data = () if arguments.data is None else (f"data.path={arguments.data}",)
-    seeds, rows = range(arguments.seeds), {}
-    wanted = [variant for variant in VARIANTS if not arguments.only or variant.name in arguments.only]
+    wanted = [variant for variant in VARIANTS if variant.name in arguments.only]
     recipes = {
         variant.name: [
             read(f"{variant.method}-{WORKS[arguments.work]}", [*QUIET, *data, *variant.changes, f"seed={seed}"])
-            for seed in seeds
+            for seed in range(arguments.seeds)
         ]
         for variant in wanted
     }
-    rows["raw pixels"] = ("", [score_pixels(recipe) for recipe in recipes[wanted[0].name]])
+    rows = {"raw pixels": ("", [score_pixels(recipe) for recipe in recipes[wanted[0].name]])}
+    costs = seconds_per_epoch({name: seeds[0] for name, seeds in recipes.items()}, out / "seconds_per_epoch.json")
     for variant in wanted:
-        epochs = affordable_epochs(recipes[variant.name][0], 60 * arguments.minutes, out / f"{variant.name}.json")
-        place = out / f"{variant.name}, {epochs:g} epochs"
-        runs = [recipe.model_copy(update={"epochs": epochs}) for recipe in recipes[variant.name]]
-        found = [train_and_score(recipe, place / str(recipe.seed)) for recipe in runs]
+        epochs = max(1.0, round(60 * arguments.minutes / costs[variant.name], 1))
+        place, runs = out / f"{variant.name}, {epochs:g} epochs", recipes[variant.name]
+        found = [train_and_score(stretched(recipe, epochs), place / str(recipe.seed)) for recipe in runs]
         if variant is wanted[0]:
-            rows["the same network before training"] = ("", [score_fresh(place / str(seed)) for seed in seeds])
+            rows["the same network before training"] = ("", [score_fresh(place / str(run.seed)) for run in runs])
         rows[variant.name] = (f"{epochs:g}", found)
         print(line(variant.name, *rows[variant.name]), flush=True)
-    print(f"\n| features, {arguments.minutes:g} minutes of processor time | epochs | k-NN | linear probe |")
-    print("|---|---|---|---|")
+    print(f"\n| features, {arguments.minutes:g} minutes of updates | epochs | processor time | k-NN | linear probe |")
+    print("|---|---|---|---|---|")
     for name, (epochs_text, scores) in rows.items():
         print(line(name, epochs_text, scores))
 
 
-def affordable_epochs(recipe: Recipe, seconds: float, note: Path) -> float:
-    """How many epochs `seconds` of processor time are, in whole ones; the time of an epoch is kept in `note`."""
-    if not note.exists():
-        spent = []
-        for steps in _TIMED:
-            limits = recipe.limits.model_copy(update={"steps": steps})
-            short = recipe.model_copy(update={"limits": limits, "evaluators": {}, "monitors": {}})
-            with tempfile.TemporaryDirectory() as folder:
-                before = time.process_time()
-                train_recipe(short, Path(folder) / "run", name="timed", quiet=True)
-                spent.append(time.process_time() - before)
-        seconds_per_step = (spent[1] - spent[0]) / (_TIMED[1] - _TIMED[0])
+def seconds_per_epoch(recipes: Mapping[str, Recipe], note: Path) -> Mapping[str, float]:
+    """The processor time of an epoch of each, kept in `note`."""
+    known: dict[str, float] = json.loads(note.read_text()) if note.exists() else {}
+    missing = {name: recipe for name, recipe in recipes.items() if name not in known}
+    spent: dict[str, list[float]] = {name: [] for name in missing}
+    for number in range(_ROUNDS + 1):
+        for name, recipe in missing.items():
+            few, many = (processor_seconds(recipe, steps) for steps in _TIMED)
+            if number:  # the first round pays for what a process does once
+                spent[name].append((many - few) / (_TIMED[1] - _TIMED[0]))
+    for name, recipe in missing.items():
         images = open_images(recipe, lambda text: None).facts.samples
-        note.write_text(json.dumps({"epoch_s": seconds_per_step * (images // recipe.batch_size)}))
-    return float(max(1, round(seconds / json.loads(note.read_text())["epoch_s"])))
+        known[name] = statistics.median(spent[name]) * (images // recipe.batch_size)
+    note.write_text(json.dumps(known))
+    return known
+
+
+def processor_seconds(recipe: Recipe, steps: int) -> float:
+    """The processor time of so many updates and of what is around them."""
+    limits = recipe.limits.model_copy(update={"steps": steps})
+    short = recipe.model_copy(update={"limits": limits, "evaluators": {}, "monitors": {}})
+    with tempfile.TemporaryDirectory() as folder:
+        before = time.process_time()
+        train_recipe(short, Path(folder) / "run", name="timed", quiet=True)
+        return time.process_time() - before
+
+
+def stretched(recipe: Recipe, epochs: float) -> Recipe:
+    """The recipe for so many epochs, its warm-up the same share of them."""
+    assert recipe.epochs is not None
+    assert isinstance(recipe.optim.schedule, Cosine)
+    warmup = recipe.optim.schedule.warmup_epochs * epochs / recipe.epochs
+    schedule = recipe.optim.schedule.model_copy(update={"warmup_epochs": warmup})
+    optim = recipe.optim.model_copy(update={"schedule": schedule})
+    return recipe.model_copy(update={"epochs": epochs, "optim": optim})
 
 
 def train_and_score(recipe: Recipe, place: Path) -> Scores:
     """The scores at the end of a run; one that is there is not made again."""
-    if not (place / "model.safetensors").exists():
-        train_recipe(recipe, place, name=place.parent.name, quiet=True)
+    note = place / "processor_minutes.json"
+    if not note.exists():
+        before = time.process_time()
+        train_recipe(recipe, place, name=place.parent.name, fresh=True, quiet=True)
+        note.write_text(json.dumps((time.process_time() - before) / 60))
     last: Mapping[str, float] = list(read_rows(place / "metrics.jsonl"))[-1].values
-    return Scores(last["knn/top1"], last["linear/top1"])
+    return Scores(last["knn/top1"], last["linear/top1"], json.loads(note.read_text()))
 
 
 def score_fresh(run: Path) -> Scores:
@@ -164,7 +193,8 @@ def score_pixels(recipe: Recipe) -> Scores:
 
 def line(name: str, epochs: str, scores: Sequence[Scores]) -> str:
     """A row of the table: means over seeds, and the seeds."""
-    cells = []
+    minutes = [one.minutes for one in scores if one.minutes is not None]
+    cells = [f"{statistics.mean(minutes):.1f} min" if minutes else ""]
     for values in ([100 * one.knn for one in scores], [100 * one.linear for one in scores]):
         seeds = ", ".join(f"{value:.1f}" for value in values)
         cells.append(f"{statistics.mean(values):.1f} % ({seeds})" if len(values) > 1 else f"{values[0]:.1f} %")
