@@ -5,7 +5,8 @@ steps before the replaced ones are taken again with the same bits, however far b
 with rollbacks resumes exactly. docs/decisions/0012-rollback.md says why it is so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -90,21 +91,20 @@ class Guard:
         trouble again, or goes on with the detour: the end is the same.
 
         Raises:
-            Diverged: there were as many rollbacks as are allowed; says what they have shown.
+            Diverged: there were as many rollbacks as are allowed; says what they have shown. The checkpoints of the
+                trouble are set aside, its rows stay to be looked at: a resume begins before it.
             PassingFault: the disk fails on the way; training again goes the same way.
         """
-        if len(state.detours) >= self._config.max_rollbacks:
-            raise Diverged(self._diagnosis(state, trouble))
         detour = self._config.detour(trouble, len(state.detours) + 1, self._timeline)
+        if detour.attempt > self._config.max_rollbacks:
+            with _passing(trouble):
+                self._checkpoints.set_aside_after(detour.first)
+            raise Diverged(self._diagnosis(state, trouble))
         detours, elapsed_s = (*state.detours, detour), state.elapsed_s
         state.whole = False
-        try:
+        with _passing(trouble):
             self._restore(state, detour.first)
             self._journal.rewind(state.step)
-        except LockLost:
-            raise
-        except (OSError, RunError) as error:  # the latter where the log cannot be written
-            raise PassingFault(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
         state.detours, state.elapsed_s, state.whole = detours, elapsed_s, True
         self._tell(state.step, detour, trouble)
         self._checkpoints.save(state, reason="rollback")
@@ -152,6 +152,17 @@ class Guard:
             f"{trouble.message}; rolled back {len(state.detours)} times before: {ways}; {cause}; "
             f"guard.max_rollbacks={self._config.max_rollbacks} allows no more"
         )
+
+
+@contextmanager
+def _passing(trouble: RollBack) -> Iterator[None]:
+    """A disk that fails on the way back is told with the trouble, and may be well the next time."""
+    try:
+        yield
+    except LockLost:
+        raise
+    except (OSError, RunError) as error:  # the latter where the log cannot be written
+        raise PassingFault(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
 
 
 def _step_of(path: Path) -> int:

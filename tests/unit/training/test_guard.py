@@ -218,6 +218,21 @@ def test_a_trouble_that_comes_back_ends_in_a_diagnosis(tmp_path: Path) -> None:
     assert equal(state, fit(guarded(tmp_path / "straight", Huge(until=2))))
 
 
+@pytest.mark.parametrize("until", [-1, 1], ids=["repaired", "one more"])
+def test_after_a_diagnosis_a_resume_begins_before_the_trouble(tmp_path: Path, until: int) -> None:
+    once = FEW_STEPS.model_copy(update={"max_rollbacks": 1})
+    with pytest.raises(Diverged):
+        fit(guarded(tmp_path, Huge(until=1), every="2 steps", guard=once))
+    assert list(find_checkpoints(tmp_path / "checkpoints")) == [4], "6 and 8 are of the trouble"
+    assert [row.step for row in read_rows(tmp_path / "metrics.jsonl")] == [4, 5, 8], "to be looked at"
+    # What the diagnosis advises changes the recipe, but not necessarily how many rollbacks it allows.
+    guard = once if until < 1 else FEW_STEPS
+    data = Huge(until=until)
+    state = fit(guarded(tmp_path, data, every="2 steps", guard=guard))
+    assert (state.step, data.given[0]) == (LAST, 4)
+    assert [detour.attempt for detour in state.detours] == ([1] if until < 1 else [1, 2])
+
+
 def test_no_rollback_is_allowed_where_the_number_is_zero(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"large since step 8; guard.max_rollbacks=0 allows no rollback"):
         fit(guarded(tmp_path, guard=FEW_STEPS.model_copy(update={"max_rollbacks": 0})))
