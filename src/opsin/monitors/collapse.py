@@ -115,10 +115,9 @@ class Collapse(Monitor):
             self._largest[encoder] = max(std, self._largest.get(encoder, 0.0))
         self._std = min(stds.values(), default=self._std)
         self._vectors = row.values.get("collapse/vectors", self._vectors)
-        if row.step < self._warmup:
-            return None
         for kind, symptom in self._symptoms(row.values).items():
-            self._spells[kind].note(row.step, symptom)
+            if row.step >= self._warmup or not symptom.is_there:
+                self._spells[kind].note(row.step, symptom)
         lasting = [kind for kind, spell in self._spells.items() if spell.lasts(row.step)]
         if self._verdict not in lasting:
             self._verdict = lasting[0] if lasting else None
@@ -126,7 +125,8 @@ class Collapse(Monitor):
             return None
         spell = self._spells[self._verdict]
         assert spell.since is not None, "it lasts"
-        return Finding(self._verdict.split()[0], f"{spell.text} since step {spell.since}", spell.since)
+        text = f"{spell.text} since step {spell.since}"
+        return Finding(self._verdict.split()[0], text, spell.since, spell.good)
 
     def _symptoms(self, values: Mapping[str, float]) -> "dict[str, _Symptom]":
         """What this row says of each kind; nothing where it lacks the values."""
@@ -214,13 +214,15 @@ class _Spell:
     def __init__(self, patience: int) -> None:
         self._patience = patience
         self._first: tuple[float, ...] = ()
+        self.good = 0
+        """The step of the last row that was not bad."""
         self.since: int | None = None
         self.text = ""
 
     def note(self, step: int, symptom: _Symptom) -> None:
         """Begin, go on, begin again where it gets better, or end."""
         if not symptom.is_there:
-            self.since = None
+            self.since, self.good = None, step
             return
         grows = any(now > _GROWTH * first for now, first in zip(symptom.ways_out, self._first, strict=False))
         if self.since is None or grows:

@@ -36,6 +36,8 @@ class Gradients(Monitor):
         self._config = config
         self._norms: deque[float] = deque(maxlen=_HISTORY)
         self._since: int | None = None
+        self._good = 0
+        """The step of the last row whose norm was not too large."""
 
     def judge(self, row: Row) -> Finding | None:
         norm = row.values.get("train/grad_norm", math.nan)
@@ -44,7 +46,7 @@ class Gradients(Monitor):
         usual = median(self._norms) if len(self._norms) >= _FEWEST else math.inf
         self._norms.append(norm)
         if norm <= max(self._config.limit, self._config.factor * usual):
-            self._since = None
+            self._since, self._good = None, row.step
             return None
         self._since = row.step if self._since is None else self._since
         return Finding(
@@ -52,4 +54,5 @@ class Gradients(Monitor):
             f"gradient explosion: norm {norm:.3g}, {norm / max(usual, 1e-9):.0f} times its median, "
             f"since step {self._since}; lower optim.lr, or set optim.clip_norm",
             self._since,
+            self._good,
         )

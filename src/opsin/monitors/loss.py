@@ -56,6 +56,8 @@ class Loss(Monitor):
         self._usual: deque[float] = deque(maxlen=_HISTORY)
         self._high: list[tuple[int, float]] = []
         """Steps and losses of the rows above the band, up to this one."""
+        self._good = 0
+        """The step of the last row within the band."""
 
     def judge(self, row: Row) -> Finding | None:
         stage = self._timeline.place(row.step - 1).stage
@@ -68,7 +70,7 @@ class Loss(Monitor):
         limit, usual = self._band()
         if loss <= limit:
             self._usual.append(loss)
-            self._high = []
+            self._high, self._good = [], row.step
             return None
         self._high.append((row.step, loss))
         if len(self._high) > _HISTORY // 2:  # what has stayed so long is usual
@@ -80,6 +82,7 @@ class Loss(Monitor):
             f"loss spike: {loss:.4g} where {usual:.4g} is usual and up to {limit:.4g} normal, since step "
             f"{self._high[0][0]}; look at the images of these steps; lower optim.lr, or set optim.clip_norm",
             self._high[0][0],
+            self._good,
         )
 
     def _band(self) -> tuple[float, float]:

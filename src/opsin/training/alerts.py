@@ -43,13 +43,15 @@ class Finding:
     """What was measured and since which step, for a reader."""
     since: int
     """The step of the first row that was bad."""
+    good: int | None = None
+    """The step of the last row that was measured and not bad, 0 where none was; None: the one before `since` was."""
 
 
 class RollBack(Exception):
     """A monitor asks for the state before a trouble; `fit` does so, and nobody else sees this."""
 
     def __init__(self, monitor: str, finding: Finding, message: str, *, began: int, found: int) -> None:
-        """`began` is the last step before which all was well, `found` the one after which the trouble was seen."""
+        """`began` is the last step after which all was well, `found` the one after which the trouble was seen."""
         super().__init__(message)
         self.monitor = monitor
         self.finding = finding
@@ -207,7 +209,8 @@ class Alerts:
         Raises:
             RollBack: always.
         """
-        began = max((step for step in self._judged if step < finding.since), default=0)
+        before = max((step for step in self._judged if step < finding.since), default=0)
+        began = before if finding.good is None else finding.good
         raise RollBack(monitor, finding, message, began=began, found=found)
 
     def _take_newest(self, state: TrainState) -> list[_Verdict]:
