@@ -39,7 +39,7 @@ class CollapseConfig(MonitorConfig):
     """Steps at the start that are not judged, since a fresh network looks collapsed; `auto` is 100, or 1 % of a long
     run."""
     patience: int = Field(50, ge=0)
-    """Steps over which every row must look bad and none better than the first."""
+    """Steps over which every measurement must look bad, two at least, and none better than the first."""
     uniform_entropy: float = Field(0.99, gt=0, le=1)
     """Uniform collapse: the entropy of the teacher is above this share of ln K ..."""
     uniform_kl: float = Field(0.05, ge=0)
@@ -118,7 +118,7 @@ class Collapse(Monitor):
         for kind, symptom in self._symptoms(row.values).items():
             if row.step >= self._warmup or not symptom.is_there:
                 self._spells[kind].note(row.step, symptom)
-        lasting = [kind for kind, spell in self._spells.items() if spell.lasts(row.step)]
+        lasting = [kind for kind, spell in self._spells.items() if spell.lasts]
         if self._verdict not in lasting:
             self._verdict = lasting[0] if lasting else None
         if self._verdict is None:
@@ -217,6 +217,8 @@ class _Spell:
         self.good = 0
         """The step of the last row that was not bad."""
         self.since: int | None = None
+        self._last = 0
+        """The step of the last row that was bad."""
         self.text = ""
 
     def note(self, step: int, symptom: _Symptom) -> None:
@@ -227,11 +229,12 @@ class _Spell:
         grows = any(now > _GROWTH * first for now, first in zip(symptom.ways_out, self._first, strict=False))
         if self.since is None or grows:
             self.since, self._first = step, symptom.ways_out
-        self.text = symptom.text
+        self._last, self.text = step, symptom.text
 
-    def lasts(self, step: int) -> bool:
-        """Whether it has lasted for longer than the patience."""
-        return self.since is not None and step - self.since >= self._patience
+    @property
+    def lasts(self) -> bool:
+        """Whether it was seen twice or more, over as many steps as the patience. Rows that say nothing do not count."""
+        return self.since is not None and self._last - self.since >= max(self._patience, 1)
 
 
 def _by_encoder(values: Mapping[str, float], suffix: str) -> dict[str, float]:

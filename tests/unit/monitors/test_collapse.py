@@ -84,6 +84,10 @@ def rows(course: Sequence[tuple[float, ...]], *, rank: float = 8.0) -> list[dict
     ]
 
 
+def features_of(std: float) -> dict[str, float]:
+    return {"collapse/student_std": std, "collapse/student_rank": 8.0, "collapse/vectors": 96.0}
+
+
 def report(features: Mapping[str, Tensor]) -> StepReport:
     clock = TIMELINE.clock(49)
     return StepReport(
@@ -203,6 +207,13 @@ def test_features_in_one_direction_are_a_collapse() -> None:
 def test_rows_between_measurements_neither_begin_nor_end_a_finding() -> None:
     course: list[dict[str, float]] = rows(HOT)[:4] + [{"train/loss": 1.0}] * 2 + rows(HOT)[4:]
     assert list(judged(monitor(), course)) == [150, 200, 250, 300, 350]
+
+
+def test_one_bad_measurement_is_no_finding_however_long_ago() -> None:
+    nothing = [{"train/loss": 1.0}] * 9
+    course = [row for std in (0.9, 0.02, 0.02) for row in ({**features_of(std)}, *nothing)]
+    assert next(iter(judged(monitor(every="500 steps", warmup=0), course))) == 1050, "measured at 50, 550 and 1050"
+    assert judged(monitor(patience=0, warmup=0), [features_of(0.9), features_of(0.02)]) == {}
 
 
 def test_a_finding_ends() -> None:
