@@ -53,9 +53,16 @@ def streak_answer(recipe: Recipe, alerts: Alerts) -> Callable[[Finding, int], No
 def reach(recipe: Recipe, timeline: Timeline) -> Callable[[int], int] | None:
     """How many steps a rollback may go back from a step; None where nothing asks for one."""
     asking = [wanted for wanted in recipe.monitors.values() if wanted.action == "rollback"]
-    delays = [wanted.delay(recipe.log.every) for wanted in asking]
+    delays = [wanted.delay(recipe.log.every, timeline) for wanted in asking]
     if recipe.guard.cancelled == "rollback":
         delays.append(recipe.limits.cancelled_in_a_row + recipe.log.every)
     if not delays:
         return None
-    return lambda step: recipe.guard.margin_steps(timeline, step) + max(delays)
+    delay = max(delays)
+
+    def steps(step: int) -> int:
+        # The margin is that of the stage in which the trouble began, which may have longer epochs.
+        margins = [recipe.guard.margin_steps(timeline, began) for began in (max(0, step - delay), step)]
+        return delay + max(margins)
+
+    return steps

@@ -1,5 +1,6 @@
 """How often something happens during a run: `500 steps`, `1 epoch`, `10 minutes`, `never`."""
 
+import math
 import re
 from functools import cache
 from typing import Annotated, Literal
@@ -69,3 +70,12 @@ def is_due(every: str, timeline: Timeline, step: int, minutes: float = 0.0) -> b
     # Epoch k * number ends between two steps: it is the first step at or after it. The tolerance takes
     # the rounding of step / steps_per_epoch.
     return int(timeline.epoch(step) / number + 1e-9) > int(timeline.epoch(step - 1) / number + 1e-9)
+
+
+def longest_gap(every: str, timeline: Timeline) -> int:
+    """The most steps from one time to the next, of a cadence in steps or epochs; 0 for `never`."""
+    number, unit = parse(every)
+    assert unit != "minutes", "those have no number of steps"
+    return (
+        math.ceil(number * max(stage.steps_per_epoch for stage in timeline.stages)) if unit == "epochs" else int(number)
+    )

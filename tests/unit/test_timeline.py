@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cadence import is_due, parse
+from opsin.cadence import is_due, longest_gap, parse
 from opsin.timeline import Stage, Timeline
 
 stages = st.lists(
@@ -75,6 +75,13 @@ def test_whole_epochs_are_due_exactly_once_whatever_the_rounding(steps_per_epoch
     timeline = Timeline([Stage(epochs=30, batch_size=1, steps_per_epoch=steps_per_epoch)])
     due = [s for s in range(timeline.total_steps + 1) if is_due(f"{every} epochs", timeline, s)]
     assert due == [every * steps_per_epoch * k for k in range(1, 30 // every + 1)]
+
+
+@given(stages, st.sampled_from(["3 steps", "1 epoch", "0.3 epochs", "2.5 epochs", "never"]))
+def test_no_gap_is_longer_than_the_longest(plan: list[Stage], every: str) -> None:
+    timeline = Timeline(plan)
+    due = [0, *(step for step in range(1, timeline.total_steps + 1) if is_due(every, timeline, step))]
+    assert max((after - before for before, after in pairwise(due)), default=0) <= longest_gap(every, timeline)
 
 
 @given(stages)

@@ -26,6 +26,8 @@ _NOTHING = 1 / 50
 """This share of a small divergence is none."""
 _SAME = 1 / 100
 """This share of a small angle is none."""
+_LONG = 10
+"""So many times the patience is given to features that are narrow and have never been much wider."""
 _PREDICTED = "prediction"
 """How the names of features begin that no encoder gives. What cannot be predicted yet is predicted by its mean: that
 such features are narrow says how little is known, not that encoders have collapsed."""
@@ -58,8 +60,9 @@ class CollapseConfig(MonitorConfig):
     """No teacher: the features of teacher and student have at least this cosine while they are below `std`, or come a
     hundred times closer to 1."""
 
-    def delay(self, row_steps: int) -> int:
-        return self.patience + 2 * row_steps
+    def delay(self, row_steps: int, timeline: Timeline) -> int:
+        # A measurement until it is there, the longest patience, and one more where that ends between two.
+        return _LONG * self.patience + 2 * super().delay(row_steps, timeline)
 
     def build(self, timeline: Timeline) -> "Collapse":
         warmup = max(100, timeline.total_steps // 100) if self.warmup == "auto" else self.warmup
@@ -83,7 +86,7 @@ class Collapse(Monitor):
             "uniform_collapse": _Spell(patience),
             "one_prototype_collapse": _Spell(patience),
             "feature_collapse": _Spell(patience),
-            "feature_collapse from the start": _Spell(10 * patience),
+            "feature_collapse from the start": _Spell(_LONG * patience),
         }
         self._std = math.nan
         """The smallest of the encoders, as last judged."""

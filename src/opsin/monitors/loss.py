@@ -34,7 +34,7 @@ class LossConfig(MonitorConfig):
     patience: int = Field(2, ge=1)
     """Rows in a row that must lie above the band."""
 
-    def delay(self, row_steps: int) -> int:
+    def delay(self, row_steps: int, timeline: Timeline) -> int:
         return self.patience * row_steps
 
     def build(self, timeline: Timeline) -> "Loss":

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import field_validator
 
-from opsin.cadence import StepEvery
+from opsin.cadence import StepEvery, longest_gap
 from opsin.config import Family
 from opsin.console import Console
 from opsin.errors import TrainingError
@@ -98,9 +98,12 @@ class MonitorConfig(Family, ABC):
     def build(self, timeline: Timeline) -> Monitor:
         """The monitor of a run with these steps."""
 
-    def delay(self, row_steps: int) -> int:
-        """Steps, with a row for each `row_steps`, from the last good row to that where a trouble is found."""
-        return row_steps
+    def delay(self, row_steps: int, timeline: Timeline) -> int:
+        """The most steps from the last good row to that where a trouble is found, with a row for each `row_steps`.
+
+        Not counted is the time in which a trouble seems to go away by itself.
+        """
+        return max(row_steps, longest_gap(self.every, timeline))
 
     @field_validator("action", mode="after")
     @classmethod

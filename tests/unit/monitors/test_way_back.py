@@ -1,4 +1,4 @@
-"""What a monitor asks to go back to lies before the trouble."""
+"""What a monitor asks to go back to lies before the trouble, and not further back than checkpoints are kept."""
 
 import io
 from collections.abc import Callable, Iterable, Mapping
@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from opsin.assembly_guard import reach
+from opsin.cadence import is_due
 from opsin.console import Console
 from opsin.monitors.collapse import CollapseConfig
 from opsin.monitors.gradients import GradientsConfig
 from opsin.monitors.loss import LossConfig
+from opsin.recipe import read
 from opsin.reporting import Journal
 from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import Alerts, MonitorConfig, RollBack
+from opsin.training.retention import CheckpointConfig, Retention
 from tests.unit.training.tiny_run import fresh
 
 TIMELINE = Timeline([Stage(epochs=100, batch_size=64, steps_per_epoch=22)])
@@ -24,20 +28,27 @@ def asked(folder: Path, config: MonitorConfig, rows: Rows) -> RollBack:
     """The rollback that `config` asks for."""
     state, journal = fresh(), Journal(folder, warn=pytest.fail)
     alerts = Alerts(journal, TIMELINE, Console(io.StringIO()), {"mine": ("rollback", config.build(TIMELINE))})
-    with pytest.raises(RollBack) as caught, alerts.watch(state):
+    with alerts.watch(state):
         for step, values in rows:
             state.step = step
             journal.log(step, TIMELINE.epoch(step), values, time_s=float(step))
-            alerts.judge(state)
-    return caught.value
+            try:
+                alerts.judge(state)
+            except RollBack as trouble:
+                return trouble
+    pytest.fail("nothing was found")
 
 
-def rows_of(values: Callable[[int], Mapping[str, float]]) -> Rows:
-    """Rows at every 50 steps, and at the end of each epoch."""
-    return ((step, values(step)) for step in range(1, TIMELINE.total_steps) if step % 50 == 0 or step % 22 == 0)
+def rows_of(values: Callable[[int], Mapping[str, float]], *, every: str = "50 steps") -> Rows:
+    """Rows at every 50 steps, at the end of each epoch, and where something is measured."""
+    return (
+        (step, values(step))
+        for step in range(1, TIMELINE.total_steps)
+        if step % 50 == 0 or step % 22 == 0 or is_due(every, TIMELINE, step)
+    )
 
 
-def features(std: float, rank: float = 30.0) -> Mapping[str, float]:
+def features(std: float, rank: float = 30.0) -> dict[str, float]:
     return {"collapse/student_std": std, "collapse/student_rank": rank, "collapse/vectors": 128.0}
 
 
@@ -77,3 +88,58 @@ def test_a_spell_that_began_again_since_it_got_better_is_all_of_it_bad(tmp_path:
 
     trouble = asked(tmp_path, CollapseConfig(), rows_of(measured))
     assert (trouble.finding.since, trouble.began, trouble.found) == (400, 300, 450)
+
+
+BEFORE, TOGETHER, NARROW = features(0.15), features(0.05), features(0.09)
+"""Features that tell images apart, that have fallen together, and that are a little narrower than they should be."""
+
+
+@pytest.mark.parametrize("every", ["50 steps", "7 steps", "130 steps", "1 epoch", "6 epochs"])
+@pytest.mark.parametrize("bad", [TOGETHER, NARROW], ids=["together", "narrow"])
+def test_a_collapse_is_found_within_the_delay(tmp_path: Path, every: str, bad: Mapping[str, float]) -> None:
+    config = CollapseConfig.model_validate({"every": every})
+    for onset in range(600, 660, 11):
+        folder = tmp_path / str(onset)
+        folder.mkdir()
+
+        def measured(step: int, onset: int = onset) -> Mapping[str, float]:
+            return (BEFORE if step < onset else bad) if is_due(every, TIMELINE, step) else {}
+
+        trouble = asked(folder, config, rows_of(measured, every=every))
+        assert trouble.began < onset <= trouble.found <= trouble.began + config.delay(50, TIMELINE)
+
+
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(patience=5), GradientsConfig()])
+def test_what_is_in_every_row_is_found_within_the_delay(tmp_path: Path, config: MonitorConfig) -> None:
+    for onset in range(600, 660, 11):
+        folder = tmp_path / str(onset)
+        folder.mkdir()
+
+        def logged(step: int, onset: int = onset) -> Mapping[str, float]:
+            return dict.fromkeys(("train/loss", "train/grad_norm"), 1.0 if step < onset else 99.0)
+
+        trouble = asked(folder, config, rows_of(logged))
+        assert trouble.began < onset <= trouble.found <= trouble.began + config.delay(50, TIMELINE)
+
+
+STAGES = {
+    "one stage": [Stage(20, 64, 500)],
+    "shorter epochs later": [Stage(6, 64, 500), Stage(200, 640, 50)],
+    "longer epochs later": [Stage(60, 640, 50), Stage(20, 64, 500)],
+}
+
+
+@pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
+def test_a_checkpoint_from_before_the_slowest_trouble_is_kept(tmp_path: Path, stages: list[Stage]) -> None:
+    timeline = Timeline(stages)
+    recipe = read("quickstart", ["monitors.collapse.action=rollback"])
+    monitor = recipe.monitors["collapse"]
+    retention = Retention(tmp_path, CheckpointConfig(keep=2), lambda step: False, margin=reach(recipe, timeline))
+    delay = monitor.delay(recipe.log.every, timeline)
+    steps: set[int] = set()
+    for step in range(50, 5000, 50):
+        steps = retention.kept({*steps, step}, step)
+        # The slowest that may be found now.
+        began = max(0, step - delay)
+        first = max(0, began - recipe.guard.margin_steps(timeline, began))
+        assert first < 50 or min(steps) <= first, step
