@@ -127,7 +127,13 @@ def _checkpoints(
         on_written=on_written,
         margin=reach(recipe, timeline),
         check=directory.check_held,
+        scores=partial(_history, journal),
     )
+
+
+def _history(journal: Journal, name: str) -> Mapping[int, float]:
+    """What the log holds of a value, by step."""
+    return {row.step: row.values[name] for row in journal.rows() if name in row.values}
 
 
 def _evaluations(

@@ -52,7 +52,7 @@ def list_checkpoints(path: Path, *, content: bool = False) -> list[Stored]:
     The run may be written meanwhile: what is removed while it is looked at is left out.
 
     Raises:
-        RunError: there is no run.
+        RunError: there is no run, or it cannot be read which are the best.
     """
     folder = _folder(path)
     best = {scored.step: f"{scored.name} {scored.score:.4g}" for scored in read_best(folder)}
@@ -90,7 +90,7 @@ def superfluous(path: Path, *, keep: int | None = None) -> list[Path]:
     `keep` takes the place of `checkpoints.keep`.
 
     Raises:
-        RunError: there is no run.
+        RunError: there is no run, or it cannot be read which are the best.
         ConfigError: its recipe cannot be read.
     """
     folder = _folder(path)

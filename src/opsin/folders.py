@@ -68,6 +68,17 @@ def put_in_place(partial: Path, path: Path) -> None:
     _replace(complete, path)
 
 
+def rename_over(path: Path, target: Path) -> None:
+    """Give a folder another name; an older folder of that name goes.
+
+    Raises:
+        OSError: it cannot be renamed, or the older one not be deleted.
+    """
+    if target.exists():
+        remove_whole(target)
+    path.rename(target)
+
+
 def remove_whole(path: Path) -> None:
     """Delete a folder; killed in the middle, no half of it is left under its name.
 

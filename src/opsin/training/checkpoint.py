@@ -11,7 +11,7 @@ from pathlib import Path
 
 from opsin.cadence import is_due
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
-from opsin.folders import remove_leftovers, remove_whole
+from opsin.folders import remove_leftovers, rename_over
 from opsin.reporting import Fact
 from opsin.timeline import Timeline
 from opsin.training.background import Background
@@ -20,13 +20,15 @@ from opsin.training.checkpoint_format import (
     DamagedCheckpoint,
     find_checkpoints,
     load_into,
+    load_newest,
     name_of,
     read_checkpoint,
 )
-from opsin.training.checkpoint_writer import room, write_checkpoint
+from opsin.training.checkpoint_writer import reason_of, room, write_checkpoint
 from opsin.training.retention import (
     BEST,
     CheckpointConfig,
+    DamagedMarks,
     Retention,
     Scored,
     among_best,
@@ -48,8 +50,6 @@ __all__ = [
     "read_checkpoint",
 ]
 
-_MIB = 2**20
-
 
 class Checkpoints:
     """The checkpoints of one run. Nothing that happens to the disk stops training."""
@@ -67,6 +67,7 @@ class Checkpoints:
         on_written: Callable[[Path], None] = lambda path: None,
         margin: Callable[[int], int] | None = None,
         check: Callable[[], None] = lambda: None,
+        scores: Callable[[str], Mapping[int, float]] = lambda name: {},
     ) -> None:
         """`say` gets the kind and the facts of an event: always `step`; where all is not well `warning`, a sentence.
 
@@ -74,7 +75,8 @@ class Checkpoints:
         (0 where there is no checkpoint), before any event: what was logged after it is to be forgotten. `on_written`
         gets each complete checkpoint, in the thread that wrote it, before older ones are removed; it must not raise.
         `margin` gives for a step how many steps before it a healthy checkpoint lies; None where none is asked for.
-        `check` raises LockLost where the folder is another process's by now.
+        `check` raises LockLost where the folder is another process's by now. `scores` gives what the log holds of a
+        score, by step.
         """
         self._folder = folder
         self._config = config
@@ -86,6 +88,7 @@ class Checkpoints:
         self._on_written = on_written
         self._margin = margin
         self._check = check
+        self._scores = scores
         self._retention = Retention(folder, config, self._is_milestone, margin=margin)
         self._snapshots = Snapshots(beside=config.background, say=say)
         self._writing: Background[_Written] | None = None
@@ -105,20 +108,16 @@ class Checkpoints:
         Raises:
             CheckpointError: all are damaged (a line for each); one is too new, does not fit, or is of a step
                 after the last one.
+            RunError: the folder cannot be read or written.
         """
+        try:
+            return self._restore(fresh)
+        except OSError as error:
+            raise RunError(f"{self._folder}: cannot be written: {error}; make room, or choose another --out") from error
+
+    def _restore(self, fresh: TrainState) -> TrainState:
         remove_leftovers(self._folder)
-        damaged: dict[Path, str] = {}
-        stored: Checkpoint | None = None
-        for path in reversed(find_checkpoints(self._folder).values()):
-            try:
-                stored = load_into(path, fresh)
-                break
-            except DamagedCheckpoint as error:
-                damaged[path] = str(error)
-        if stored is None and damaged:
-            raise CheckpointError(
-                *damaged.values(), f"{self._folder}: no valid checkpoint is left; start over with --fresh"
-            )
+        stored, damaged = load_newest(self._folder, fresh)
         if fresh.step > self._last_step:
             raise CheckpointError(
                 f"{self._folder}: the run has done {fresh.step} steps, the recipe ends after {self._last_step}; "
@@ -129,8 +128,7 @@ class Checkpoints:
         self._on_restore(fresh.step)
         for path, fault in damaged.items():
             self._set_aside(path, fault, fresh.step)
-        # Later ones will be found again: everything is a function of the step.
-        self._retention.forget_scores_after(fresh.step)
+        self._settle_marks(fresh.step)
         if stored is not None:
             changed = stored.recipe != self._fingerprint
             self._say("resumed", {"step": stored.step, "elapsed_s": stored.elapsed_s, "recipe_changed": changed})
@@ -237,7 +235,12 @@ class Checkpoints:
         if not math.isfinite(score) or self._config.best is None:
             return False
         mine = Scored(state.step, self._config.best, score)
-        best = among_best(read_best(self._folder), mine, self._config)
+        try:
+            marked = read_best(self._folder)
+        except RunError as error:
+            self._say("checkpoint_failed", {"step": state.step, "warning": str(error)})
+            return False
+        best = among_best(marked, mine, self._config)
         if best is None or self.save(state, reason="best") is None:
             return False
         try:
@@ -302,7 +305,7 @@ class Checkpoints:
             kept += self._make_room(snapshot)
             path = write_checkpoint(self._folder, snapshot, about, level=level)
         except OSError as error:
-            return _Written(step, snapshot.detours, {}, self._reason(snapshot, error), kept)
+            return _Written(step, snapshot.detours, {}, reason_of(error, self._folder, snapshot), kept)
         except MemoryError:
             return _Written(step, snapshot.detours, {}, "no memory is left", kept)
         seconds = time.monotonic() - started
@@ -328,12 +331,6 @@ class Checkpoints:
         if free < needed:
             raise OSError(errno.ENOSPC, "the disk is full")
         return faults
-
-    def _reason(self, snapshot: Snapshot, error: OSError) -> str:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return error.strerror or str(error)
-        needed, free = room(self._folder, snapshot)
-        return f"no space left (needs about {needed / _MIB:.1f} MiB, {free / _MIB:.1f} MiB are free)"
 
     def _tell(self, written: "_Written") -> None:
         step = written.step
@@ -363,15 +360,20 @@ class Checkpoints:
     def _set_aside(self, path: Path, fault: str, step: int) -> None:
         aside = path.with_name(f"damaged-{path.name}")
         try:
-            if aside.exists():
-                remove_whole(aside)
-            path.rename(aside)
+            rename_over(path, aside)
         except OSError as error:
             raise CheckpointError(f"{fault}; it cannot be renamed to {aside.name}: {error}") from error
-        self._say(
-            "checkpoint_damaged",
-            {"step": step, "warning": f"{fault}; renamed to {aside.name}, going back to step {step}"},
-        )
+        warning = f"{fault}; renamed to {aside.name}, going back to step {step}"
+        self._say("checkpoint_damaged", {"step": step, "warning": warning})
+
+    def _settle_marks(self, step: int) -> None:
+        """Forget the best of later steps, which will be found again: everything is a function of the step."""
+        try:
+            self._retention.forget_scores_after(step)
+        except DamagedMarks as error:
+            best = self._retention.mark_anew(self._scores(self._config.best or ""))
+            steps = ", ".join(f"step {scored.step}" for scored in best) or "none"
+            self._say("checkpoint_damaged", {"step": step, "warning": f"{error}: {steps}"})
 
     def _newest_in_words(self) -> str:
         return (

@@ -168,6 +168,23 @@ def load_into(path: Path, state: TrainState) -> Checkpoint:
     return stored
 
 
+def load_newest(folder: Path, state: TrainState) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """Put the newest valid checkpoint in `folder` into `state`; it, and what is wrong with those passed over.
+
+    Raises:
+        CheckpointError: all are damaged (a line for each); one does not fit, or was written by a newer opsin.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(find_checkpoints(folder).values()):
+        try:
+            return load_into(path, state), damaged
+        except DamagedCheckpoint as error:
+            damaged[path] = str(error)
+    if damaged:
+        raise CheckpointError(*damaged.values(), f"{folder}: no valid checkpoint is left; start over with --fresh")
+    return None, damaged
+
+
 def digest(facts: Mapping[str, Any]) -> str:
     """The sha256 of a manifest without its own."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

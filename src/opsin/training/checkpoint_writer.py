@@ -4,6 +4,7 @@ It is written under a hidden name, synced, then renamed. One that takes the plac
 to `.replacing-step-...`: from there on it is finished whatever happens.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from opsin.folders import put_in_place, sync_folder
 from opsin.training.checkpoint_format import MANIFEST, STATE, digest, name_of
 from opsin.training.snapshot import Snapshot
 
+_MIB = 2**20
 _GATHERED = 2**18
 _EACH_TENSOR, _MANIFEST_BYTES = 320, 4096  # what names and alignment take in both files, measured: 270
 
@@ -69,6 +71,14 @@ def room(folder: Path, snapshot: Snapshot) -> tuple[int, int]:
     place = next(above for above in (folder, *folder.parents) if above.exists())
     needed = snapshot.num_bytes + snapshot.num_tensors * _EACH_TENSOR + _MANIFEST_BYTES
     return needed, shutil.disk_usage(place).free
+
+
+def reason_of(error: OSError, folder: Path, snapshot: Snapshot) -> str:
+    """Why `snapshot` could not be written into `folder`, in words."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error.strerror or str(error)
+    needed, free = room(folder, snapshot)
+    return f"no space left (needs about {needed / _MIB:.1f} MiB, {free / _MIB:.1f} MiB are free)"
 
 
 class _SyncedFile:

@@ -1,7 +1,8 @@
 """Which checkpoints of a run are kept, and which of them are the best."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,8 @@ from pydantic import Field
 
 from opsin.cadence import Every, StepEvery
 from opsin.config import Settings
-from opsin.folders import remove_whole, write_atomic
+from opsin.errors import RunError
+from opsin.folders import remove_whole, rename_over, write_atomic
 from opsin.training.checkpoint_format import find_checkpoints
 
 BEST = "best.json"
@@ -54,15 +56,34 @@ class Scored:
     score: float
 
 
+class DamagedMarks(RunError):
+    """The file that names the best checkpoints can be read, but says nothing."""
+
+
 def read_best(folder: Path) -> list[Scored]:
-    """The best checkpoints in `folder`, the very best first; none where none was marked."""
+    """The best checkpoints in `folder`, the very best first; none where none was marked.
+
+    Raises:
+        DamagedMarks: the file says nothing.
+        RunError: it cannot be read.
+    """
+    path = folder / BEST
     try:
-        facts = json.loads((folder / BEST).read_bytes())
+        facts = json.loads(path.read_bytes())
         first = Scored(int(facts["step"]), str(facts["name"]), float(facts["score"]))
         others = [Scored(int(o["step"]), first.name, float(o["score"])) for o in facts.get("others", [])]
         return [first, *others]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or damaged: the next replaces it
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be read: {error.strerror or error}; it names the best checkpoints: look at the disk, or "
+            "delete it to go on without them"
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedMarks(
+            f"{path}: is damaged ({error!r}); it names the best checkpoints, and a resume makes it anew from the log"
+        ) from error
 
 
 def write_best(folder: Path, best: Sequence[Scored]) -> None:
@@ -142,10 +163,15 @@ class Retention:
     def prune(self, present: int, *, spared: Collection[Path] = (), keep_unhealthy: bool = True) -> list[str]:
         """Remove what is not kept; a sentence for each that cannot be removed.
 
-        Without `keep_unhealthy` the newest that a rollback went back over goes too.
+        Nothing is removed where it cannot be read which are the best. Without `keep_unhealthy` the newest that a
+        rollback went back over goes too.
         """
         faults = []
-        for path in self.superfluous(present, keep_unhealthy=keep_unhealthy):
+        try:
+            doomed = self.superfluous(present, keep_unhealthy=keep_unhealthy)
+        except RunError as error:
+            return [f"{error}; no checkpoint is removed meanwhile"]
+        for path in doomed:
             if path in spared:
                 continue
             try:
@@ -159,19 +185,36 @@ class Retention:
 
         Raises:
             OSError: one cannot be renamed.
+            RunError: it cannot be read which are the best.
         """
         later = [path for number, path in find_checkpoints(self._folder).items() if number > step]
         # The newest first: killed in between, the run goes on from one that is nearer to `step`.
         for path in reversed(later):
-            aside = path.with_name(f"{UNHEALTHY}{path.name}")
-            if aside.exists():
-                remove_whole(aside)
-            path.rename(aside)
+            rename_over(path, path.with_name(f"{UNHEALTHY}{path.name}"))
         self.forget_scores_after(step)
         return later
 
+    def mark_anew(self, scores: Mapping[int, float]) -> list[Scored]:
+        """Mark the best of the checkpoints that are there, by the scores that the log has of steps.
+
+        Raises:
+            OSError: the marks cannot be written.
+        """
+        best: list[Scored] = []
+        for step in find_checkpoints(self._folder):
+            score = scores.get(step, math.nan)
+            if self._config.best is not None and math.isfinite(score):
+                best = among_best(best, Scored(step, self._config.best, score), self._config) or best
+        write_best(self._folder, best)
+        return best
+
     def forget_scores_after(self, step: int) -> None:
-        """Later checkpoints are not the best any more: they will be found again, or shall not be."""
+        """Later checkpoints are not the best any more: they will be found again, or shall not be.
+
+        Raises:
+            RunError: the marks cannot be read.
+            OSError: they cannot be written.
+        """
         best = read_best(self._folder)
         if any(scored.step > step for scored in best):
             write_best(self._folder, [scored for scored in best if scored.step <= step])

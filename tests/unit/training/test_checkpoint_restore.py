@@ -1,12 +1,14 @@
 """Restoring takes the newest valid checkpoint, and says what is wrong with the others."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from opsin.errors import CheckpointError
+from opsin.errors import CheckpointError, RunError
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.state import TrainState
 from tests.unit.training.tiny_run import Story, bits, equal, flip_byte, fresh, train
@@ -46,6 +48,31 @@ def test_leftovers_of_killed_writers_are_removed(story: Story) -> None:
         (story.folder / name / "state.pt").write_bytes(b"half")
     assert story.checkpoints.restore(fresh()).step == 0
     assert list(story.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["leftovers", "marks"])
+def test_a_disk_that_fails_is_told_with_a_way_out(story: Story, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    story.checkpoints.save(train(fresh(), to=3), reason="test")
+    if place == "leftovers":
+        (story.folder / ".best.json.4711.writing").mkdir()
+    else:
+        later = [{"step": 2, "score": 0.5}]
+        (story.folder / "best.json").write_text(
+            json.dumps({"step": 9, "name": "val/top1", "score": 1, "others": later})
+        )
+
+        def full(path: Path, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("opsin.training.retention.write_atomic", full)
+    with pytest.raises(RunError, match=r"checkpoints: cannot be written: .*; make room, or choose another --out"):
+        Story(story.folder).checkpoints.restore(fresh())
+
+
+def test_unreadable_marks_are_told_with_a_way_out(story: Story) -> None:
+    (story.folder / "best.json").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"best\.json: cannot be read: Is a directory; .* delete it to go on"):
+        story.checkpoints.restore(fresh())
 
 
 @pytest.fixture

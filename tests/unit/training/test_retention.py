@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,41 @@ def test_a_resume_forgets_the_scores_of_later_steps_alone(tmp_path: Path) -> Non
     assert Story(tmp_path).checkpoints.restore(fresh()).step == 6
     facts = json.loads((tmp_path / "best.json").read_text())
     assert [facts["step"], *(other["step"] for other in facts["others"])] == [4, 6]
+
+
+def make_unreadable(marks: Path) -> None:
+    marks.unlink()
+    marks.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [make_unreadable, lambda marks: flip_byte(marks, 0)], ids=["unreadable", "damaged"])
+def test_nothing_is_removed_while_it_cannot_be_read_which_are_the_best(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    story = Story(tmp_path, every="1 step", keep=1)
+    save_each(story, to=4, scores={2: 0.9, 3: 0.5})
+    assert story.steps() == [2, 4]
+    spoil(tmp_path / "best.json")
+    state = train(fresh(), to=5)
+    story.checkpoints.save_if_due(state)
+    story.checkpoints.note_scores(state, {"val/top1": 0.1})
+    assert story.steps() == [2, 4, 5]
+    assert len(story.warnings()) == 2
+    assert all("best.json: " in warning for warning in story.warnings())
+    assert story.warnings()[0].endswith("no checkpoint is removed meanwhile")
+
+
+def test_damaged_marks_are_made_anew_from_the_log(tmp_path: Path) -> None:
+    save_each(Story(tmp_path, every="1 step", keep=2, best_keep=2), to=8, scores=SCORES)
+    marks = (tmp_path / "best.json").read_bytes()
+    flip_byte(tmp_path / "best.json", 0)
+    again = Story(tmp_path, every="1 step", keep=1, best_keep=2, scores={1: 0.99, **SCORES})
+    again.checkpoints.restore(fresh())
+    assert (tmp_path / "best.json").read_bytes() == marks, "of step 1 there is no checkpoint"
+    (warning,) = again.warnings()
+    assert warning.endswith("a resume makes it anew from the log: step 4, step 8")
+    again.checkpoints.save(train(fresh(), to=9), reason="test")
+    assert again.steps() == [4, 8, 9]
 
 
 def test_there_is_always_a_healthy_one(tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ class Story:
         margin: int | None = None,
         on_written: Callable[[Path], None] = lambda path: None,
         check: Callable[[], None] = lambda: None,
+        scores: Mapping[int, float] | None = None,
         **settings: object,
     ) -> None:
         self.folder = folder
@@ -101,6 +102,7 @@ class Story:
             on_written=on_written,
             margin=None if margin is None else lambda step: margin,
             check=check,
+            scores=lambda name: scores or {},
         )
 
     def warnings(self) -> list[str]:
