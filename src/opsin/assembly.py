@@ -199,9 +199,10 @@ def _splits(recipe: Recipe, method: Method, directory: RunDirectory, journal: Jo
     sizes = [stage.batch_size or recipe.batch_size for stage in recipe.stages] or [recipe.batch_size]
     asked = f"batch_size {sizes} in accumulate {recipe.accumulate}"
     splits = Splits(directory.splits, asked=asked, say=partial(_tell, journal, console))
-    if (split := splits.newest) is not None:
-        place = f"from step {split.step + 1} on, where memory ended ({directory.splits.name})"
-        console.notice(f"accumulate: {recipe.accumulate * split.factor} {place}")
+    if splits.found:
+        newest = splits.found[-1]
+        place = f"from step {newest.step + 1} on, where memory ended ({directory.splits.name})"
+        console.notice(f"accumulate: {recipe.accumulate * newest.factor} {place}")
     return splits
 
 

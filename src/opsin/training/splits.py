@@ -56,9 +56,9 @@ class Splits:
         self._unwritten = False
 
     @property
-    def newest(self) -> Split | None:
-        """The last split; None where memory always sufficed."""
-        return self._found[-1] if self._found else None
+    def found(self) -> tuple[Split, ...]:
+        """All of them, by step; none where memory always sufficed."""
+        return self._found
 
     def factor(self, step: int) -> int:
         """How many times more parts the update after `step` has."""
@@ -82,6 +82,15 @@ class Splits:
         )
         self._say("out_of_memory", {"step": step, "accumulate": 2 * parts, "images_at_once": smaller, "warning": text})
         return True
+
+    def take_back(self, before: tuple[Split, ...], step: int) -> None:
+        """Go back to the splits of `before` the update after `step`, which none of the others has helped."""
+        if self._found == before:
+            return
+        self._found = before
+        self._write(step)
+        text = f"step {step + 1}: out of memory with one image at a time: the splits of this step are taken back"
+        self._say("out_of_memory", {"step": step, "images_at_once": 1, "warning": text})
 
     def _write(self, step: int) -> None:
         # Before the update that needs it: whatever kills the process, the update is repeated as it was.

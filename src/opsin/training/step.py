@@ -30,13 +30,16 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
     statistics (batch norm) see one part at a time; everything else is equal to the undivided batch.
     Where memory does not suffice and the plan allows it, the update is begun again in smaller parts.
     """
+    before = plan.splits.found
     while True:
         parts = plan.accumulate * plan.splits.factor(state.step)
         try:
             return _update(state, batch, plan, parts)
         except (RuntimeError, MemoryError) as error:
-            can_repeat = is_out_of_memory(error) and state.whole
-            if not (can_repeat and plan.splits.double(state.step, parts=parts, images=len(batch))):
+            if not (is_out_of_memory(error) and state.whole):
+                raise
+            if not plan.splits.double(state.step, parts=parts, images=len(batch)):
+                plan.splits.take_back(before, state.step)
                 raise
         # Here and not above: with the error go the frames that it holds, and with these the tensors in them.
         release_memory(batch.ids.device)

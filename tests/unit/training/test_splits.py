@@ -96,6 +96,19 @@ def test_one_image_that_is_too_large_ends_the_update_and_leaves_the_state_whole(
     assert all(torch.equal(a, b) for a, b in zip(copy_of(state), before, strict=True))
 
 
+def test_splits_that_did_not_help_are_not_kept(tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    assert Splits(file).double(0, parts=1, images=6)
+    told: list[Mapping[str, Fact]] = []
+    splits = Splits(file, say=lambda kind, facts: told.append(facts))
+    method = Cramped(0, error=ERRORS[0])
+    state = TrainState(method, build_optimizer(CONFIG, method))
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(state, batch_of(6), plan_for(method, CONFIG, splits=splits))
+    assert [Splits(file).factor(step) for step in (0, 1)] == [2, 2], "as it was before this update"
+    assert str(told[-1]["warning"]).endswith("one image at a time: the splits of this step are taken back")
+
+
 def test_other_errors_are_not_mistaken_for_a_lack_of_memory(tmp_path: Path) -> None:
     method = Cramped(8, error=RuntimeError("shapes differ"))
     state = TrainState(method, build_optimizer(CONFIG, method))
@@ -128,7 +141,7 @@ def test_memory_that_ends_at_an_earlier_step_splits_there_too(tmp_path: Path) ->
 def test_other_wishes_for_batches_forget_the_splits_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
     assert Splits(file, asked="256 in 1").double(4, parts=1, images=8)
-    assert Splits(file, asked="128 in 1").newest is None
+    assert Splits(file, asked="128 in 1").found == ()
     file.write_text(json.dumps({"splits": [{}], "asked": ""}))
     with pytest.raises(RunError, match=r"splits\.json: is damaged"):
         Splits(file)
