@@ -18,6 +18,10 @@ from opsin.errors import RunError
 from opsin.folders import write_atomic
 from opsin.reporting import Fact
 
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
+"""What a plain RuntimeError says of it: torch's on the CPU; the driver's; cuBLAS's, cuDNN's and their kin's, which take
+memory past torch."""
+
 Policy = Literal["split", "always", "stop"]
 """`split` does so where the update stays the same, `always` also where batch norm sees smaller parts."""
 
@@ -114,9 +118,8 @@ def uses_batch_statistics(network: nn.Module) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` tells that there is no memory left, on the GPU or the host."""
-    # On the CPU torch raises a plain RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
     )
 
 

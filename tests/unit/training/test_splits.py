@@ -63,10 +63,14 @@ ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu", "host"])
+@pytest.mark.parametrize("error", ERRORS, ids=["gpu", "cpu", "host", "driver", "cublas", "cudnn 8", "cudnn 9"])
 def test_an_update_that_was_split_equals_the_one_that_was_asked_for_in_these_parts(
     tmp_path: Path, error: Exception
 ) -> None:
