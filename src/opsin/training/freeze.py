@@ -1,7 +1,7 @@
 """Which layers learn in a stage, by patterns of parameter names.
 
 A frozen parameter gets no gradient and its optimizer state is not touched. A norm whose parameters are
-frozen keeps its running statistics too.
+frozen keeps its running statistics too. Networks of which nothing ever learns (a teacher) are left alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,6 +19,7 @@ class LayerFreezer:
     def __init__(self, method: nn.Module) -> None:
         self._method = method
         self.learnable = tuple(name for name, param in method.named_parameters() if param.requires_grad)
+        self._networks = {name.partition(".")[0] for name in self.learnable}
         self._current: tuple[str, ...] | None = None
 
     def __call__(self, clock: Clock) -> None:
@@ -39,7 +40,7 @@ class LayerFreezer:
                 if name not in learning:
                     param.grad = None
         for name, module in self._method.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and name.partition(".")[0] in self._networks:
                 learns = any(f"{name}.{own}" in learning for own, _ in module.named_parameters())
                 module.train(learns or bool(matches([f"{name}.running_mean"], patterns)))
         self._current = patterns

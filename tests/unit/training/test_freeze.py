@@ -8,6 +8,7 @@ import torch
 
 from opsin.errors import ConfigError
 from opsin.methods.base import DataFacts
+from opsin.methods.dino import DinoConfig
 from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.convnet import ConvNetConfig
 from opsin.schedule import Constant
@@ -120,6 +121,17 @@ def test_a_norm_whose_offset_learns_follows_the_images() -> None:
         "backbone.blocks.1.norm1": True,
         "backbone.blocks.2.norm1": False,
     }
+
+
+@pytest.mark.parametrize("patterns", [("*",), ("student*", "prototypes*"), ("student_head.*",)])
+def test_the_norms_of_a_teacher_are_left_alone_however_the_layers_are_named(patterns: tuple[str, ...]) -> None:
+    method = DinoConfig(prototypes=8, hidden=16, bottleneck=8).build(ConvNetConfig(widths=(8, 8, 8)), FACTS).train()
+    LayerFreezer(method).set_trainable(patterns)
+    norms = {name: module.training for name, module in method.named_modules() if name.endswith(".norm1")}
+    assert {name.partition(".")[0] for name in norms} == {"student", "backbone"}
+    assert all(learns for name, learns in norms.items() if name.startswith("backbone."))
+    frozen = patterns == ("student_head.*",)
+    assert all(learns != frozen for name, learns in norms.items() if name.startswith("student."))
 
 
 def test_a_freezer_that_forgets_freezes_anew_what_was_set_free_meanwhile() -> None:
