@@ -5,7 +5,7 @@ steps before the replaced ones are taken again with the same bits, however far b
 with rollbacks resumes exactly. docs/decisions/0012-rollback.md says why it is so.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from opsin.cadence import StepEvery, parse
 from opsin.config import Settings
 from opsin.console import Console
 from opsin.errors import Diverged, LockLost, PassingFault, RunError
-from opsin.reporting import Fact, Journal
+from opsin.reporting import Event, Fact, Journal
 from opsin.timeline import Timeline
 from opsin.training.alerts import RollBack
 from opsin.training.checkpoint import Checkpoints, DamagedCheckpoint, load_into
@@ -100,12 +100,13 @@ class Guard:
             with _passing(trouble):
                 self._checkpoints.set_aside_after(detour.first)
             raise Diverged(self._diagnosis(state, trouble))
-        detours, elapsed_s = (*state.detours, detour), state.elapsed_s
+        before, elapsed_s, told = state.detours, state.elapsed_s, self._journal.events("rollback")
         state.whole = False
         with _passing(trouble):
             self._restore(state, detour.first)
             self._journal.rewind(state.step)
-        state.detours, state.elapsed_s, state.whole = detours, elapsed_s, True
+        state.detours, state.elapsed_s, state.whole = (*before, detour), elapsed_s, True
+        self._tell_again(state.step, before, told)
         self._tell(state.step, detour, trouble)
         self._checkpoints.save(state, reason="rollback")
 
@@ -124,11 +125,18 @@ class Guard:
         self._start_over(state)
         state.step = 0
 
+    def _tell_again(self, step: int, detours: Sequence[Detour], told: Sequence[Event]) -> None:
+        """The events of detours that are still in force, of those `told` before the journal went further back."""
+        left = [event.facts for event in self._journal.events("rollback")]
+        for detour in detours:
+            facts = next((event.facts for event in told if _facts(detour).items() <= event.facts.items()), None)
+            if facts is not None and facts not in left:
+                self._journal.event("rollback", step, **facts)
+
     def _tell(self, step: int, detour: Detour, trouble: RollBack) -> None:
         """One event for each rollback, also where the run was killed before it was saved and found it again."""
-        numbers: dict[str, Fact] = {name: value for name, value in asdict(detour).items() if name != "kind"}
-        said: dict[str, Fact] = {"monitor": trouble.monitor, "finding": detour.kind, "message": trouble.message}
-        facts = {**numbers, **said, "since": trouble.finding.since}
+        said: dict[str, Fact] = {"monitor": trouble.monitor, "message": trouble.message, "since": trouble.finding.since}
+        facts = {**_facts(detour), **said}
         if all(event.facts != facts for event in self._journal.events("rollback")):
             self._journal.event("rollback", step, **facts)
         slower = f", learning rate x {detour.lr_factor:g} to step {detour.lr_until}" if detour.lr_factor < 1 else ""
@@ -163,6 +171,11 @@ def _passing(trouble: RollBack) -> Iterator[None]:
         raise
     except (OSError, RunError) as error:  # the latter where the log cannot be written
         raise PassingFault(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
+
+
+def _facts(detour: Detour) -> dict[str, Fact]:
+    """A detour as its event has it."""
+    return {"finding" if name == "kind" else name: value for name, value in asdict(detour).items()}
 
 
 def _step_of(path: Path) -> int:

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -18,7 +19,7 @@ from opsin.errors import ConfigError, Diverged, PassingFault, Stopped
 from opsin.recipe import read
 from opsin.reporting import Journal, Row, read_events, read_rows
 from opsin.timeline import Stage, Timeline
-from opsin.training.alerts import Finding, Monitor, RollBack
+from opsin.training.alerts import Action, Finding, Monitor, RollBack
 from opsin.training.checkpoint import find_checkpoints, read_checkpoint
 from opsin.training.guard import GuardConfig
 from opsin.training.loop import Run, fit
@@ -126,6 +127,29 @@ def test_a_guarded_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path, 
         fit(guarded(tmp_path / "stopped", data))
     assert equal(fit(guarded(tmp_path / "stopped")), straight)
     assert rollbacks(tmp_path / "stopped") == rollbacks(tmp_path / "straight")
+
+
+class Slow(Monitor):
+    """Finds, once in a run, at step 12 that all has been bad from step 2 on."""
+
+    def judge(self, row: Row) -> Finding | None:
+        is_new = row.step == 12 and row.values["train/lr"] == 0.01
+        return Finding("slow", "slow since step 2", 2) if is_new else None
+
+
+@pytest.mark.parametrize("kill_at", [-1, 1, 5, 9])
+def test_a_rollback_is_still_told_after_another_has_gone_further_back(tmp_path: Path, kill_at: int) -> None:
+    def run(data: Huge) -> Run:
+        monitors: dict[str, tuple[Action, Monitor]] = {"large": ("rollback", Large()), "slow": ("rollback", Slow())}
+        return run_in(tmp_path, data, every="2 steps", monitors=monitors, guard=FEW_STEPS, is_regular=regular)
+
+    data = Huge()
+    data.kill_at = kill_at
+    with nullcontext() if kill_at < 0 else pytest.raises(Stopped):
+        fit(run(data))
+    state = fit(run(Huge()))
+    assert [(detour.first, detour.kind) for detour in state.detours] == [(4, "large"), (0, "slow")]
+    assert [(told["attempt"], told["finding"]) for told in rollbacks(tmp_path)] == [(1, "large"), (2, "slow")]
 
 
 class End(Exception):
