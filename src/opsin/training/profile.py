@@ -102,8 +102,13 @@ class StepProfile(Profile):
         self._room = 0
         self._done: list[_Measured] = []
         self._operators: list[Operator] = []
+        self._is_written = False
 
     def over(self, batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
+        if self._is_written:
+            yield from batches
+            return
+        self._done, self._operators = [], []  # of steps that a rollback has gone back over
         self._plan(self._last_step - state.step)
         yield from islice(batches, self._config.skip if self._wanted else 0)
         try:
@@ -187,7 +192,10 @@ class StepProfile(Profile):
             # Where a step has failed, its failure is what matters.
             with suppress(RuntimeError):
                 self._take().stop()
-        self._console.warning(f"profile: training has ended before {self._wanted} steps were profiled; no split.json")
+        self._console.warning(
+            f"profile: interrupted before {self._wanted} steps were profiled; no split.json, unless training goes on "
+            "and they are profiled anew"
+        )
 
     def _write(self) -> None:
         if not self._done:
@@ -207,6 +215,7 @@ class StepProfile(Profile):
         for line in split.lines():
             self._console.notice(line)
         split.write(self._folder)
+        self._is_written = True
         self._console.notice(f"profile: written to {self._folder}")
 
     @contextmanager

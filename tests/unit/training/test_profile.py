@@ -149,7 +149,44 @@ def test_a_training_that_ends_early_leaves_no_profiler_behind(tmp_path: Path) ->
     assert not isinstance(span("forward"), nullcontext)
     given.close()  # type: ignore[attr-defined]  # what an exception in the loop does
     assert isinstance(span("forward"), nullcontext)
-    assert "training has ended before 3 steps were profiled" in screen.getvalue()
+    assert "interrupted before 3 steps were profiled" in screen.getvalue()
+
+
+def test_a_rollback_in_the_middle_begins_the_profile_anew(tmp_path: Path) -> None:
+    screen, state = io.StringIO(), fresh()
+    step_profile = StepProfile(
+        ProfileConfig(steps=12, skip=0, trace=False),
+        tmp_path / "profile",
+        Console(screen),
+        device=torch.device("cpu"),
+        last_step=99,
+        interrupted=lambda step: False,
+        paused=nullcontext,
+    )
+
+    def train(*, to: int) -> None:
+        batches = iter([Batch({}, torch.zeros(4), torch.zeros(4))] * 99)
+        given = step_profile.over(batches, state)
+        while state.step < to:
+            next(given)
+            for part in ("forward", "backward", "optimizer"):
+                with span(part):
+                    torch.ones(100, 100).sum()
+            state.step += 1
+            step_profile.end_step(state)
+        given.close()  # type: ignore[attr-defined]  # what an exception in the loop does
+
+    train(to=5)
+    assert not (tmp_path / "profile" / "split.json").exists()
+    state.step = 2
+    train(to=14)
+    split = split_of(tmp_path)
+    assert (split["first_step"], split["last_step"], split["steps"]) == (3, 14, 12)
+    written = (tmp_path / "profile" / "split.json").read_bytes()
+    state.step = 4
+    train(to=30)
+    assert (tmp_path / "profile" / "split.json").read_bytes() == written, "once is enough"
+    assert screen.getvalue().count("interrupted before 12 steps") == 1
 
 
 def test_without_a_profile_a_span_is_nothing() -> None:
