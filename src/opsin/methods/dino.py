@@ -361,6 +361,7 @@ class Dino(Method):
             "teacher_entropy_share": entropy / math.log(count),
             "kl": loss - entropy,
             "prototypes_used": used / min(count, len(winners)),
+            "winners": used,
             "center_norm": self.center.norm(),
         }
 

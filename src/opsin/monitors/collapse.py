@@ -72,8 +72,9 @@ class CollapseConfig(MonitorConfig):
 class Collapse(Monitor):
     """Measures features of student and teacher, and judges them with what the method says of its teacher.
 
-    From the method it reads, where rows have them, `train/teacher_entropy_share`, `train/kl` and
-    `train/prototypes_used`.
+    From the method it reads, where rows have them, `train/teacher_entropy_share`, `train/kl`, `train/winners`, how many
+    prototypes are the first choice for an image of the batch, and `train/prototypes_used`, the same as a share of how
+    many it could be.
     """
 
     def __init__(self, config: CollapseConfig, *, warmup: int) -> None:
@@ -90,7 +91,6 @@ class Collapse(Monitor):
         }
         self._std = math.nan
         """The smallest of the encoders, as last judged."""
-        self._vectors = math.inf
         self._largest: dict[str, float] = {}
         """The largest `std` of each encoder so far."""
         self._verdict: str | None = None
@@ -117,7 +117,6 @@ class Collapse(Monitor):
         for encoder, std in stds.items():
             self._largest[encoder] = max(std, self._largest.get(encoder, 0.0))
         self._std = min(stds.values(), default=self._std)
-        self._vectors = row.values.get("collapse/vectors", self._vectors)
         for kind, symptom in self._symptoms(row.values).items():
             if row.step >= self._warmup or not symptom.is_there:
                 self._spells[kind].note(row.step, symptom)
@@ -142,12 +141,13 @@ class Collapse(Monitor):
                 f"no teacher: its features are those of the student (cosine {cosine:.6f})",
                 ways_out=(self._std,),
             )
-        names = ("teacher_entropy", "teacher_entropy_share", "kl", "prototypes_used")
-        entropy, share, kl, used = (values.get(f"train/{name}", math.nan) for name in names)
-        if not math.isnan(entropy + share + kl + used):
+        names = ("teacher_entropy_share", "kl", "winners", "prototypes_used")
+        share, kl, winners, used = (values.get(f"train/{name}", math.nan) for name in names)
+        if not math.isnan(share + kl):
             found["uniform_collapse"] = self._uniform(share, kl)
-            count = math.exp(entropy / share) if share > 0 else math.inf
-            found["one_prototype_collapse"] = self._peaked(share, used * min(count, self._vectors))
+        # Of few images the winners are few: a batch that is computed in single ones says nothing.
+        if not math.isnan(share) and winners >= _FEWEST * used:
+            found["one_prototype_collapse"] = self._peaked(share, winners)
         return found
 
     def _uniform(self, share: float, kl: float) -> "_Symptom":

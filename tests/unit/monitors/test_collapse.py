@@ -73,6 +73,7 @@ def rows(course: Sequence[tuple[float, ...]], *, rank: float = 8.0) -> list[dict
             "train/teacher_entropy_share": share,
             "train/kl": kl,
             "train/prototypes_used": used,
+            "train/winners": used * 96,
             "collapse/student_std": student,
             "collapse/teacher_std": teacher,
             "collapse/student_rank": rank,
@@ -175,6 +176,16 @@ def test_a_collapse_is_named_within_200_steps(course: Sequence[tuple[float, ...]
     text = next(iter(found.values())).text
     assert text.startswith(words)
     assert text.endswith("since step 100")
+
+
+@pytest.mark.parametrize(
+    ("possible", "winners", "is_found"), [(96, 4, True), (96, 5, False), (8, 4, True), (2, 1, False)]
+)
+def test_winners_count_as_they_are_told(possible: int, winners: int, is_found: bool) -> None:
+    """Also where features are those of one view of several, and where a batch is computed in single images."""
+    counts = {"train/winners": float(winners), "train/prototypes_used": winners / possible, "collapse/vectors": 48.0}
+    course = [{**row, **counts} for row in rows(NOT_CENTRED)]
+    assert bool(judged(monitor(), course)) == is_found
 
 
 def test_what_gets_better_is_left_alone() -> None:
