@@ -83,7 +83,11 @@ class OptimConfig(Family, ABC):
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """The optimizer over torch's parameter-group dicts, with its state laid out."""
+        """The optimizer over torch's parameter-group dicts.
+
+        Its state is laid out where torch would leave it undefined if the first update were cancelled. That of AdamW is
+        zero then; it begins with a parameter's first gradient, so that layers that are frozen take no memory for it.
+        """
 
 
 class AdamW(OptimConfig):
