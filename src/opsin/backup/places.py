@@ -47,8 +47,8 @@ class Place(Protocol):
         """Whether a file with this content is there already."""
         ...
 
-    def fetch(self, name: str) -> Iterator[bytes]:
-        """The content; `Absent` where there is none."""
+    def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
+        """The content from byte `start` on, nothing where it ends before; `Absent` where there is no such file."""
         ...
 
     def names(self, folder: str = "") -> list[str]:
@@ -126,9 +126,10 @@ class Folder:
         except OSError as error:
             raise self._error(error) from error
 
-    def fetch(self, name: str) -> Iterator[bytes]:
+    def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
         try:
             with (self._path / name).open("rb") as file:
+                file.seek(start)
                 while chunk := file.read(CHUNK):
                     yield chunk
         except FileNotFoundError as error:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from opsin.backup.attempts import insist
 from opsin.backup.catalog import (
     INDEX,
     DamagedCatalog,
@@ -78,8 +79,8 @@ class _Restore:
         self._num_bytes = 0
 
     def run(self, wanted: int | None, *, only: bool) -> Restored:
-        index = self._read_index()
-        steps = marked_steps(self._place)
+        index = insist(self._read_index, say=self._say)
+        steps = insist(lambda: marked_steps(self._place), say=self._say)
         if _RECIPE not in index.files:
             raise RunError(f"{self._place.shown}: holds no backup of a run (no {_RECIPE})")
         if wanted is not None and wanted not in steps:
@@ -126,7 +127,7 @@ class _Restore:
     def _fetch_checkpoint(self, step: int) -> dict[str, Entry]:
         """The files of a checkpoint once they are here and what its mark says; none where it is damaged."""
         try:
-            entries = read_mark(self._place, step) or {}
+            entries = insist(lambda: read_mark(self._place, step), say=self._say) or {}
         except DamagedCatalog as error:
             self._say(f"{error}; the checkpoint of step {step} is left out")
             return {}
@@ -155,13 +156,14 @@ class _Restore:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.fetching")
         try:
-            with partial.open("wb") as file:
-                for chunk in self._place.fetch(name):
-                    file.write(chunk)
+            found = self._download(name, partial, entries)
+            if entries and found not in entries:
+                # Before the place is blamed: an interrupted restore may have left the beginning of another content.
+                partial.unlink()
+                found = self._download(name, partial, entries)
         except Absent:
             partial.unlink(missing_ok=True)
             return f"{self._place.shown}: {name} is missing"
-        found = entry_of(partial)
         is_good = not entries or found in entries
         if is_good or keep_damaged:
             partial.replace(target)
@@ -170,6 +172,22 @@ class _Restore:
         else:
             partial.unlink()
         return None if is_good else f"{self._place.shown}: {name} is damaged"
+
+    def _download(self, name: str, partial: Path, entries: Collection[Entry]) -> Entry:
+        """Fetch what `partial` lacks of a file that should be one of `entries`; what it holds then."""
+        if entries and partial.is_file() and (left := entry_of(partial)).bytes <= max(e.bytes for e in entries):
+            if left in entries:
+                return left
+        else:
+            partial.unlink(missing_ok=True)
+
+        def fetch_rest() -> None:
+            with partial.open("ab") as file:
+                for chunk in self._place.fetch(name, start=file.tell()):
+                    file.write(chunk)
+
+        insist(fetch_rest, say=self._say, progress=lambda: partial.is_file() and partial.stat().st_size)
+        return entry_of(partial)
 
     def _remove_others(self, names: Collection[str]) -> None:
         """Away with what an interrupted restore of another state has left."""

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from opsin.backup.places import Folder, open_place, read_bytes
+from opsin.backup import attempts
+from opsin.backup.places import Folder, PlaceError, open_place, read_bytes
 from opsin.backup.restore import restore
 from opsin.errors import ConfigError, RunError
 from tests.s3_server import S3Server
@@ -101,11 +102,11 @@ def test_an_interrupted_restore_goes_on_where_it_was(
     fetched: list[str] = []
     fetch = Folder.fetch
 
-    def breaking(self: Folder, name: str) -> Iterator[bytes]:
+    def breaking(self: Folder, name: str, *, start: int = 0) -> Iterator[bytes]:
         fetched.append(name)
         if name.endswith("step-00000010/state.pt") and fetched.count(name) == 1:
             raise Interrupted
-        return fetch(self, name)
+        return fetch(self, name, start=start)
 
     monkeypatch.setattr(Folder, "fetch", breaking)
     with pytest.raises(Interrupted):
@@ -116,6 +117,76 @@ def test_an_interrupted_restore_goes_on_where_it_was(
     states = [name for name in fetched if name.endswith("state.pt")]
     assert sorted(states) == sorted(f"checkpoints/step-000000{step}/state.pt" for step in (10, 10, 20, 30))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def breaking_off(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> list[int]:
+    """Make `state.pt` of step 20 break off after each 500 bytes, so many times; the bytes at which it was begun."""
+    fetch = Folder.fetch
+    starts: list[int] = []
+
+    def breaking(self: Folder, name: str, *, start: int = 0) -> Iterator[bytes]:
+        if not name.endswith("step-00000020/state.pt"):
+            yield from fetch(self, name, start=start)
+            return
+        starts.append(start)
+        data = b"".join(fetch(self, name, start=start))
+        yield data[:500]
+        if len(starts) <= times:
+            raise error
+        yield data[500:]
+
+    monkeypatch.setattr(Folder, "fetch", breaking)
+    return starts
+
+
+def test_a_file_that_breaks_off_goes_on_where_it_was(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_FIRST_PAUSE_S", 0.001)
+    told: list[str] = []
+    starts = breaking_off(monkeypatch, PlaceError("the line is bad"), times=6)
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=told.append)
+    assert content(tmp_path / "again") == content(run)
+    assert starts == [500 * at for at in range(7)]
+    assert told == ["the line is bad; trying again"] * 6, "more often than it would be asked if nothing came"
+
+
+def test_the_next_restore_goes_on_in_the_middle_of_a_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = breaking_off(monkeypatch, Interrupted(), times=1)
+    with pytest.raises(Interrupted):
+        restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    assert content(tmp_path / "again") == content(run)
+    assert starts == [0, 500]
+
+
+def test_what_was_left_of_another_content_is_fetched_anew(run: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".again.restoring" / "checkpoints" / "step-00000020" / ".state.pt.fetching"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of the state before a rollback")
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    assert content(tmp_path / "again") == content(run)
+
+
+def test_a_file_is_damaged_when_it_has_come_so_twice(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Folder.fetch
+    fetched: list[str] = []
+
+    def flipping(self: Folder, name: str, *, start: int = 0) -> Iterator[bytes]:
+        fetched.append(name)
+        data = b"".join(fetch(self, name, start=start))
+        is_bad = name.endswith("state.pt") and (fetched.count(name) == 1 or "step-00000020" in name)
+        yield b"!" + data[1:] if is_bad else data
+
+    monkeypatch.setattr(Folder, "fetch", flipping)
+    told: list[str] = []
+    assert restore(str(tmp_path / "backup"), tmp_path / "again", say=told.append).step == 30
+    assert steps(tmp_path / "again") == ["step-00000010", "step-00000030"]
+    assert len(told) == 1
 
 
 def test_what_an_interrupted_restore_of_another_state_left_is_not_taken_along(run: Path, tmp_path: Path) -> None:
