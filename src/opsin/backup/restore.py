@@ -98,9 +98,11 @@ class _Restore:
             if is_newest or not Path(name).match(_WEIGHTS):
                 self._fetch_file(name, entries)
         self._remove_others({*index.files, *(f"{step_folder(step)}/{name}" for step in kept for name in kept[step])})
-        # The later ones too: who goes on from here takes another way, and they are no part of it.
         ledger = Ledger(self._partial, self._place.shown, run=index.run or None)
-        ledger.add(*kept, *(step for step in steps if newest is not None and step > newest))
+        ledger.add(*kept)
+        # The later ones too: who goes on from here takes another way, and they are no part of it. But those that have
+        # come damaged may be whole, or be mended there.
+        ledger.add(*(step for step in steps if newest is not None and step > newest), spared=wanted is None)
         self._partial.rename(self._folder)
         sync_folder(self._folder.parent)
         return Restored(newest, self._num_files, self._num_bytes)

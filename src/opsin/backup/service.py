@@ -25,6 +25,7 @@ Say = Callable[[str, str], None]
 
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
+_BETWEEN_S = 0.2  # passes at the end
 _QUIET_S = 1.0
 _GRACE_S = 5.0  # for a request that is on its way when nobody waits any longer
 
@@ -183,7 +184,9 @@ class BackgroundBackup(Backup):
             delay *= self._jitter.uniform(0.5, 1.0)
             # Who waits for the end wants to know soon; new checkpoints are no reason to try sooner.
             self._cancelled.wait(min(delay, 2.0)) if self._closing.is_set() else self._closing.wait(delay)
-        elif not self._closing.is_set():
+        elif self._closing.is_set():
+            self._cancelled.wait(_BETWEEN_S)
+        else:
             self._wake.wait(60 * self._config.minutes)
 
     def _note_failure(self, error: Exception) -> None:

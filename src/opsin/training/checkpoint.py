@@ -117,7 +117,9 @@ class Checkpoints:
                 damaged[path] = str(error)
         if stored is None and damaged:
             raise CheckpointError(
-                *damaged.values(), f"{self._folder}: no valid checkpoint is left; start over with --fresh"
+                *damaged.values(),
+                f"{self._folder}: no valid checkpoint is left; fetch one from the backup of the run, if it has any: "
+                "opsin restore URL OTHER_DIR; or start over with --fresh",
             )
         if fresh.step > self._last_step:
             raise CheckpointError(
