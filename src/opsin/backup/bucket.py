@@ -6,6 +6,7 @@ Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `GOOGLE_APPLICATION_
 
 import configparser
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,15 @@ _PARTS_AT_ONCE = 4  # so many parts are in memory
 _PIECE = 2**17  # bytes that come at once: what was fetched when a line fails is kept but for the last of them
 _HASH = "sha256"  # the name of the hash among an object's attributes
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified container does not exist")
+_DENIED = re.compile(r"status code: 40[13]\b")
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+# Where there are no keys the library asks the machine for those of its role, at this address in all clouds.
+_MACHINE = re.compile(r"//169\.254\.169\.254/|/latest/api/token\b")
+_NO_CREDENTIALS = (
+    "no credentials: the environment has none (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
+    "AZURE_STORAGE_ACCOUNT_KEY, ...), and this machine has no role that gives any"
+)
 # Short: the caller tries again, for as long as it takes, and can be told to stop in between.
 _RETRY: Mapping[str, Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 _CONNECT = timedelta(seconds=5)
@@ -146,22 +156,25 @@ class Bucket:
 
         try:
             yield
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise PlaceError(f"{self.shown}: there is no such bucket", refused=True) from None
-            raise Absent(f"{self.shown}: holds no {name}", refused=True) from None
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}", refused=True) from None
-        except BaseError as error:
+        except (FileNotFoundError, BaseError) as error:
             # Not chained: what the library says in full holds headers and the names of keys.
-            if "NoSuchBucket" in str(error):
+            said = str(error)
+            if any(words in said for words in _NO_BUCKET):
                 raise PlaceError(f"{self.shown}: there is no such bucket", refused=True) from None
-            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}") from None
+            if isinstance(error, FileNotFoundError):
+                raise Absent(f"{self.shown}: holds no {name}", refused=True) from None
+            if _MACHINE.search(said):
+                raise PlaceError(f"{self.shown}: {_NO_CREDENTIALS}", refused=True) from None
+            refused = isinstance(error, PermissionDeniedError | UnauthenticatedError) or bool(_DENIED.search(said))
+            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}", refused=refused) from None
 
 
 def _reason(error: Exception, secrets: Mapping[str, str]) -> str:
-    """The last thing that the first line says, without what the server sent along."""
-    line = str(error).partition("\n")[0].partition("<")[0].rpartition(" - ")[2].strip().rstrip(":")
+    """The last thing that the first line says, with no more than the code of what the server sent along."""
+    said = str(error)
+    line = said.partition("\n")[0].partition("<")[0].rpartition(" - ")[2].strip().rstrip(":")
+    if code := _CODE.search(said):
+        line = f"{line} ({code[1]})"
     return masked(masked(line), {f"{name}_SECRET": value for name, value in secrets.items()})
 
 

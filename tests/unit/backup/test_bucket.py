@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,10 +11,31 @@ import pytest
 
 from opsin.backup import bucket
 from opsin.backup.bucket import open_bucket
-from opsin.backup.places import PlaceError
+from opsin.backup.places import PlaceError, put_bytes, read_bytes
+from tests.s3_server import KEY
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 PIECE = 2**16
+
+
+class Server(ThreadingHTTPServer):
+    """Answers at a port of its own until `close`."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def handle_error(self, *arguments: object) -> None:
+        """A client that has hung up."""
+
+    def close(self) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
 
 
 class SlowStore:
@@ -75,16 +97,8 @@ class SlowStore:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *arguments: object) -> None:
-                """A client that has hung up."""
-
-        self._http = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
+        self._server = Server(Handler)
+        self.url = self._server.url
 
     def wait(self) -> None:
         with self._line:
@@ -92,9 +106,7 @@ class SlowStore:
 
     def close(self) -> None:
         self._ended.set()
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
+        self._server.close()
 
 
 @pytest.fixture
@@ -159,3 +171,66 @@ def test_on_a_slow_line_the_parts_of_a_file_go_one_after_the_other(
     slow.most_at_once = 0
     put()
     assert slow.most_at_once == 1
+
+
+def refusing(status: int, code: str) -> Server:
+    """An Azure that gives this answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            body = f"<?xml version='1.0'?><Error>\n <Code>{code}</Code>\n <Message>{KEY}</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def do_PUT(self) -> None:
+            self.answer()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    return Server(Handler)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (404, "ContainerNotFound", "there is no such bucket"),
+        (403, "AuthorizationFailure", "Server returned non-2xx status code: 403 Forbidden (AuthorizationFailure)"),
+    ],
+)
+def test_what_azure_refuses_is_refused_whatever_is_asked(
+    monkeypatch: pytest.MonkeyPatch, status: int, code: str, said: str
+) -> None:
+    server = refusing(status, code)
+    facts = {"ENDPOINT": f"{server.url}/me", "ACCOUNT_NAME": "me", "ACCOUNT_KEY": b64encode(KEY.encode()).decode()}
+    for name, value in facts.items():
+        monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
+    place = open_bucket("az://runs/one")
+    asked: list[Callable[[], object]] = [
+        place.names,
+        lambda: read_bytes(place, "x"),
+        lambda: put_bytes(place, "x", b""),
+    ]
+    for ask in asked:
+        with pytest.raises(PlaceError) as caught:
+            ask()
+        assert (str(caught.value), caught.value.refused) == (f"az://runs/one: {said}", True)
+    server.close()
+
+
+def test_where_no_credentials_are_found_they_are_asked_for(slow: SlowStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(
+        PlaceError, match=r"s3://b/run: no credentials: the environment has none \(AWS_ACCESS"
+    ) as caught:
+        open_bucket("s3://b/run").names()
+    assert caught.value.refused
