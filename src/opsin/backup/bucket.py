@@ -150,6 +150,9 @@ class Bucket:
         except Absent:
             return
 
+    def clear(self) -> None:
+        """Nothing: parts of broken-off uploads cannot be seen from here; a rule of the bucket removes them."""
+
     @contextmanager
     def _in_words(self, name: str) -> Iterator[None]:
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError

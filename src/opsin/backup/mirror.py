@@ -107,6 +107,7 @@ class Mirror:
                 f"{max(own, default=0)}: the run went on elsewhere; opsin restore {self._place.shown} OTHER_DIR gets "
                 "it, or choose another backup.path"
             )
+        self._place.clear()
         # The ledger may be of another place: what both have is the run's own there too.
         self._ledger.add(*(s for s, path in own.items() if s in marked and marked[s] == _stated(path)))
         self._contents = {} if index is None else dict(index.files)

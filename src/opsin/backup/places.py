@@ -59,6 +59,10 @@ class Place(Protocol):
         """Delete a file; nothing happens where there is none."""
         ...
 
+    def clear(self) -> None:
+        """Delete what is left of files that were broken off by the death of the process that stored them."""
+        ...
+
 
 def open_place(path: str) -> Place:
     """The place at a path or an address that `check_place` has let through.
@@ -152,6 +156,14 @@ class Folder:
                 path.parent.rmdir()
         except OSError as error:
             raise self._error(error) from error
+
+    def clear(self) -> None:
+        try:
+            left = [path for path in self._path.rglob(f".*{_PARTIAL}") if path.is_file()]
+        except OSError as error:
+            raise self._error(error) from error
+        for path in left:
+            self.remove(path.relative_to(self._path).as_posix())
 
     def _error(self, error: OSError) -> PlaceError:
         reason = error.strerror or str(error)

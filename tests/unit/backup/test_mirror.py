@@ -320,3 +320,17 @@ def test_a_manifest_that_cannot_be_read_any_more_is_told_and_takes_no_copy_away(
     assert copying.sync() == ["the checkpoint of step 10 is damaged here; its copy stays as it is"]
     assert not copying.missing()
     assert marked_steps(Folder(place)) == [10]
+
+
+def test_what_a_killed_copy_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    run, place = write_run(tmp_path / "run", 10), tmp_path / "backup"
+    mirror(run, place).sync()
+    left = place / "checkpoints" / "step-00000020" / ".state.pt.sending"
+    left.parent.mkdir()
+    left.write_bytes(bytes(1000))
+    with pytest.raises(RunError, match="another run"):
+        mirror(write_run(tmp_path / "other", 10), place).connect()
+    assert left.exists(), "of a run that may be sending it"
+    mirror(run, place).sync()
+    assert not left.parent.exists()
+    assert content(place).keys() - {"backup.json", "checkpoints/step-00000010.json"} == content(run).keys()
