@@ -158,10 +158,11 @@ class Mirror:
             step, source, entries = found
             try:
                 self._send_checkpoint(step, source, entries)
-            except Unfit:
-                faults[step] = self._fault(step) if source.is_dir() else f"{_of(step)} was removed before it was sent"
-            except FileNotFoundError:
-                faults[step] = f"{_of(step)} was removed before it was sent"
+            except (Unfit, FileNotFoundError):
+                if source.is_dir():
+                    faults[step] = self._fault(step)
+                elif step > max(self._staging.sources(), default=-1):  # else a newer one, or its link, takes its place
+                    faults[step] = f"{_of(step)} was removed before it was sent"
             self._prune()
         self._send_files()
         return list(faults.values())
@@ -184,9 +185,9 @@ class Mirror:
         for step, source in self._staging.sources().items():
             if step in faults:
                 continue
-            entries = _stated(source)
+            entries = _stated(source) or _stated(source)  # it may be replaced at this moment
             if entries is None:
-                if source.is_dir():  # and not removed at this moment
+                if source.is_dir():  # and was not removed
                     faults[step] = self._fault(step)
                 continue
             if self._marked.get(step) != entries:
