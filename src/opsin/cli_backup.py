@@ -41,7 +41,7 @@ def out_of_train(arguments: argparse.Namespace) -> Path:
     named = [text for text in arguments.overrides if text.startswith(("backup=", "backup.path="))]
     if named:
         raise ConfigError(f"command line: {named[0]} and --out {run.url} both say where the run is copied; give one")
-    begin_elsewhere(run)
+    begin_elsewhere(run, say=_aside)
     arguments.overrides.append(f"backup.path={run.url}")
     if not arguments.quiet:
         print(f"run directory: {run.folder} (another one: --local FOLDER), copied to {run.url}", flush=True)

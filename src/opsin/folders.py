@@ -22,6 +22,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make everything in `folder` survive a power cut, contents and names."""
+    for path in folder.rglob("*"):
+        sync_folder(path)  # of a file: its content
+    sync_folder(folder)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Put `data` in the place of the file `path`: a reader, or a crash, sees the old content or the new.
 

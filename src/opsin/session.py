@@ -64,7 +64,7 @@ def train(
         name, wanted = Path(recipe).stem, read(str(recipe), texts)
     place = Path("runs", name) if out is None else Path(os.path.expanduser(out))
     if out is not None and (elsewhere := find_elsewhere(str(out), None)) is not None:
-        begin_elsewhere(elsewhere)
+        begin_elsewhere(elsewhere, say=open_console(quiet=False).notice)
         place = elsewhere.folder
         backup = wanted.backup or BackupConfig(path=elsewhere.url)
         wanted = wanted.model_copy(update={"backup": backup.model_copy(update={"path": elsewhere.url})})

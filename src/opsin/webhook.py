@@ -36,7 +36,9 @@ KINDS = (
 )
 """Events that are sent."""
 _FROM_ENVIRONMENT = "env:"
-_TOKEN = re.compile(r"(?=.*\d)[\w-]{20,}|[\w-]{40,}")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]*")
+# Of 16 letters or more with a digit among them, or with large and small ones; or long.
+_TOKEN = re.compile(r"(?=.*\d).{16,}|(?=.*[a-z])(?=.*[A-Z]).{16,}|.{32,}")
 _GIVEN_UP = "refused"
 
 
@@ -72,8 +74,8 @@ def check_setting(setting: str) -> str:
     if fault := url_fault(setting):
         raise ValueError(f"what is given {fault}; {way_out}")
     parts = urlsplit(setting)
-    pieces = re.split(r"[/.]", parts.path)
-    if parts.username or parts.password or parts.query or any(map(_TOKEN.fullmatch, pieces)):
+    is_plain = _PLAIN_PATH.fullmatch(parts.path) and not any(sign in setting for sign in "?#@")
+    if not is_plain or any(map(_TOKEN.fullmatch, re.split(r"[/.~]", parts.path))):
         raise ValueError(f"{masked(setting)} holds what looks like a token, and recipes are copied; {way_out}")
     return setting
 

@@ -266,7 +266,11 @@ def test_damage_is_survived_where_it_can_be_and_told_where_not(tmp_path: Path, o
     too_new = f"new/{newest}: too new: format 99, this opsin .* reads up to 2; upgrade opsin"
     expected = (
         (too_new,),
-        (*damaged, "hopeless/checkpoints: no valid checkpoint is left; start over with --fresh"),
+        (
+            *damaged,
+            "hopeless/checkpoints: no valid checkpoint is left; fetch one from the backup of the run, if it has any: "
+            "opsin restore URL OTHER_DIR; or start over with --fresh",
+        ),
         ("history/run.json: is damaged .*; delete it to go on without its history",),
         (too_new,),
         (*damaged, "hopeless: no valid weights; train it anew with --fresh"),

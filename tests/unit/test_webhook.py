@@ -197,6 +197,35 @@ def test_a_secret_url_stays_out_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -
     assert masked(secret) == "https://hooks.example.org/..."
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "bot123456789:AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw/sendMessage",
+        "services/T0/B0/abcdefGHIJKLmnopqrstUVWX",
+        "hook/c2VjcmV0%2Fc2VjcmV0",
+        "hook/c2VjcmV0LXRva2Vu==",
+        "hook;key=secret",
+        "hook/0123abcd0123abcd",
+        "hook/secretsecretsecretsecretsecretsecret",
+        "webhookb2/me@there/IncomingWebhook",
+        "hook#secret",
+        "hook?secret",
+        "hook?",
+    ],
+)
+def test_whatever_may_be_a_token_stays_out_of_the_recipe(path: str) -> None:
+    with pytest.raises(ValueError, match=r"https://host/\.\.\. holds what looks like a token") as caught:
+        check_setting(f"https://host/{path}")
+    assert path not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/", "/opsin", "/api/v2/alerts.json", "/~me/notifications-of-trainings", "/team-7/hook"]
+)
+def test_plain_words_may_stand_in_the_recipe(path: str) -> None:
+    assert check_setting(f"https://alerts.example.org:8443{path}").endswith(path)
+
+
 @pytest.mark.parametrize("value", [None, "file:///etc/passwd", "https://host:99999/", "https://host/a b", "no url"])
 def test_a_variable_that_holds_no_url_is_a_fault_of_the_user(
     monkeypatch: pytest.MonkeyPatch, value: str | None

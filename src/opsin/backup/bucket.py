@@ -6,6 +6,7 @@ Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `GOOGLE_APPLICATION_
 
 import configparser
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from opsin.backup.places import CHUNK, Absent, PlaceError
+from opsin.backup.places import Absent, PlaceError
 from opsin.backup.secrecy import masked
 from opsin.errors import ConfigError
 
@@ -23,11 +24,26 @@ if TYPE_CHECKING:
 _PART = 8 * 2**20
 _MAX_PARTS = 9_000  # S3 allows 10,000
 _PARTS_AT_ONCE = 4  # so many parts are in memory
+_PIECE = 2**17  # bytes that come at once: what was fetched when a line fails is kept but for the last of them
 _HASH = "sha256"  # the name of the hash among an object's attributes
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified container does not exist")
+_DENIED = re.compile(r"status code: 40[13]\b")
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+# Where there are no keys the library asks the machine for those of its role, at this address in all clouds.
+_MACHINE = re.compile(r"//169\.254\.169\.254/|/latest/api/token\b")
+_NO_CREDENTIALS = (
+    "no credentials: the environment has none (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
+    "AZURE_STORAGE_ACCOUNT_KEY, ...), and this machine has no role that gives any"
+)
 # Short: the caller tries again, for as long as it takes, and can be told to stop in between.
 _RETRY: Mapping[str, Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-_TIMEOUTS = {"connect_timeout": "5s", "timeout": "60s"}
+_CONNECT = timedelta(seconds=5)
+# Without an answer, or in the middle of one: a file may take as long as it takes, as long as something comes.
+_SILENCE = timedelta(seconds=60)
+# For a part or a small file on its way out, which nobody sees moving. A line that is dead the system notices sooner.
+_SENDING = timedelta(minutes=10)
+_FOR_EVER = timedelta(days=365)
 
 
 def open_bucket(url: str) -> "Bucket":
@@ -43,42 +59,57 @@ def open_bucket(url: str) -> "Bucket":
     except ImportError as error:
         raise ConfigError(f"{url}: object stores need the package obstore; pip install obstore") from error
     shared = _shared_aws_settings(os.environ) if urlsplit(url).scheme == "s3" else {}
-    options: dict[str, Any] = {**_TIMEOUTS}
+    options: dict[str, Any] = {"connect_timeout": _CONNECT}
     if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
         options["allow_http"] = True
+
+    def store(**timeouts: timedelta) -> "ObjectStore":
+        settings = {"client_options": {**options, **timeouts}, "retry_config": _RETRY, **shared}
+        return from_url(url, **settings)  # type: ignore[call-overload, no-any-return]
+
     try:
-        store = from_url(url, client_options=options, retry_config=_RETRY, **shared)  # type: ignore[call-overload]
+        # The limit on silence would count the time that a part is on its way out.
+        return Bucket(url, store(read_timeout=_SILENCE, timeout=_FOR_EVER), store(timeout=_SENDING), shared)
     except (BaseError, ValueError) as error:
         raise PlaceError(f"{url}: {_reason(error, shared)}", refused=True) from error
-    return Bucket(url, store, shared)
 
 
 class Bucket:
     """Objects below one prefix. Large files go in parts; each carries its sha256 as an attribute."""
 
-    def __init__(self, url: str, store: "ObjectStore", secrets: Mapping[str, str]) -> None:
-        """`secrets` are settings whose values no message may show, beside those of the environment."""
+    def __init__(self, url: str, store: "ObjectStore", sending: "ObjectStore", secrets: Mapping[str, str]) -> None:
+        """`store` and `sending` are the same one, but for their patience.
+
+        `secrets` are settings whose values no message may show, beside those of the environment.
+        """
         self.shown = url
         self._store = store
+        self._sending = sending
         self.secrets = secrets
+        self._parts_at_once = _PARTS_AT_ONCE
 
     def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
         import obstore
+        from obstore.exceptions import BaseError
 
         with self._in_words(name):
             if size <= _PART:
-                obstore.put(self._store, name, b"".join(chunks), attributes={_HASH: sha256}, use_multipart=False)
-            else:
-                part = max(_PART, -(-size // _MAX_PARTS))
+                obstore.put(self._sending, name, b"".join(chunks), attributes={_HASH: sha256}, use_multipart=False)
+                return
+            try:
                 obstore.put(
-                    self._store,
+                    self._sending,
                     name,
                     chunks,
                     attributes={_HASH: sha256},
                     use_multipart=True,
-                    chunk_size=part,
-                    max_concurrency=_PARTS_AT_ONCE,
+                    chunk_size=max(_PART, -(-size // _MAX_PARTS)),
+                    max_concurrency=self._parts_at_once,
                 )
+            except BaseError as error:
+                if "TimedOut" in str(error):  # parts share the line: on a slow one each gets it for itself from now on
+                    self._parts_at_once = 1
+                raise
 
     def holds(self, name: str, *, size: int, sha256: str) -> bool:
         import obstore
@@ -90,11 +121,18 @@ class Bucket:
         except Absent:
             return False
 
-    def fetch(self, name: str) -> Iterator[bytes]:
+    def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
         import obstore
+        from obstore.exceptions import BaseError
 
         with self._in_words(name):
-            for chunk in obstore.get(self._store, name).stream(min_chunk_size=CHUNK):
+            try:
+                found = obstore.get(self._store, name, options={"range": {"offset": start}} if start else None)
+            except BaseError as error:
+                if start and "status code: 416" in str(error):  # there is nothing behind that byte
+                    return
+                raise
+            for chunk in found.stream(min_chunk_size=_PIECE):
                 yield bytes(chunk)
 
     def names(self, folder: str = "") -> list[str]:
@@ -112,28 +150,34 @@ class Bucket:
         except Absent:
             return
 
+    def clear(self) -> None:
+        """Nothing: parts of broken-off uploads cannot be seen from here; a rule of the bucket removes them."""
+
     @contextmanager
     def _in_words(self, name: str) -> Iterator[None]:
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         try:
             yield
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise PlaceError(f"{self.shown}: there is no such bucket", refused=True) from None
-            raise Absent(f"{self.shown}: holds no {name}", refused=True) from None
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}", refused=True) from None
-        except BaseError as error:
+        except (FileNotFoundError, BaseError) as error:
             # Not chained: what the library says in full holds headers and the names of keys.
-            if "NoSuchBucket" in str(error):
+            said = str(error)
+            if any(words in said for words in _NO_BUCKET):
                 raise PlaceError(f"{self.shown}: there is no such bucket", refused=True) from None
-            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}") from None
+            if isinstance(error, FileNotFoundError):
+                raise Absent(f"{self.shown}: holds no {name}", refused=True) from None
+            if _MACHINE.search(said):
+                raise PlaceError(f"{self.shown}: {_NO_CREDENTIALS}", refused=True) from None
+            refused = isinstance(error, PermissionDeniedError | UnauthenticatedError) or bool(_DENIED.search(said))
+            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}", refused=refused) from None
 
 
 def _reason(error: Exception, secrets: Mapping[str, str]) -> str:
-    """The last thing that the first line says, without what the server sent along."""
-    line = str(error).partition("\n")[0].partition("<")[0].rpartition(" - ")[2].strip().rstrip(":")
+    """The last thing that the first line says, with no more than the code of what the server sent along."""
+    said = str(error)
+    line = said.partition("\n")[0].partition("<")[0].rpartition(" - ")[2].strip().rstrip(":")
+    if code := _CODE.search(said):
+        line = f"{line} ({code[1]})"
     return masked(masked(line), {f"{name}_SECRET": value for name, value in secrets.items()})
 
 

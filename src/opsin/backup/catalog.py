@@ -13,7 +13,7 @@ Files of a run change while it goes on. `backup.json` is written before them and
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 
 _MARK = re.compile(r"step-(\d+)\.json")
 _STEP = re.compile(r"step-(\d+)")
+_DAMAGED = re.compile(r"damaged-step-(\d+)")
 
 
 class DamagedCatalog(Exception):
@@ -77,8 +78,12 @@ def entry_of(path: Path) -> Entry:
 
 def local_steps(folder: Path) -> dict[int, Path]:
     """The complete checkpoints of a run directory, oldest first."""
-    places = (folder / CHECKPOINTS).glob("step-*")
-    return dict(sorted((int(m[1]), path) for path in places if (m := _STEP.fullmatch(path.name)) and path.is_dir()))
+    return dict(sorted(_steps(folder, _STEP)))
+
+
+def damaged_steps(folder: Path) -> set[int]:
+    """The steps of the checkpoints that a run directory has set aside because they were damaged."""
+    return {step for step, _ in _steps(folder, _DAMAGED)}
 
 
 def marked_steps(place: Place) -> list[int]:
@@ -147,6 +152,11 @@ def write_index(place: Place, index: Index) -> None:
     """
     files = {name: [asdict(entry) for entry in index.files[name]] for name in sorted(index.files)}
     put_bytes(place, INDEX, _text({"format": FORMAT, "run": index.run, "files": files}))
+
+
+def _steps(folder: Path, form: re.Pattern[str]) -> Iterator[tuple[int, Path]]:
+    places = (folder / CHECKPOINTS).glob("*")
+    return ((int(m[1]), path) for path in places if (m := form.fullmatch(path.name)) and path.is_dir())
 
 
 def _read(place: Place, name: str) -> dict[str, Any] | None:

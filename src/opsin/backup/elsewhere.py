@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from opsin.backup.attempts import insist
 from opsin.backup.catalog import INDEX
 from opsin.backup.config import check_place, is_address
 from opsin.backup.places import PlaceError, open_place, read_bytes
@@ -47,16 +48,24 @@ def find_elsewhere(text: str, local: Path | None) -> Elsewhere | None:
     return Elsewhere(url, usual if local is None else local)
 
 
-def begin_elsewhere(run: Elsewhere) -> None:
+def begin_elsewhere(run: Elsewhere, *, say: Callable[[str], None]) -> None:
     """See that a training may begin in `run.folder`, or go on there.
 
+    Where nothing is here the bucket has to answer: a run of it that began again would be another one, never copied.
+
     Raises:
-        RunError: there is a run in the bucket of which nothing is here: nobody has said that it goes on.
+        RunError: there is a run in the bucket of which nothing is here: nobody has said that it goes on; or the bucket
+            refuses, or does not answer.
     """
+    if not run.is_new_here():
+        return
     try:
-        is_there = run.is_new_here() and read_bytes(open_place(run.url), INDEX) is not None
-    except PlaceError:  # the backup itself will tell, and knows what to do about it
-        is_there = False
+        is_there = insist(lambda: read_bytes(open_place(run.url), INDEX), say=say) is not None
+    except PlaceError as error:
+        raise RunError(
+            f"{error}; whether a run is there cannot be told, and nothing of it is in {run.folder}: mend it, or train "
+            f"into a folder that is copied once this is mended: --out DIR backup.path={run.url}"
+        ) from error
     if is_there:
         raise RunError(
             f"{run.url}: holds a run of which nothing is in {run.folder}; go on with it: opsin resume {run.url}; or "

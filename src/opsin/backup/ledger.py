@@ -19,16 +19,18 @@ class Ledger:
         self._place = place
         self.run = run or uuid.uuid4().hex
         self.steps: frozenset[int] = frozenset()
+        self.spared: frozenset[int] = frozenset()
+        """Those of `steps` that came back damaged: their copies stay until the run has gone on without them."""
         if run is None:
             self._load()
 
-    def add(self, *steps: int) -> None:
+    def add(self, *steps: int, spared: bool = False) -> None:
         """Note steps whose checkpoints may be removed once the run has removed its own, and the name of the run.
 
         Raises:
             OSError: it cannot be written down.
         """
-        self._write(self.steps | set(steps))
+        self._write(self.steps | set(steps), self.spared | set(steps) if spared else self.spared - set(steps))
 
     def drop(self, step: int) -> None:
         """The checkpoint of `step` is removed.
@@ -36,7 +38,7 @@ class Ledger:
         Raises:
             OSError: it cannot be written down.
         """
-        self._write(self.steps - {step})
+        self._write(self.steps - {step}, self.spared - {step})
 
     def _load(self) -> None:
         try:
@@ -44,13 +46,14 @@ class Ledger:
             self.run = str(facts["run"])
             if facts["place"] == self._place:
                 self.steps = frozenset(int(step) for step in facts["steps"])
+                self.spared = frozenset(int(step) for step in facts.get("spared", ()))
         except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: a new one loses no checkpoint
             return
 
-    def _write(self, steps: frozenset[int]) -> None:
-        if steps == self.steps and self._path.exists():
+    def _write(self, steps: frozenset[int], spared: frozenset[int]) -> None:
+        if (steps, spared) == (self.steps, self.spared) and self._path.exists():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"run": self.run, "place": self._place, "steps": sorted(steps)}
+        facts = {"run": self.run, "place": self._place, "steps": sorted(steps), "spared": sorted(spared)}
         write_atomic(self._path, (json.dumps(facts) + "\n").encode())
-        self.steps = steps
+        self.steps, self.spared = steps, spared

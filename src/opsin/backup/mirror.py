@@ -6,7 +6,7 @@ A pass may fail or be killed anywhere: what is there stays whole, and the next p
 import errno
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from opsin.backup.catalog import (
     DamagedCatalog,
     Entry,
     Index,
+    damaged_steps,
     entry_of,
     is_of_checkpoint,
     local_steps,
@@ -73,6 +74,9 @@ class Mirror:
         self._staging = Staging(folder)
         self._staging.clear()
         self._connected = False
+        self._written: set[str] = set()
+        self._has_gone_on = False
+        """Whether a checkpoint has arrived that this process wrote."""
         self._marked: dict[int, dict[str, Entry]] = {}
         """What the marks in the place say. An empty table is a damaged mark."""
         self._contents: dict[str, tuple[Entry, ...]] = {}
@@ -103,6 +107,7 @@ class Mirror:
                 f"{max(own, default=0)}: the run went on elsewhere; opsin restore {self._place.shown} OTHER_DIR gets "
                 "it, or choose another backup.path"
             )
+        self._place.clear()
         # The ledger may be of another place: what both have is the run's own there too.
         self._ledger.add(*(s for s, path in own.items() if s in marked and marked[s] == _stated(path)))
         self._contents = {} if index is None else dict(index.files)
@@ -116,6 +121,7 @@ class Mirror:
         Raises:
             OSError: this folder cannot be written.
         """
+        self._written.add(checkpoint.name)
         self._staging.take(checkpoint)
 
     def sync(self) -> list[str]:
@@ -139,7 +145,9 @@ class Mirror:
 
     def missing(self) -> Missing:
         """What is not there yet, as far as is known here."""
-        steps = [step for step, path in local_steps(self._folder).items() if self._marked.get(step) != _stated(path)]
+        own = ((step, _stated(path)) for step, path in local_steps(self._folder).items())
+        # What is damaged here by now may be whole there.
+        steps = [s for s, stated in own if not self._marked.get(s) or stated not in (None, self._marked[s])]
         files = [name for name, now in self._run_files() if self._sent.get(name) != now]
         return Missing(steps, files)
 
@@ -150,11 +158,11 @@ class Mirror:
             step, source, entries = found
             try:
                 self._send_checkpoint(step, source, entries)
-            except Unfit:
-                fate = "is damaged here and was not sent" if source.is_dir() else "was removed before it was sent"
-                faults[step] = f"the checkpoint of step {step} {fate}"
-            except FileNotFoundError:
-                faults[step] = f"the checkpoint of step {step} was removed before it was sent"
+            except (Unfit, FileNotFoundError):
+                if source.is_dir():
+                    faults[step] = self._fault(step)
+                elif step > max(self._staging.sources(), default=-1):  # else a newer one, or its link, takes its place
+                    faults[step] = f"{_of(step)} was removed before it was sent"
             self._prune()
         self._send_files()
         return list(faults.values())
@@ -165,11 +173,22 @@ class Mirror:
         except DamagedCatalog:
             return {}
 
-    def _next_step(self, skipped: Collection[int]) -> tuple[int, Path, dict[str, Entry]] | None:
-        """The newest checkpoint that is not there, where it is and what it holds."""
+    def _fault(self, step: int) -> str:
+        fate = "its copy stays as it is" if self._marked.get(step) else "it was not sent"
+        return f"{_of(step)} is damaged here; {fate}"
+
+    def _next_step(self, faults: dict[int, str]) -> tuple[int, Path, dict[str, Entry]] | None:
+        """The newest checkpoint that is not there and not among `faults`, where it is and what it holds.
+
+        One whose manifest cannot be read goes to `faults`.
+        """
         for step, source in self._staging.sources().items():
-            entries = None if step in skipped else _stated(source)
-            if entries is None:  # damaged or gone: not worth a place
+            if step in faults:
+                continue
+            entries = _stated(source) or _stated(source)  # it may be replaced at this moment
+            if entries is None:
+                if source.is_dir():  # and was not removed
+                    faults[step] = self._fault(step)
                 continue
             if self._marked.get(step) != entries:
                 return step, self._staging.begin(source), entries
@@ -190,6 +209,7 @@ class Mirror:
         self._send_files()
         write_mark(self._place, step, entries)
         self._marked[step] = entries
+        self._has_gone_on = self._has_gone_on or source.name in self._written
         self._staging.release(step)
 
     def _send(self, source: Path, name: str, entry: Entry) -> None:
@@ -250,10 +270,12 @@ class Mirror:
     def _prune(self) -> None:
         """Remove there what the run has removed here; never the last one that both have.
 
-        What the run has set aside, because it went back before it, goes under any `backup.keep`.
+        What the run has set aside, because it went back before it, goes under any `backup.keep`. What was damaged
+        stays until the run has gone on without it: the copy may be the only whole one.
         """
         own = local_steps(self._folder)
-        removed = sorted(self._ledger.steps - own.keys())
+        damaged = set() if self._has_gone_on else self._ledger.spared | damaged_steps(self._folder)
+        removed = sorted(self._ledger.steps - own.keys() - damaged)
         # One that was written anew after a rollback counts once it is there anew.
         if not removed or not any(
             other in self._marked and self._marked[other] == _stated(path) for other, path in own.items()
@@ -268,6 +290,10 @@ class Mirror:
             for name in self._place.names(step_folder(step)):
                 self._place.remove(name)
             self._ledger.drop(step)
+
+
+def _of(step: int) -> str:
+    return f"the checkpoint of step {step}"
 
 
 def _stated(checkpoint: Path) -> dict[str, Entry] | None:

@@ -47,8 +47,8 @@ class Place(Protocol):
         """Whether a file with this content is there already."""
         ...
 
-    def fetch(self, name: str) -> Iterator[bytes]:
-        """The content; `Absent` where there is none."""
+    def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
+        """The content from byte `start` on, nothing where it ends before; `Absent` where there is no such file."""
         ...
 
     def names(self, folder: str = "") -> list[str]:
@@ -57,6 +57,10 @@ class Place(Protocol):
 
     def remove(self, name: str) -> None:
         """Delete a file; nothing happens where there is none."""
+        ...
+
+    def clear(self) -> None:
+        """Delete what is left of files that were broken off by the death of the process that stored them."""
         ...
 
 
@@ -126,9 +130,10 @@ class Folder:
         except OSError as error:
             raise self._error(error) from error
 
-    def fetch(self, name: str) -> Iterator[bytes]:
+    def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
         try:
             with (self._path / name).open("rb") as file:
+                file.seek(start)
                 while chunk := file.read(CHUNK):
                     yield chunk
         except FileNotFoundError as error:
@@ -151,6 +156,14 @@ class Folder:
                 path.parent.rmdir()
         except OSError as error:
             raise self._error(error) from error
+
+    def clear(self) -> None:
+        try:
+            left = [path for path in self._path.rglob(f".*{_PARTIAL}") if path.is_file()]
+        except OSError as error:
+            raise self._error(error) from error
+        for path in left:
+            self.remove(path.relative_to(self._path).as_posix())
 
     def _error(self, error: OSError) -> PlaceError:
         reason = error.strerror or str(error)

@@ -1,10 +1,14 @@
 """A run directory from its backup: the newest whole state, with all that belongs to it."""
 
+import errno
+import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from opsin.backup.attempts import insist
 from opsin.backup.catalog import (
     INDEX,
     DamagedCatalog,
@@ -21,8 +25,10 @@ from opsin.backup.config import check_place
 from opsin.backup.ledger import Ledger
 from opsin.backup.places import Absent, Place, PlaceError, open_place
 from opsin.errors import ConfigError, RunError
-from opsin.folders import sync_folder
+from opsin.folders import sync_folder, sync_tree
+from opsin.runlock import Holder, RunLock
 
+_LOCK = ".lock"
 _RECIPE = "recipe.yaml"
 _LOGS = (".jsonl", ".txt", ".csv")  # a torn line is worth less than the lines around it
 _WEIGHTS = "model*.safetensors"
@@ -44,25 +50,25 @@ def restore(
 
     The state is that of `step`, or the newest whole one; damaged ones are told to `say` and left out. Earlier
     checkpoints come along unless `only` one is wanted: retention and rollback work on as if nothing had happened.
-    An interrupted restore goes on where it was.
+    An interrupted restore goes on where it was. Where `folder` is a link, what it leads to is filled.
 
     Raises:
         ConfigError: `url` is no place.
-        RunError: no backup there, nothing whole in it, no such step, out of reach, or `folder` is in use.
+        RunError: no backup there, nothing whole in it, no such step, out of reach; `folder` is in use, or a
+            mount point.
     """
     try:
         url = check_place(url)
     except ValueError as error:
         raise ConfigError(f"command line: {error}") from error
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder}: is not empty; restore into a new folder, or move this one away")
+    _refuse_full(folder)
     try:
         return _Restore(open_place(url), folder, say).run(step, only=only)
     except PlaceError as error:
         raise RunError(f"{error}; what was fetched stays, the same command goes on") from error
     except OSError as error:
         raise RunError(
-            f"{folder}: cannot be written: {error.strerror or error}; make room, the same command goes on"
+            f"{folder}: cannot be written: {error.strerror or error}; put that right, the same command goes on"
         ) from error
 
 
@@ -71,20 +77,67 @@ class _Restore:
 
     def __init__(self, place: Place, folder: Path, say: Callable[[str], None]) -> None:
         self._place = place
-        self._folder = folder.absolute()
+        self._folder = folder.resolve()
         self._partial = self._folder.with_name(f".{self._folder.name}.restoring")
         self._say = say
         self._num_files = 0
         self._num_bytes = 0
 
     def run(self, wanted: int | None, *, only: bool) -> Restored:
-        index = self._read_index()
-        steps = marked_steps(self._place)
+        index = insist(self._read_index, say=self._say)
+        steps = insist(lambda: marked_steps(self._place), say=self._say)
         if _RECIPE not in index.files:
             raise RunError(f"{self._place.shown}: holds no backup of a run (no {_RECIPE})")
         if wanted is not None and wanted not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise RunError(f"{self._place.shown}: has no whole checkpoint of step {wanted}; there are: {known}")
+        with self._claimed():
+            return self._fill(index, steps, wanted, only=only)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Hold the hidden folder, which no other restore writes meanwhile.
+
+        Raises:
+            RunError: another one has it, or has just ended; or the place where it belongs is a mount point.
+        """
+        if os.path.ismount(self._folder):
+            raise self._mounted()
+        self._partial.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(self._partial / _LOCK)
+        try:
+            lock.take()
+        except RunError as error:
+            holder = Holder.read(self._partial / _LOCK)
+            who = "another process" if holder is None else f"{holder.process} on {holder.host}"
+            raise RunError(f"{self._folder}: {who} is restoring into it; wait for it, or choose another DIR") from error
+        try:
+            self._make_way()
+            yield
+        finally:
+            lock.release()
+
+    def _make_way(self) -> None:
+        """Remove the empty folder that has the name: what cannot be removed could not be replaced at the end."""
+        try:
+            if self._folder.exists():
+                self._folder.rmdir()
+        except OSError as error:
+            (self._partial / _LOCK).unlink()
+            if not any(self._partial.iterdir()):
+                self._partial.rmdir()
+            if error.errno == errno.EBUSY:
+                raise self._mounted() from error
+            _refuse_full(self._folder)
+            raise
+
+    def _mounted(self) -> RunError:
+        return RunError(
+            f"{self._folder}: is a mount point, and a run directory gets its name when it is whole; restore into a new "
+            f"folder in it: {self._folder / 'run'}"
+        )
+
+    def _fill(self, index: Index, steps: Sequence[int], wanted: int | None, *, only: bool) -> Restored:
         kept = self._fetch_checkpoints([s for s in steps if wanted is None or s <= wanted], only=only)
         if wanted is not None and wanted not in kept:
             raise RunError(f"{self._place.shown}: the checkpoint of step {wanted} is damaged; take another --step")
@@ -96,12 +149,17 @@ class _Restore:
             # The weights of the end, for a run that goes back before it, would be taken for the newest.
             if is_newest or not Path(name).match(_WEIGHTS):
                 self._fetch_file(name, entries)
-        self._remove_others({*index.files, *(f"{step_folder(step)}/{name}" for step in kept for name in kept[step])})
-        # The later ones too: who goes on from here takes another way, and they are no part of it.
+        of_checkpoints = (f"{step_folder(step)}/{name}" for step in kept for name in kept[step])
+        self._remove_others({_LOCK, *index.files, *of_checkpoints})
         ledger = Ledger(self._partial, self._place.shown, run=index.run or None)
-        ledger.add(*kept, *(step for step in steps if newest is not None and step > newest))
+        ledger.add(*kept)
+        # The later ones too: who goes on from here takes another way, and they are no part of it. But those that have
+        # come damaged may be whole, or be mended there.
+        ledger.add(*(step for step in steps if newest is not None and step > newest), spared=wanted is None)
+        sync_tree(self._partial)
         self._partial.rename(self._folder)
         sync_folder(self._folder.parent)
+        (self._folder / _LOCK).unlink()  # still held: whoever asks for this run has to wait until here
         return Restored(newest, self._num_files, self._num_bytes)
 
     def _read_index(self) -> Index:
@@ -126,7 +184,7 @@ class _Restore:
     def _fetch_checkpoint(self, step: int) -> dict[str, Entry]:
         """The files of a checkpoint once they are here and what its mark says; none where it is damaged."""
         try:
-            entries = read_mark(self._place, step) or {}
+            entries = insist(lambda: read_mark(self._place, step), say=self._say) or {}
         except DamagedCatalog as error:
             self._say(f"{error}; the checkpoint of step {step} is left out")
             return {}
@@ -155,13 +213,14 @@ class _Restore:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.fetching")
         try:
-            with partial.open("wb") as file:
-                for chunk in self._place.fetch(name):
-                    file.write(chunk)
+            found = self._download(name, partial, entries)
+            if entries and found not in entries:
+                # Before the place is blamed: an interrupted restore may have left the beginning of another content.
+                partial.unlink()
+                found = self._download(name, partial, entries)
         except Absent:
             partial.unlink(missing_ok=True)
             return f"{self._place.shown}: {name} is missing"
-        found = entry_of(partial)
         is_good = not entries or found in entries
         if is_good or keep_damaged:
             partial.replace(target)
@@ -171,6 +230,22 @@ class _Restore:
             partial.unlink()
         return None if is_good else f"{self._place.shown}: {name} is damaged"
 
+    def _download(self, name: str, partial: Path, entries: Collection[Entry]) -> Entry:
+        """Fetch what `partial` lacks of a file that should be one of `entries`; what it holds then."""
+        if entries and partial.is_file() and (left := entry_of(partial)).bytes <= max(e.bytes for e in entries):
+            if left in entries:
+                return left
+        else:
+            partial.unlink(missing_ok=True)
+
+        def fetch_rest() -> None:
+            with partial.open("ab") as file:
+                for chunk in self._place.fetch(name, start=file.tell()):
+                    file.write(chunk)
+
+        insist(fetch_rest, say=self._say, progress=lambda: partial.is_file() and partial.stat().st_size)
+        return entry_of(partial)
+
     def _remove_others(self, names: Collection[str]) -> None:
         """Away with what an interrupted restore of another state has left."""
         for path in list(self._partial.rglob("*")):
@@ -179,3 +254,8 @@ class _Restore:
         for path in sorted(self._partial.rglob("*"), reverse=True):
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: is not empty; restore into a new folder, or move this one away")

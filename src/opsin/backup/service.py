@@ -10,6 +10,7 @@ from typing import Self
 
 from pydantic import ValidationError
 
+from opsin.backup.attempts import insist
 from opsin.backup.catalog import INDEX
 from opsin.backup.config import BackupConfig
 from opsin.backup.mirror import Mirror
@@ -24,7 +25,7 @@ Say = Callable[[str, str], None]
 
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
-_ATTEMPTS = 5
+_BETWEEN_S = 0.2  # passes at the end
 _QUIET_S = 1.0
 _GRACE_S = 5.0  # for a request that is on its way when nobody waits any longer
 
@@ -183,7 +184,9 @@ class BackgroundBackup(Backup):
             delay *= self._jitter.uniform(0.5, 1.0)
             # Who waits for the end wants to know soon; new checkpoints are no reason to try sooner.
             self._cancelled.wait(min(delay, 2.0)) if self._closing.is_set() else self._closing.wait(delay)
-        elif not self._closing.is_set():
+        elif self._closing.is_set():
+            self._cancelled.wait(_BETWEEN_S)
+        else:
             self._wake.wait(60 * self._config.minutes)
 
     def _note_failure(self, error: Exception) -> None:
@@ -268,19 +271,13 @@ def finish_backup(config: BackupConfig, folder: Path, *, say: Callable[[str], No
         RunError: another run is there, the place fails after some attempts, or a file here cannot be read.
         ConfigError: as `open_mirror`.
     """
-    mirror = open_mirror(config, folder, cancelled=(never := threading.Event()))
-    attempt = 0
-    while True:
-        try:
-            faults = mirror.sync()
-            for fault in faults:
-                say(f"backup: {fault}")
-            return faults
-        except PlaceError as error:
-            if error.refused or attempt == _ATTEMPTS - 1:
-                raise RunError(f"{error}; what was sent stays, the same command goes on") from error
-            say(f"{error}; trying again")
-        except (OSError, Unfit) as error:
-            raise RunError(f"{folder}: {error}; what was sent stays, the same command goes on") from error
-        never.wait(_FIRST_DELAY_S * 2.0**attempt)
-        attempt += 1
+    mirror = open_mirror(config, folder, cancelled=threading.Event())
+    try:
+        faults = insist(mirror.sync, say=say)
+    except PlaceError as error:
+        raise RunError(f"{error}; what was sent stays, the same command goes on") from error
+    except (OSError, Unfit) as error:
+        raise RunError(f"{folder}: {error}; what was sent stays, the same command goes on") from error
+    for fault in faults:
+        say(f"backup: {fault}")
+    return faults

@@ -181,7 +181,11 @@ def load_newest(folder: Path, state: TrainState) -> tuple[Checkpoint | None, dic
         except DamagedCheckpoint as error:
             damaged[path] = str(error)
     if damaged:
-        raise CheckpointError(*damaged.values(), f"{folder}: no valid checkpoint is left; start over with --fresh")
+        raise CheckpointError(
+            *damaged.values(),
+            f"{folder}: no valid checkpoint is left; fetch one from the backup of the run, if it has any: "
+            "opsin restore URL OTHER_DIR; or start over with --fresh",
+        )
     return None, damaged
 
 

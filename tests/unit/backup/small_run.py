@@ -9,16 +9,19 @@ from pathlib import Path
 from opsin.backup.config import BackupConfig
 from opsin.backup.mirror import Mirror
 from opsin.backup.service import open_mirror
+from opsin.folders import put_in_place
 
 
 def write_checkpoint(folder: Path, step: int, content: bytes | None = None) -> Path:
     """`folder/checkpoints/step-N` with a state of a few KiB that says which step it is of."""
     content = f"state {step} ".encode() * 500 if content is None else content
     path = folder / "checkpoints" / f"step-{step:08d}"
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "state.pt").write_bytes(content)
+    partial = path.with_name(f".writing-{path.name}")
+    partial.mkdir(parents=True)
+    (partial / "state.pt").write_bytes(content)
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps({"step": step, "files": {"state.pt": entry}}))
+    (partial / "manifest.json").write_text(json.dumps({"step": step, "files": {"state.pt": entry}}))
+    put_in_place(partial, path)
     return path
 
 

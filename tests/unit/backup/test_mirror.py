@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_told_and_never_marked(tmp_path: Path) -> None:
     run, place = write_run(tmp_path / "run", 10, 20), tmp_path / "backup"
     state = run / "checkpoints" / "step-00000020" / "state.pt"
     state.write_bytes(state.read_bytes()[:-1] + b"!")
-    assert mirror(run, place).sync() == ["the checkpoint of step 20 is damaged here and was not sent"]
+    assert mirror(run, place).sync() == ["the checkpoint of step 20 is damaged here; it was not sent"]
     assert marked_steps(Folder(place)) == [10]
     assert not (place / "checkpoints" / "step-00000020" / "state.pt").exists()
 
@@ -278,5 +278,59 @@ def test_a_file_that_cannot_be_read_is_no_fault_of_the_place(tmp_path: Path) -> 
     state = run / "checkpoints" / "step-00000020" / "state.pt"
     state.unlink()
     state.mkdir()
-    assert mirror(run, place).sync() == ["the checkpoint of step 20 is damaged here and was not sent"]
+    assert mirror(run, place).sync() == ["the checkpoint of step 20 is damaged here; it was not sent"]
     assert marked_steps(Folder(place)) == [10]
+
+
+@pytest.mark.parametrize("keep", ["same", "all"])
+def test_the_whole_copy_of_what_is_damaged_here_stays_until_the_run_has_gone_on(tmp_path: Path, keep: str) -> None:
+    run, place = write_run(tmp_path / "run", 10, 20), tmp_path / "backup"
+    mirror(run, place, keep=keep).sync()
+    (run / "checkpoints" / "step-00000020").rename(run / "checkpoints" / "damaged-step-00000020")
+    copying = mirror(run, place, keep=keep)
+    copying.sync()
+    assert marked_steps(Folder(place)) == [10, 20]
+    assert restore(str(place), tmp_path / "again", say=quiet).step == 20
+    copying.stage(write_checkpoint(run, 15))
+    copying.sync()
+    assert marked_steps(Folder(place)) == [10, 15]
+
+
+def test_a_checkpoint_that_came_damaged_stays_in_its_place_until_the_run_has_gone_on(tmp_path: Path) -> None:
+    run, place, again = write_run(tmp_path / "run", 10, 20), tmp_path / "backup", tmp_path / "again"
+    mirror(run, place).sync()
+    state = place / "checkpoints" / "step-00000020" / "state.pt"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1] + b"!")
+    assert restore(str(place), again, say=lambda text: None).step == 10
+    copying = mirror(again, place)
+    copying.sync()
+    state.write_bytes(whole)
+    assert restore(str(place), tmp_path / "mended", say=quiet).step == 20
+    copying.stage(write_checkpoint(again, 15))
+    copying.sync()
+    assert marked_steps(Folder(place)) == [10, 15]
+
+
+def test_a_manifest_that_cannot_be_read_any_more_is_told_and_takes_no_copy_away(tmp_path: Path) -> None:
+    run, place = write_run(tmp_path / "run", 10), tmp_path / "backup"
+    copying = mirror(run, place)
+    copying.sync()
+    (run / "checkpoints" / "step-00000010" / "manifest.json").write_bytes(bytes(20))
+    assert copying.sync() == ["the checkpoint of step 10 is damaged here; its copy stays as it is"]
+    assert not copying.missing()
+    assert marked_steps(Folder(place)) == [10]
+
+
+def test_what_a_killed_copy_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    run, place = write_run(tmp_path / "run", 10), tmp_path / "backup"
+    mirror(run, place).sync()
+    left = place / "checkpoints" / "step-00000020" / ".state.pt.sending"
+    left.parent.mkdir()
+    left.write_bytes(bytes(1000))
+    with pytest.raises(RunError, match="another run"):
+        mirror(write_run(tmp_path / "other", 10), place).connect()
+    assert left.exists(), "of a run that may be sending it"
+    mirror(run, place).sync()
+    assert not left.parent.exists()
+    assert content(place).keys() - {"backup.json", "checkpoints/step-00000010.json"} == content(run).keys()

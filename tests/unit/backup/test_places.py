@@ -49,6 +49,18 @@ def test_a_place_gives_back_what_it_got(place: Place) -> None:
     assert place.names() == ["a/empty", "b.txt"]
 
 
+def test_a_file_is_given_from_any_byte_on(place: Place) -> None:
+    put_bytes(place, "file", b"0123456789")
+    assert [b"".join(place.fetch("file", start=start)) for start in (0, 4, 10, 11)] == [
+        b"0123456789",
+        b"456789",
+        b"",
+        b"",
+    ]
+    with pytest.raises(Absent):
+        list(place.fetch("nothing", start=4))
+
+
 @pytest.mark.parametrize("size", [3 * 2**20, LARGE])
 def test_a_file_that_breaks_off_is_not_there(place: Place, size: int) -> None:
     def broken() -> Iterator[bytes]:

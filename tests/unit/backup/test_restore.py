@@ -1,12 +1,17 @@
+import os
 import shutil
+import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from opsin.backup.places import Folder, open_place, read_bytes
+from opsin.backup import attempts
+from opsin.backup.places import Folder, PlaceError, open_place, read_bytes
 from opsin.backup.restore import restore
 from opsin.errors import ConfigError, RunError
+from tests.conftest import RunOnSmallDisk
 from tests.s3_server import S3Server
 from tests.unit.backup.small_run import Interrupted, content, mirror, write_checkpoint, write_run
 
@@ -101,11 +106,11 @@ def test_an_interrupted_restore_goes_on_where_it_was(
     fetched: list[str] = []
     fetch = Folder.fetch
 
-    def breaking(self: Folder, name: str) -> Iterator[bytes]:
+    def breaking(self: Folder, name: str, *, start: int = 0) -> Iterator[bytes]:
         fetched.append(name)
         if name.endswith("step-00000010/state.pt") and fetched.count(name) == 1:
             raise Interrupted
-        return fetch(self, name)
+        return fetch(self, name, start=start)
 
     monkeypatch.setattr(Folder, "fetch", breaking)
     with pytest.raises(Interrupted):
@@ -116,6 +121,76 @@ def test_an_interrupted_restore_goes_on_where_it_was(
     states = [name for name in fetched if name.endswith("state.pt")]
     assert sorted(states) == sorted(f"checkpoints/step-000000{step}/state.pt" for step in (10, 10, 20, 30))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def breaking_off(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> list[int]:
+    """Make `state.pt` of step 20 break off after each 500 bytes, so many times; the bytes at which it was begun."""
+    fetch = Folder.fetch
+    starts: list[int] = []
+
+    def breaking(self: Folder, name: str, *, start: int = 0) -> Iterator[bytes]:
+        if not name.endswith("step-00000020/state.pt"):
+            yield from fetch(self, name, start=start)
+            return
+        starts.append(start)
+        data = b"".join(fetch(self, name, start=start))
+        yield data[:500]
+        if len(starts) <= times:
+            raise error
+        yield data[500:]
+
+    monkeypatch.setattr(Folder, "fetch", breaking)
+    return starts
+
+
+def test_a_file_that_breaks_off_goes_on_where_it_was(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_FIRST_PAUSE_S", 0.001)
+    told: list[str] = []
+    starts = breaking_off(monkeypatch, PlaceError("the line is bad"), times=6)
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=told.append)
+    assert content(tmp_path / "again") == content(run)
+    assert starts == [500 * at for at in range(7)]
+    assert told == ["the line is bad; trying again"] * 6, "more often than it would be asked if nothing came"
+
+
+def test_the_next_restore_goes_on_in_the_middle_of_a_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = breaking_off(monkeypatch, Interrupted(), times=1)
+    with pytest.raises(Interrupted):
+        restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    assert content(tmp_path / "again") == content(run)
+    assert starts == [0, 500]
+
+
+def test_what_was_left_of_another_content_is_fetched_anew(run: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".again.restoring" / "checkpoints" / "step-00000020" / ".state.pt.fetching"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of the state before a rollback")
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    assert content(tmp_path / "again") == content(run)
+
+
+def test_a_file_is_damaged_when_it_has_come_so_twice(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Folder.fetch
+    fetched: list[str] = []
+
+    def flipping(self: Folder, name: str, *, start: int = 0) -> Iterator[bytes]:
+        fetched.append(name)
+        data = b"".join(fetch(self, name, start=start))
+        is_bad = name.endswith("state.pt") and (fetched.count(name) == 1 or "step-00000020" in name)
+        yield b"!" + data[1:] if is_bad else data
+
+    monkeypatch.setattr(Folder, "fetch", flipping)
+    told: list[str] = []
+    assert restore(str(tmp_path / "backup"), tmp_path / "again", say=told.append).step == 30
+    assert steps(tmp_path / "again") == ["step-00000010", "step-00000030"]
+    assert len(told) == 1
 
 
 def test_what_an_interrupted_restore_of_another_state_left_is_not_taken_along(run: Path, tmp_path: Path) -> None:
@@ -133,6 +208,96 @@ def test_a_folder_that_is_not_empty_is_left_alone(run: Path, tmp_path: Path) -> 
     assert content(run) == before
     (tmp_path / "empty").mkdir()
     assert restore(str(tmp_path / "backup"), tmp_path / "empty", say=print).step == 30
+
+
+def test_a_second_restore_into_the_same_folder_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Folder.fetch
+    told: list[str] = []
+
+    def meddling(self: Folder, name: str, *, start: int = 0) -> Iterator[bytes]:
+        if name.endswith("step-00000020/state.pt"):  # the newest checkpoint is in the hidden folder by now
+            with pytest.raises(RunError) as caught:
+                restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+            told.append(str(caught.value))
+        return fetch(self, name, start=start)
+
+    monkeypatch.setattr(Folder, "fetch", meddling)
+    assert restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail).step == 30
+    assert content(tmp_path / "again") == content(run)
+    assert not list((tmp_path / "again").glob(".lock"))
+    (text,) = told
+    assert text.startswith(f"{tmp_path}/again: process {os.getpid()} on ")
+    assert text.endswith(" is restoring into it; wait for it, or choose another DIR")
+
+
+def test_a_restore_that_another_one_was_faster_than_takes_nothing_away(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, asked = Folder.names, []
+
+    def meddling(self: Folder, folder: str = "") -> list[str]:
+        asked.append(folder)
+        if len(asked) == 1:
+            restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+        return names(self, folder)
+
+    monkeypatch.setattr(Folder, "names", meddling)
+    with pytest.raises(RunError, match="again: is not empty"):
+        restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    assert content(tmp_path / "again") == content(run)
+    assert not list(tmp_path.glob(".again*"))
+
+
+def test_everything_is_synced_before_it_gets_its_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[str, bool] = {}
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced[os.readlink(f"/proc/self/fd/{descriptor}")] = (tmp_path / "again").exists()
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    hidden = tmp_path / ".again.restoring"
+    for path in (tmp_path / "again", *(tmp_path / "again").rglob("*")):
+        assert synced[str(hidden / path.relative_to(tmp_path / "again"))] is False, path
+    assert synced[str(tmp_path)] is True
+
+
+def test_a_link_to_an_empty_folder_leads_to_the_restored_run(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "again").symlink_to(tmp_path / "disk" / "empty")
+    restore(str(tmp_path / "backup"), tmp_path / "again", say=pytest.fail)
+    assert (tmp_path / "again").is_symlink()
+    assert content(tmp_path / "disk" / "empty") == content(run)
+
+
+def test_a_mount_point_is_refused_before_anything_is_fetched(run_on_small_disk: RunOnSmallDisk) -> None:
+    program = """
+        import sys
+        from pathlib import Path
+        from opsin.backup.restore import restore
+        from opsin.errors import RunError
+        from tests.unit.backup.small_run import mirror, write_run
+        folder = Path(sys.argv[1])
+        mirror(write_run(Path(sys.argv[2]) / "run", 10), Path(sys.argv[2]) / "backup").sync()
+        for name in (folder, folder / "run"):
+            try:
+                print(restore(sys.argv[2] + "/backup", name, say=print).step)
+            except RunError as error:
+                print(error)
+        print(*(path.name for path in folder.parent.glob(".*.restoring")))
+    """
+    with tempfile.TemporaryDirectory() as beside:
+        refused, step, left = run_on_small_disk(textwrap.dedent(program), beside, size="1m")
+    place, _, rule = refused.partition(": ")
+    way_out = f"restore into a new folder in it: {place}/run"
+    assert rule == f"is a mount point, and a run directory gets its name when it is whole; {way_out}"
+    assert (step, left) == ("10", "")
 
 
 def test_what_holds_no_backup_is_said_so(tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,11 +7,13 @@ import pytest
 
 from opsin.backup.catalog import marked_steps
 from opsin.backup.config import BackupConfig
+from opsin.backup.mirror import Mirror
 from opsin.backup.places import Folder, PlaceError, open_place
 from opsin.backup.restore import restore
 from opsin.backup.service import BackgroundBackup, Backup, backup_of, finish_backup, open_backup
 from opsin.cli import main
 from opsin.errors import ConfigError, RunError
+from opsin.folders import remove_whole
 from tests.s3_server import KEY, SECRET, S3Server
 from tests.unit.backup.small_run import content, mirror, write_checkpoint, write_run
 
@@ -48,7 +49,8 @@ def test_a_run_is_copied_while_it_goes_on_and_whole_at_its_end(tmp_path: Path) -
     with background(run, place, told) as backup:
         for step in (10, 20, 30):
             backup.take(write_checkpoint(run, step))
-            shutil.rmtree(run / "checkpoints" / f"step-{step - 10:08d}", ignore_errors=True)
+            if step > 10:
+                remove_whole(run / "checkpoints" / f"step-{step - 10:08d}")
         wait_for(lambda: marked_steps(Folder(place)) == [30])
         (run / "model.safetensors").write_bytes(b"weights")
     assert told == []
@@ -194,6 +196,30 @@ def test_a_damaged_checkpoint_does_not_hold_up_the_end(tmp_path: Path) -> None:
     assert time.monotonic() - started < 3600
     assert [kind for kind in told.kinds if kind != "backup_waiting"] == ["backup_damaged", "backup_incomplete"]
     assert marked_steps(Folder(place)) == [10]
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_damaged_manifest_ends_with_few_passes_and_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bool
+) -> None:
+    run, place, told = write_run(tmp_path / "run", 10), tmp_path / "backup", Told()
+    passes: list[None] = []
+    if sent:
+        mirror(run, place).sync()
+    (run / "checkpoints" / "step-00000010" / "manifest.json").write_bytes(bytes(20))
+    sync = Mirror.sync
+
+    def counting(self: Mirror) -> list[str]:
+        passes.append(None)
+        return sync(self)
+
+    monkeypatch.setattr(Mirror, "sync", counting)
+    with background(run, place, told, wait=2):
+        pass
+    assert len(passes) <= 10
+    fate = "its copy stays as it is" if sent else "it was not sent"
+    assert ("backup_damaged", f"backup: the checkpoint of step 10 is damaged here; {fate}") in told
+    assert marked_steps(Folder(place)) == [10] * sent
 
 
 def test_what_fails_after_the_end_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
