@@ -7,7 +7,8 @@ run has one fault of chaos_faults.py, and everything random about it comes from 
 run N again, as far as a machine does anything again at the same moment. Once the fault is gone a run that ended early
 goes on with the same command. It is the same if its final weights and the losses of all steps are those of the
 undisturbed run; refused if it ended by itself with a message (exit status 2 or 4, no traceback) and was the same
-afterwards; lost otherwise. `full_disk` needs the right to mount, `s3_gone` needs moto.
+afterwards; lost otherwise. A run that has not felt its fault proves nothing: it is counted apart, and another seed
+takes its place. `full_disk` needs the right to mount, `s3_gone` needs moto.
 """
 
 import argparse
@@ -25,36 +26,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from chaos_conditions import writes_are_counted
 from chaos_faults import FAULTS
-from chaos_runs import STEPS, Case, said
+from chaos_runs import STEPS, Case, Learned, Undisturbed, said
 from interleaved import table
-from opsin.reporting import read_rows
-from opsin.rundir import RunDirectory
-from opsin.verify import digest
 
-Verdict = Literal["same", "refused", "lost"]
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """What a run has come to."""
-
-    weights: str
-    losses: tuple[tuple[int, float], ...]
-
-    @classmethod
-    def of(cls, run: RunDirectory) -> "Learned":
-        losses = [(row.step, row.values["train/loss"]) for row in read_rows(run.metrics) if "train/loss" in row.values]
-        return cls(digest(run), tuple(losses))
-
-    def difference(self, wanted: "Learned") -> str:
-        """In words; nothing where there is none."""
-        if self.weights != wanted.weights:
-            return f"other weights ({self.weights[:16]})"
-        if self.losses != wanted.losses:
-            missing = sorted(set(wanted.losses) - set(self.losses))
-            return f"other losses; of steps {[step for step, _ in missing]} they are missing or others"
-        return ""
+Verdict = Literal["same", "refused", "lost", "unstruck"]
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +60,25 @@ def plan(runs: int, seed: int, only: str | None) -> Iterator[tuple[str, int]]:
         yield only or deck.pop(), seed + number
 
 
-def carry_out(fault: str, seed: int, *, wanted: Learned, folder: Path) -> Outcome:
+def carry_out(fault: str, seed: int, *, stride: int, undisturbed: Undisturbed, folder: Path) -> list[Outcome]:
+    """A run that has felt its fault, after those that have not: each with a seed that is `stride` higher."""
+    outcomes: list[Outcome] = []
+    while len(outcomes) < _ATTEMPTS and all(outcome.verdict == "unstruck" for outcome in outcomes):
+        outcomes.append(disturbed(fault, seed + len(outcomes) * stride, undisturbed, folder))
+    return outcomes
+
+
+def disturbed(fault: str, seed: int, undisturbed: Undisturbed, folder: Path) -> Outcome:
     place = folder / f"{fault}-{seed}"
     place.mkdir()
-    case = Case(place, random.Random(f"{fault} {seed}"))
+    case = Case(place, random.Random(f"{fault} {seed}"), undisturbed)
     outcome = partial(Outcome, fault, seed)
     with case.cleanup:
         try:
             status = FAULTS[fault](case)
             refusal = _refusal(case, status)
             wrong = _finish(case) if status else ""
-            wrong = wrong or Learned.of(case.run).difference(wanted)
+            wrong = wrong or Learned.of(case.run).difference(case.wanted)
             wrong = wrong or next(filter(None, (proof() for proof in case.proofs)), "")
         except Exception as error:  # also what ended a run before a fault could come
             return outcome("lost", "; ".join(case.story), f"{error!r}\n{said(case)}")
@@ -100,7 +86,9 @@ def carry_out(fault: str, seed: int, *, wanted: Learned, folder: Path) -> Outcom
     # A bare error of the system is no message: nobody can act on it.
     if wrong or "Traceback" in refusal or "opsin: [Errno" in refusal:
         return outcome("lost", story, "\n".join(filter(None, [wrong, refusal])))
-    return outcome("refused" if refusal else "same", story, refusal)
+    if refusal:
+        return outcome("refused", story, refusal)
+    return outcome("same" if case.has_struck else "unstruck", story, "")
 
 
 def _refusal(case: Case, status: int) -> str:
@@ -117,13 +105,15 @@ def _finish(case: Case) -> str:
     return f"exit status {status} with the fault gone: {said(case)}" if status else ""
 
 
-def undisturbed(folder: Path) -> Learned:
-    case = Case(folder, random.Random(0))
-    status = case.start().wait()
+def left_alone(folder: Path) -> Undisturbed:
+    case = Case(folder, random.Random(0), Undisturbed(Learned("", ()), 0, 0))
+    tally = folder / "tally"
+    status = case.start(writes_are_counted(case.run.path, tally)).wait()
     assert status == 0, said(case)
     learned = Learned.of(case.run)
     assert [step for step, _ in learned.losses] == [*range(1, STEPS + 1)], "each step has its row"
-    return learned
+    sizes = [path.stat().st_size for path in case.run.path.rglob("*") if path.is_file()]
+    return Undisturbed(learned, writes=tally.stat().st_size, largest_bytes=max(sizes))
 
 
 def import_everything() -> None:
@@ -132,26 +122,32 @@ def import_everything() -> None:
     import torch._dynamo  # noqa: F401
 
     import opsin.session  # noqa: F401
+    import tests.chaos.poisoned  # noqa: F401  # makes its method known
 
     gc.freeze()
 
 
-def report(outcomes: list[Outcome]) -> bool:
-    """Print the table, the refusals and what was lost; whether nothing was."""
-    verdicts: tuple[Verdict, ...] = ("same", "refused", "lost")
+def report(outcomes: list[Outcome], runs: int) -> bool:
+    """Print the table, the refusals and what was lost; whether nothing was, and `runs` faults have struck."""
+    verdicts: tuple[Verdict, ...] = ("same", "refused", "lost", "unstruck")
     rows = []
     for fault in (*FAULTS, "all"):
         own = [outcome.verdict for outcome in outcomes if fault in (outcome.fault, "all")]
         if own:
-            rows.append([fault, str(len(own)), *(str(own.count(verdict)) for verdict in verdicts)])
-    print(table(["fault", "runs", "same bytes", "refused, then same bytes", "lost"], rows))
+            counts = [own.count(verdict) for verdict in verdicts]
+            rows.append([fault, *map(str, [sum(counts[:-1]), *counts])])
+    print(table(["fault", "struck", "same bytes", "refused, then same bytes", "lost", "did not strike"], rows))
     refusals = sorted({f"{o.fault}: {o.said.strip().splitlines()[-1]}" for o in outcomes if o.verdict == "refused"})
-    print("\nrefused with, among others:", *refusals[:20], sep="\n  ")
+    if refusals:
+        print("\nrefused with, among others:", *refusals[:20], sep="\n  ")
     lost = [outcome for outcome in outcomes if outcome.verdict == "lost"]
     for outcome in lost:
         print(f"\nLOST: {outcome.command}\n  {outcome.story}\n  {outcome.said}")
-    print(f"\n{'NOT ' if lost else ''}nothing is lost" if lost else "\nnothing is lost")
-    return not lost
+    struck = sum(outcome.verdict != "unstruck" for outcome in outcomes)
+    print(f"\nlost: {len(lost)} of {struck} disturbed runs")
+    if struck < runs:
+        print(f"{runs - struck} of {runs} faults did not strike with any of {_ATTEMPTS} seeds")
+    return not lost and struck == runs
 
 
 def main() -> int:
@@ -170,18 +166,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="opsin-chaos-", ignore_cleanup_errors=True) as name:
         folder = arguments.keep or Path(name)
         (folder / "undisturbed").mkdir(parents=True)
-        wanted = undisturbed(folder / "undisturbed")
+        undisturbed = left_alone(folder / "undisturbed")
         # Forked before any thread begins; each forks its trainings itself.
         with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-            work = partial(carry_out, wanted=wanted, folder=folder)
-            for future in as_completed(
-                [pool.submit(work, *case) for case in plan(runs, arguments.seed, arguments.only)]
-            ):
-                outcome = future.result()
-                outcomes.append(outcome)
-                told = f"{outcome.fault} {outcome.seed} {outcome.verdict}: {outcome.story}"
-                print(f"{len(outcomes)} of {runs}: {told}", file=sys.stderr, flush=True)
-    return 0 if report(outcomes) else 1
+            work = partial(carry_out, stride=runs, undisturbed=undisturbed, folder=folder)
+            futures = [pool.submit(work, *case) for case in plan(runs, arguments.seed, arguments.only)]
+            for number, future in enumerate(as_completed(futures), 1):
+                for outcome in future.result():
+                    outcomes.append(outcome)
+                    told = f"{outcome.fault} {outcome.seed} {outcome.verdict}: {outcome.story}"
+                    print(f"{number} of {runs}: {told}", file=sys.stderr, flush=True)
+    return 0 if report(outcomes, runs) else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What happens to a training in real life. A fault disturbs a run, is gone when it returns, and gives an exit status.
 
 The status is that of the disturbed process, negative where a signal ended it. Whether the run is whole in the end is
-not asked here.
+not asked here. A fault that the run has felt says so (`Case.strike`): chance may bring one too late, or to a place
+where nobody looks.
 """
 
 import json
@@ -9,15 +10,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from chaos_runs import STEPS, Case, clock_jumps, files_end_at, said, syncs_take, writes_fail
-from opsin.rundir import RunDirectory
+from chaos_conditions import clock_jumps, disk_may_fill, files_end_at, syncs_take, writes_fail
+from chaos_runs import STEPS, Case, Training, said
+from opsin.rundir import RunDirectory, last_step
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, train_killed
 from tests.s3_server import BUCKET, S3Server
@@ -27,12 +28,18 @@ Fault = Callable[[Case], int]
 _TMPFS_BYTES = 8 << 20
 _IN_CHECKPOINT = 0.5
 """How much of the damage falls into the newest checkpoint."""
+_SAVED = 5
+"""After so many steps more a checkpoint was due, which is copied at once."""
+_BACKUP_WAIT_S = 5.0
+_STALL_S = 40.0
+"""Longer than the rest of a training and what is waited for a backup at its end, shorter than a request to a server."""
 
 
 def sigkill(case: Case) -> int:
     """One to three SIGKILLs; every second one waits for a checkpoint write."""
     kills = case.draw.randint(1, 3)
     for kill in train_killed(case.start, case.run, STEPS, kills, case.draw):
+        case.strike()
         case.tell(f"killed {kill}")
     return 0
 
@@ -41,9 +48,14 @@ def sigterm(case: Case) -> int:
     """SIGTERM, SIGINT or SIGUSR1 in a step."""
     process = case.start()
     number = case.draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-    case.tell(f"{number.name} after step {case.reach(process.poll)}")
+    case.tell(f"{number.name} after step {case.reach(process)}")
     process.send(number)
-    return process.wait()
+    in_time = (last_step(case.run.metrics) or 0) < STEPS - 2  # looked at afterwards: at least so early it was
+    if status := process.wait():
+        case.strike()
+    elif in_time:
+        case.proofs.append(lambda: f"{number.name} was not heard")
+    return status
 
 
 def full_disk(case: Case) -> int:
@@ -52,9 +64,9 @@ def full_disk(case: Case) -> int:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_TMPFS_BYTES}", "opsin-chaos", str(folder)], check=True)
     case.cleanup.callback(subprocess.run, ["umount", "-l", str(folder)], check=False)
-    process, ballast = case.start(), folder / ".ballast"
-    began_s = time.monotonic()
-    first = case.reach(process.poll, last=STEPS // 2)
+    process = case.start(disk_may_fill(folder, case.undisturbed.largest_bytes))
+    ballast, began_s = folder / ".ballast", time.monotonic()
+    first = case.reach(process, last=STEPS // 2)
     so_far_s = time.monotonic() - began_s
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
@@ -75,14 +87,14 @@ def full_disk(case: Case) -> int:
 
 def write_error(case: Case) -> int:
     """Writes of the run end with EIO, some of them or all from one on."""
-    first, count = case.draw.randint(1, 400), case.draw.choice([1, 5, 40, 10**9])
+    first, count = 1 + int(case.draw.random() * case.undisturbed.writes), case.draw.choice([1, 5, 40, 10**9])
     case.tell(f"EIO from write {first} on, {count} times")
     return case.start(writes_fail(case.run.path, first, count)).wait()
 
 
 def file_limit(case: Case) -> int:
     """No file may grow beyond a size, as with a quota."""
-    size_bytes = case.draw.choice([1000, 5000, 20_000, 60_000, 200_000])
+    size_bytes = int(case.draw.choice([0.01, 0.05, 0.2, 0.6, 0.99]) * case.undisturbed.largest_bytes)
     case.tell(f"files end at {size_bytes} bytes")
     return case.start(files_end_at(size_bytes)).wait()
 
@@ -137,7 +149,7 @@ def clock_jump(case: Case) -> int:
     process = case.start(clock_jumps(shift_s, after))
     if case.draw.random() < 0.5:
         return process.wait()
-    case.tell(f"killed after step {case.reach(process.poll)}")
+    case.tell(f"killed after step {case.reach(process)}")
     process.kill()
     return process.wait()
 
@@ -146,13 +158,14 @@ def worker_killed(case: Case) -> int:
     """A process that reads images, or the one that they are forked from, is killed."""
     case.overrides += ("data.resident=false", f"data.workers={case.draw.randint(1, 2)}")
     process = case.start()
-    reached = case.reach(process.poll)
+    reached = case.reach(process)
     victims = sorted(descendants(process.pid))
     if victims:
         victim = case.draw.choice(victims)
         with suppress(OSError):
             case.tell(f"killed after step {reached}: {Path(f'/proc/{victim}/cmdline').read_text()[-60:]!r}")
             os.kill(victim, signal.SIGKILL)
+            case.strike()
     return process.wait()
 
 
@@ -162,7 +175,7 @@ def slow_disk(case: Case) -> int:
     case.tell(f"each fsync takes {delay_s} s longer")
     process = case.start(syncs_take(delay_s))
     if case.draw.random() < 0.5:
-        case.tell(f"killed after step {case.reach(process.poll)}")
+        case.tell(f"killed after step {case.reach(process)}")
         process.kill()
     return process.wait()
 
@@ -171,19 +184,20 @@ def backup_gone(case: Case) -> int:
     """The folder of the backup is away for a while; half of the runs are killed."""
     place, away = case.folder / "disk", case.folder / "away"
     place.mkdir()
-    case.overrides += (f"backup.path={place / 'copy'}", "backup.wait=5")
+    case.overrides += (f"backup.path={place / 'copy'}", f"backup.wait={_BACKUP_WAIT_S:g}")
     process = case.start()
-    first = case.reach(process.poll, last=STEPS // 2)
+    first = case.reach(process, last=STEPS // 2)
     place.rename(away)
+    _strikes_if_alive(case, process)
+    last = case.reach(process, first + _SAVED, STEPS - 1)
     if case.draw.random() < 0.5:
-        last = case.reach(process.poll, first, STEPS - 1)
         case.tell(f"away from step {first} to {last}")
         _bring_back(away, place)
     else:
         case.tell(f"away from step {first} on")
     if case.draw.random() < 0.5:
         process.kill()
-        case.tell("killed")
+        case.tell(f"killed after step {last}")
     status = process.wait()
     _bring_back(away, place)
     case.proofs.append(partial(_is_copied, case, str(place / "copy")))
@@ -191,38 +205,41 @@ def backup_gone(case: Case) -> int:
 
 
 def s3_gone(case: Case) -> int:
-    """The server of the backup hangs for a while, or dies and comes back without what it held."""
+    """The server of the backup hangs, taking connections and never answering, or dies and forgets what it held."""
     server = S3Server()
     case.cleanup.callback(server.kill)
     case.environment.update(server.environment)
     address = f"s3://{BUCKET}/run"
-    case.overrides += (f"backup.path={address}", "backup.wait=5")
-    process = case.start()
-    first = case.reach(process.poll)
-    server.kill()
-    if case.draw.random() < 0.5:
-        case.tell(f"server away from step {first} to {case.reach(process.poll, first, STEPS)}")
-        server.start()
-        status = process.wait()
-    else:
-        case.tell(f"server away from step {first} on")
-        status = process.wait()
-        server.start()
+    case.overrides += (f"backup.path={address}", f"backup.wait={_BACKUP_WAIT_S:g}")
     case.proofs.append(partial(_is_copied, case, address))
+    process = case.start()
+    first = case.reach(process, last=STEPS - 1 - _SAVED)
+    leave, come_back, what = case.draw.choice(
+        [(server.kill, server.start, "away"), (server.pause, server.go_on, "silent")]
+    )
+    leave()
+    began_s = time.monotonic()
+    _strikes_if_alive(case, process)
+    if case.draw.random() < 0.5:
+        case.tell(f"server {what} from step {first} to {case.reach(process, first + _SAVED, STEPS)}")
+        come_back()
+        return process.wait()
+    case.tell(f"server {what} from step {first} on")
+    status = process.wait()
+    if (took_s := time.monotonic() - began_s) > _STALL_S:
+        case.proofs.append(lambda: f"with the server {what} the run took {took_s:.0f} s to its end")
+    come_back()
     return status
 
 
 def supervised_killed(case: Case) -> int:
     """The training below `--restarts 3` is killed; its supervisor goes on."""
-    messages = (case.folder / "messages-0").open("wb")
-    case.cleanup.callback(messages.close)
-    command = [sys.executable, "-m", "opsin", *case.command(), "--restarts", "3"]
-    supervisor = subprocess.Popen(command, stdout=messages, stderr=messages)
-    case.cleanup.callback(supervisor.kill)
-    reached = case.reach(supervisor.poll)
-    with suppress(OSError, ValueError):
+    supervisor = case.opsin([*case.command(), "--restarts", "3"])
+    reached = case.reach(supervisor)
+    with suppress(OSError, ValueError):  # it has ended meanwhile
         child: int = json.loads((case.run.path / ".lock").read_text())["pid"]
         os.kill(child, signal.SIGKILL)
+        case.strike()
         case.tell(f"killed after step {reached}")
     return supervisor.wait()
 
@@ -263,16 +280,25 @@ def _parents() -> Iterator[tuple[int, int]]:
     for path in Path("/proc").iterdir():
         if path.name.isdecimal():
             with suppress(OSError):  # it has ended meanwhile
-                yield int(path.name), int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                state, parent = (path / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    yield int(path.name), int(parent)
 
 
 def _leave_unfinished(case: Case) -> None:
     """A run with two checkpoints at least that was killed or stopped."""
     process = case.start()
     number = case.draw.choice([signal.SIGKILL, signal.SIGTERM])
-    case.tell(f"{number.name} after step {case.reach(process.poll, 16)}")
+    case.tell(f"{number.name} after step {case.reach(process, 16)}")
     process.send(number)
-    process.wait()
+    if process.wait():  # a run that is done reads no checkpoint
+        case.strike()
+
+
+def _strikes_if_alive(case: Case, process: Training) -> None:
+    """For places that are gone until a checkpoint or the end of the run wants them."""
+    if process.poll() is None:
+        case.strike()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,24 +1,19 @@
-"""Trainings to be disturbed: forked from this program, which has imported everything, so that one takes a second.
+"""Trainings to be disturbed: forked from this program, which has imported everything, so that one takes a second."""
 
-What a condition changes holds in the forked process alone.
-"""
-
-import errno
-import io
 import os
 import random
-import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any, Self
 
+from chaos_conditions import Condition, Strike, nothing
+from opsin.reporting import read_rows
 from opsin.rundir import RunDirectory, last_step
+from opsin.verify import digest
 
 STEPS = 40
 SETTINGS = (
@@ -48,17 +43,14 @@ class Hung(Exception):
     """A training has not ended in ten minutes."""
 
 
-def nothing() -> None:
-    """The condition of an undisturbed training."""
-
-
 class Training:
     """A process that runs one command of `opsin`; what it says stands in `messages`."""
 
     def __init__(
-        self, arguments: list[str], messages: Path, condition: Callable[[], None], environment: Mapping[str, str]
+        self, arguments: list[str], messages: Path, condition: Condition, strike: Strike, environment: Mapping[str, str]
     ) -> None:
         self._status: int | None = None
+        self._end = time.monotonic() + _PATIENCE_S
         self.messages = messages
         sys.stdout.flush()
         self.pid = os.fork()
@@ -67,7 +59,7 @@ class Training:
             try:
                 os.environ.update(environment)
                 _say_into(messages)
-                condition()
+                condition(strike)
                 from opsin.cli import main
 
                 status = main(arguments)
@@ -75,34 +67,73 @@ class Training:
                 os._exit(status)
 
     def poll(self) -> int | None:
-        """Its exit status, None while it runs."""
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        """Its exit status, None while it runs.
+
+        Raises:
+            Hung: it has run for longer than anything here takes.
+        """
+        if self._look(os.WNOHANG) is None and time.monotonic() > self._end:
+            raise Hung(f"no end after {_PATIENCE_S:g} s: {self.messages.read_text()}")
         return self._status
 
     def wait(self) -> int:
-        """Its exit status once it has ended.
-
-        Raises:
-            Hung: it does not end; it was killed.
-        """
-        end = time.monotonic() + _PATIENCE_S
+        """Its exit status once it has ended; raises as `poll`."""
         while (status := self.poll()) is None:
-            if time.monotonic() > end:
-                self.kill()
-                raise Hung(self.messages.read_text())
             time.sleep(0.002)
         return status
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; does nothing where it has ended."""
+        if self._look(os.WNOHANG) is None:
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send SIGKILL; does nothing where it has ended."""
         self.send(signal.SIGKILL)
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal; does nothing where it has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
+    def remove(self) -> None:
+        """See that nothing is left of it."""
+        self.kill()
+        self._look(0)
+
+    def _look(self, options: int) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, options)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a run has come to."""
+
+    weights: str
+    losses: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> "Learned":
+        losses = [(row.step, row.values["train/loss"]) for row in read_rows(run.metrics) if "train/loss" in row.values]
+        return cls(digest(run), tuple(losses))
+
+    def difference(self, wanted: "Learned") -> str:
+        """In words; nothing where there is none."""
+        if self.weights != wanted.weights:
+            return f"other weights ({self.weights[:16]})"
+        if self.losses != wanted.losses:
+            missing = sorted(set(wanted.losses) - set(self.losses))
+            return f"other losses; of steps {[step for step, _ in missing]} they are missing or others"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Undisturbed:
+    """The run that was left alone: what it has come to, and how much there is to be disturbed in it."""
+
+    learned: Learned
+    writes: int
+    """Of files, syncs included."""
+    largest_bytes: int
+    """The size of its largest file."""
 
 
 @dataclass(slots=True)
@@ -111,8 +142,11 @@ class Case:
 
     folder: Path
     draw: random.Random
+    undisturbed: Undisturbed
     overrides: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    twin: RunDirectory | None = None
+    """The run with these overrides that was left alone, where it is not `undisturbed`."""
     proofs: list[Callable[[], str]] = field(default_factory=list)
     """What must hold at the end besides the bytes of the run: each gives what is wrong, or nothing."""
     cleanup: ExitStack = field(default_factory=ExitStack)
@@ -125,31 +159,56 @@ class Case:
         """Where the run is."""
         return RunDirectory(self.folder / "run")
 
-    def command(self) -> list[str]:
-        """What trains the run, or goes on with it."""
-        return ["train", "quickstart", *SETTINGS, *self.overrides, "--quiet", "--out", str(self.run.path)]
+    @property
+    def wanted(self) -> Learned:
+        """What the run must come to."""
+        return self.undisturbed.learned if self.twin is None else Learned.of(self.twin)
 
-    def start(self, condition: Callable[[], None] = nothing) -> Training:
+    def strike(self) -> None:
+        """The fault has struck; called in any process."""
+        (self.folder / "struck").touch()
+
+    @property
+    def has_struck(self) -> bool:
+        """Whether the run has felt its fault at all."""
+        return (self.folder / "struck").exists()
+
+    def command(self, run: RunDirectory | None = None) -> list[str]:
+        """What trains the run, or another one with its settings, or goes on with it."""
+        out = str((run or self.run).path)
+        return ["train", "quickstart", *SETTINGS, *self.overrides, "--quiet", "--out", out]
+
+    def start(self, condition: Condition = nothing) -> Training:
         """Begin the run or go on with it."""
         return self.opsin(self.command(), condition)
 
-    def opsin(self, arguments: list[str], condition: Callable[[], None] = nothing) -> Training:
-        """Run any command."""
+    def opsin(self, arguments: list[str], condition: Condition = nothing) -> Training:
+        """Run any command; it ends with the case."""
         self.started += 1
         messages = self.folder / f"messages-{self.started}"
-        return Training(arguments, messages, condition, self.environment)
+        process = Training(arguments, messages, condition, self.strike, self.environment)
+        self.cleanup.callback(process.remove)
+        return process
 
-    def reach(self, poll: Callable[[], int | None], first: int = 1, last: int = STEPS - 1) -> int:
-        """Wait until the run has done a random number of steps and is anywhere in the next; gives that number."""
+    def reach(self, process: Training, first: int = 1, last: int = STEPS - 1) -> int:
+        """Wait until the run has done a random number of steps and is anywhere in the next; gives that number.
+
+        Raises:
+            Hung: it gets nowhere.
+        """
         wanted = self.draw.randint(first, last)
         delay_s = self.draw.uniform(0.0, 0.02)
-        end = time.monotonic() + _PATIENCE_S
-        while poll() is None and (last_step(self.run.metrics) or 0) < wanted:
-            if time.monotonic() > end:
-                raise Hung(f"step {wanted} is never reached")
+        while process.poll() is None and (last_step(self.run.metrics) or 0) < wanted:
             time.sleep(0.001)
         time.sleep(delay_s)
         return wanted
+
+    def end(self, process: Training, number: signal.Signals) -> int:
+        """Send a signal and wait for the exit status. It has struck where it has cut the training short."""
+        process.send(number)
+        if status := process.wait():
+            self.strike()
+        return status
 
     def tell(self, text: str) -> None:
         """Add to the story."""
@@ -160,89 +219,6 @@ def said(case: Case) -> str:
     """What the newest command said; nothing where none was started."""
     messages = case.folder / f"messages-{case.started}"
     return messages.read_text() if messages.exists() else ""
-
-
-def clock_jumps(shift_s: float, after: int) -> Callable[[], None]:
-    """The clock of the day moves by `shift_s` seconds when it is asked for the `after`-th time."""
-
-    def condition() -> None:
-        real, asked = time.time, 0
-
-        def shift() -> float:
-            nonlocal asked
-            asked += 1
-            return shift_s if asked > after else 0.0
-
-        class Shifted(datetime):
-            @classmethod
-            def now(cls, tz: tzinfo | None = None) -> Self:
-                return super().now(tz) + timedelta(seconds=shift())
-
-        time.time = lambda: real() + shift()
-        for name, module in list(sys.modules.items()):
-            if name.startswith("opsin") and getattr(module, "datetime", None) is datetime:
-                module.datetime = Shifted  # type: ignore[attr-defined]
-
-    return condition
-
-
-def syncs_take(seconds: float) -> Callable[[], None]:
-    """Each fsync takes so much longer."""
-
-    def condition() -> None:
-        real = os.fsync
-
-        def slow(descriptor: int) -> None:
-            time.sleep(seconds)
-            real(descriptor)
-
-        os.fsync = slow  # type: ignore[assignment]
-
-    return condition
-
-
-def files_end_at(size_bytes: int) -> Callable[[], None]:
-    """No file can grow beyond this size (EFBIG)."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
-
-
-def writes_fail(folder: Path, first: int, count: int) -> Callable[[], None]:
-    """Of all writes and syncs of files in `folder`, those from number `first` on end with EIO, `count` of them."""
-
-    def condition() -> None:
-        real_open, real_sync, made = io.open, os.fsync, 0
-
-        def check() -> None:
-            nonlocal made
-            made += 1
-            if first <= made < first + count:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-        class Failing(io.FileIO):
-            def write(self, data: Any) -> int:
-                check()
-                return super().write(data)
-
-        def is_there(file: object) -> bool:
-            return isinstance(file, str | os.PathLike) and os.fspath(file).startswith(str(folder))
-
-        def opened(file: Any, mode: str = "r", buffering: int = -1, *text: Any, **named: Any) -> Any:
-            if not is_there(file) or not set(mode) & set("wxa+"):
-                return real_open(file, mode, buffering, *text, **named)
-            raw = Failing(file, mode.replace("b", "").replace("t", ""))
-            if buffering == 0:
-                return raw
-            buffered: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
-            return buffered if "b" in mode else io.TextIOWrapper(buffered, *text, **named)
-
-        def sync(descriptor: int) -> None:
-            check()
-            real_sync(descriptor)
-
-        io.open = opened
-        os.fsync = sync  # type: ignore[assignment]
-
-    return condition
 
 
 def _say_into(messages: Path) -> None:

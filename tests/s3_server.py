@@ -1,6 +1,7 @@
-"""moto's S3 over real HTTP, in a process of its own that can be killed. Killed, it forgets all that it held."""
+"""moto's S3 over real HTTP, in a process of its own to be stopped or killed. Killed, it forgets all that it held."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,6 +52,16 @@ class S3Server:
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+    def pause(self) -> None:
+        """From now on it takes connections and never answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Answer again, also what was asked meanwhile."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def make_bucket(self, name: str) -> None:
         request = urllib.request.Request(f"{self._url}/{name}", method="PUT")
