@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from opsin.backup.catalog import marked_steps
+from opsin.backup.config import BackupConfig
 from opsin.backup.places import open_place
 from opsin.backup.restore import restore
+from opsin.backup.service import open_backup
 from opsin.recipe import read
 from opsin.reporting import read_events, read_rows
 from opsin.rundir import RunDirectory
@@ -21,7 +23,7 @@ from opsin.verify import digest
 from tests.cli.commands import run_several
 from tests.digits_run import BROKEN_UP, VIT
 from tests.s3_server import KEY, SECRET, S3Server
-from tests.unit.backup.small_run import content
+from tests.unit.backup.small_run import content, write_checkpoint, write_run
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
 
@@ -108,6 +110,22 @@ def test_training_goes_on_without_its_backup_and_catches_up(
     assert warnings[1].endswith(f"opsin backup {run.path} finishes it")
     written = {**content(run.path), "ledger": b"".join(p.read_bytes() for p in run.path.rglob(".*") if p.is_file())}
     assert [name for name, data in written.items() if SECRET.encode() in data or KEY.encode() in data] == []
+
+
+def test_a_server_that_never_answers_holds_up_no_end(s3: str, tmp_path: Path, s3_server: S3Server) -> None:
+    folder, told = write_run(tmp_path / "run"), list[str]()
+    config = BackupConfig(path=s3, wait=1)
+    backup = open_backup(config, folder, resuming=False, say=lambda kind, text: told.append(kind))
+    s3_server.pause()
+    try:
+        with backup:
+            backup.take(write_checkpoint(folder, 10))
+            end = time.monotonic()
+        took_s = time.monotonic() - end
+    finally:
+        s3_server.go_on()
+    assert told == ["backup_incomplete"]
+    assert took_s < 15, "one second, and some for what is on its way; a request gives up after 60"
 
 
 def test_the_commands_of_a_run_in_a_bucket(
