@@ -18,6 +18,7 @@ from pathlib import Path
 
 from chaos_conditions import clock_jumps, disk_may_fill, files_end_at, syncs_take, writes_fail
 from chaos_runs import STEPS, Case, Training, said
+from opsin.reporting import read_events
 from opsin.rundir import RunDirectory, last_step
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, train_killed
@@ -244,6 +245,35 @@ def supervised_killed(case: Case) -> int:
     return supervisor.wait()
 
 
+def rollback_killed(case: Case) -> int:
+    """Some images are poison for a while: the run goes back and around them, and is killed one to three times."""
+    first, length = case.draw.randint(15, STEPS - 12), case.draw.randint(5, 12)
+    images = ",".join(str(case.draw.randrange(1000)) for _ in range(3))
+    case.overrides += (
+        "method.name=poisoned",
+        f"method.steps=[{first},{first + length}]",
+        f"method.images=[{images}]",
+        "optim.schedule.warmup_epochs=0",
+        "monitors.loss.action=rollback",
+        "monitors.loss.patience=1",
+        "guard.margin=3 steps",
+        "guard.lr_for=10 steps",
+        "guard.max_rollbacks=30",
+    )
+    twin = case.twin = RunDirectory(case.folder / "twin")
+    status = case.opsin(case.command(twin)).wait()
+    assert status == 0, "left alone"
+    gone_back = [event.step for event in read_events(twin.events) if event.kind == "rollback"]
+    case.tell(f"poison in images {images} from step {first} to {first + length}; went back to steps {gone_back}")
+    kills = case.draw.randint(1, 3)
+    for kill in train_killed(case.start, case.run, STEPS, kills, case.draw):
+        case.tell(f"killed {kill}")
+        if gone_back and kill.step >= min(gone_back):
+            case.strike()
+    case.proofs.append(partial(_same_rollbacks, case.run, twin))
+    return 0
+
+
 FAULTS: Mapping[str, Fault] = {
     fault.__name__: fault
     for fault in (
@@ -261,6 +291,7 @@ FAULTS: Mapping[str, Fault] = {
         backup_gone,
         s3_gone,
         supervised_killed,
+        rollback_killed,
     )
 }
 
@@ -319,3 +350,8 @@ def _is_copied(case: Case, address: str) -> str:
     if case.opsin(["restore", address, str(case.folder / "restored")]).wait():
         return f"opsin restore: {said(case)}"
     return "" if digest(RunDirectory(case.folder / "restored")) == digest(case.run) else "the backup has other weights"
+
+
+def _same_rollbacks(run: RunDirectory, twin: RunDirectory) -> str:
+    own, wanted = ([event.facts for event in read_events(of.events) if event.kind == "rollback"] for of in (run, twin))
+    return "" if own == wanted else f"other rollbacks than alone: {own} instead of {wanted}"
