@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call of less than nine minutes; the tables come last.
+# Everything that wants a GPU, in one call whose limits add up to 560 s; the tables come last.
 #
 #   benchmarks/gpu.sh
 #
