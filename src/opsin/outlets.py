@@ -33,7 +33,7 @@ def write_if_possible(warn: Callable[[str], None]) -> Callable[[Path, bytes], No
         except OSError as error:
             if path not in warned:
                 warned.add(path)
-                warn(f"{path} cannot be written: {error.strerror or error}; training goes on without it")
+                warn(f"{path} cannot be written: {_reason(error)}; training goes on without it")
 
     return write
 
@@ -85,7 +85,7 @@ class Outlet:
         self._make_calls()
         if self._waiting:
             lost = self.lost + len(self._waiting)
-            self._warn(f"{self.name}: {lost} entries could not be written and are lost: {self._fault}")
+            self._warn(f"{self.name}: {lost} entries could not be written and are lost: {_reason(self._fault)}")
             self.drop()
 
     def _shorten(self) -> None:
@@ -121,4 +121,9 @@ class Outlet:
         self._fault = error
         if not self._warned:
             self._warned = True
-            self._warn(f"{self.name} cannot be written: {error}; training goes on, its entries wait in memory")
+            self._warn(f"{self.name} cannot be written: {_reason(error)}; training goes on, its entries wait in memory")
+
+
+def _reason(error: Exception | None) -> str:
+    """In words, without the number of an error of the system."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)

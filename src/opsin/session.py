@@ -206,7 +206,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
             if run.checkpoints.newest_step != state.step:
                 raise RunError(
                     f"{directory.path}: training is done, but its last checkpoint could not be written (see above): "
-                    f"make room, then opsin resume {directory.path} does again what was not saved"
+                    f"mend that, or make room; then opsin resume {directory.path} does again what was not saved"
                 )
             _write_final(directory, state)
         # Before the last files are copied: these words are in one of them.

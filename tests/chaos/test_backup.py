@@ -125,7 +125,7 @@ def test_a_server_that_never_answers_holds_up_no_end(s3: str, tmp_path: Path, s3
     finally:
         s3_server.go_on()
     assert told == ["backup_incomplete"]
-    assert took_s < 15, "one second, and some for what is on its way; a request gives up after 60"
+    assert took_s < 15, "one second, and some for a request on its way, which gives up after a minute at the earliest"
 
 
 def test_the_commands_of_a_run_in_a_bucket(

@@ -241,7 +241,7 @@ def _describe_end(error: Exception, workers: int) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"data.workers={workers}: a worker process ended by itself ({reason}); memory or /dev/shm may be full: try "
-        "fewer workers; a script of your own must start training below `if __name__ == '__main__':`"
+        "fewer workers, or once more; a script of your own must start training below `if __name__ == '__main__':`"
     )
 
 
