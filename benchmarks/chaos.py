@@ -137,7 +137,8 @@ def report(outcomes: list[Outcome], runs: int) -> bool:
             counts = [own.count(verdict) for verdict in verdicts]
             rows.append([fault, *map(str, [sum(counts[:-1]), *counts])])
     print(table(["fault", "struck", "same bytes", "refused, then same bytes", "lost", "did not strike"], rows))
-    refusals = sorted({f"{o.fault}: {o.said.strip().splitlines()[-1]}" for o in outcomes if o.verdict == "refused"})
+    refused = [(outcome.fault, outcome.said.splitlines()) for outcome in outcomes if outcome.verdict == "refused"]
+    refusals = sorted({f"{fault}: {line}" for fault, lines in refused for line in lines if line.startswith("opsin: ")})
     if refusals:
         print("\nrefused with, among others:", *refusals[:20], sep="\n  ")
     lost = [outcome for outcome in outcomes if outcome.verdict == "lost"]

@@ -182,7 +182,8 @@ def _go_on(
             directory.model.unlink(missing_ok=True)
             directory.averaged.unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(f"{directory.path}: cannot be written: {error}; make room, or choose another --out") from error
+        reason = error.strerror or error
+        raise RunError(f"{directory.path}: cannot be written: {reason}; make room, or choose another --out") from error
 
 
 def build_method(recipe: Recipe, facts: DataFacts) -> Method:

@@ -297,5 +297,5 @@ def _write_final(directory: RunDirectory, state: TrainState) -> None:
     except OSError as error:
         raise RunError(
             f"{directory.model}: cannot be written: {error.strerror or error}; the last checkpoint holds the weights: "
-            f"free some space, then opsin resume {directory.path}"
+            f"mend that, or make room; then opsin resume {directory.path}"
         ) from error

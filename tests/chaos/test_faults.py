@@ -103,10 +103,12 @@ def test_a_fault_that_does_not_strike_is_drawn_again(case: Case, monkeypatch: py
 
 def test_what_has_not_struck_is_no_proof(capsys: pytest.CaptureFixture[str]) -> None:
     def outcomes(*verdicts: Verdict) -> list[Outcome]:
-        return [Outcome("sigterm", seed, verdict, "story", "message") for seed, verdict in enumerate(verdicts)]
+        said = "warning: first\nopsin: no room\nlast"
+        return [Outcome("sigterm", seed, verdict, "story", said) for seed, verdict in enumerate(verdicts)]
 
     assert report(outcomes("unstruck", "same", "refused"), 2)
-    assert "lost: 0 of 2 disturbed runs" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert told[-3:] == ["  sigterm: opsin: no room", "", "lost: 0 of 2 disturbed runs"]
     assert not report(outcomes("unstruck", "same"), 2)
     assert "1 of 2 faults did not strike with any of 5 seeds" in capsys.readouterr().out
     assert not report(outcomes("same", "lost", "lost"), 3)

@@ -154,6 +154,15 @@ def test_python_trains_as_the_command_line_does(tmp_path: Path) -> None:
         train(digits_recipe(), out=tmp_path / "other", epochs=1)
 
 
+def test_a_folder_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> None:
+    train_digits(tmp_path, "limits.steps=1")
+    (tmp_path / "encoder.json").unlink()
+    (tmp_path / "encoder.json").mkdir()  # writing it fails, for root too
+    with pytest.raises(RunError) as caught:
+        resume_run(tmp_path, ["limits.steps=2"], quiet=True)
+    assert str(caught.value) == f"{tmp_path}: cannot be written: Is a directory; make room, or choose another --out"
+
+
 def test_a_failed_session_is_written_down_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(OpsinError) as caught:
         train_digits(tmp_path, "batch_size=100000")
