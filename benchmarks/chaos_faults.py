@@ -246,7 +246,7 @@ def supervised_killed(case: Case) -> int:
 
 
 def rollback_killed(case: Case) -> int:
-    """Some images are poison for a while: the run goes back and around them, and is killed one to three times."""
+    """Some images are poison for a while: the run goes back and around them, and is killed two to four times."""
     first, length = case.draw.randint(15, STEPS - 12), case.draw.randint(5, 12)
     images = ",".join(str(case.draw.randrange(1000)) for _ in range(3))
     case.overrides += (
@@ -265,7 +265,7 @@ def rollback_killed(case: Case) -> int:
     assert status == 0, "left alone"
     gone_back = [event.step for event in read_events(twin.events) if event.kind == "rollback"]
     case.tell(f"poison in images {images} from step {first} to {first + length}; went back to steps {gone_back}")
-    kills = case.draw.randint(1, 3)
+    kills = case.draw.randint(2, 4)
     for kill in train_killed(case.start, case.run, STEPS, kills, case.draw):
         case.tell(f"killed {kill}")
         if gone_back and kill.step >= min(gone_back):
