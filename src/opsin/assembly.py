@@ -124,6 +124,7 @@ def _checkpoints(
         say=partial(_tell, journal, console),
         last_step=last_step,
         on_restore=go_on,
+        before_write=journal.sync,
         on_written=on_written,
         margin=reach(recipe, timeline),
         check=directory.check_held,

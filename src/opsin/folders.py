@@ -15,11 +15,12 @@ REPLACING = ".replacing-"
 
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to the file, by any process, survive a power cut; its name is its folder's to keep."""
+    _sync(path)
 
 
 def sync_tree(folder: Path) -> None:
@@ -110,6 +111,14 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
     for file in folder.glob(".*.writing"):
         file.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(complete: Path, path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from opsin.errors import LockLost, RunError
-from opsin.folders import write_atomic
+from opsin.folders import sync_file, sync_folder, write_atomic
 from opsin.outlets import Outlet
 
 Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
@@ -95,6 +96,7 @@ class Journal:
         """`check` raises LockLost once the files are another process's: from then on nothing is written."""
         self._folder = folder
         self._check = check
+        self._warn = warn
         self._metrics_file = _LineFile(folder / "metrics.jsonl")
         self._events_file = _LineFile(folder / "events.jsonl")
         self._metrics = Outlet("metrics.jsonl", warn)
@@ -104,6 +106,7 @@ class Journal:
         self._last: Row | None = None
         self._scores: dict[str, _Score] = {}
         self._lock = threading.RLock()
+        self._sync_failed = False
         self._load()
 
     def log(self, step: int, epoch: float, values: Mapping[str, float], *, time_s: float) -> None:
@@ -186,6 +189,21 @@ class Journal:
             self._load()
             for outlet, sink in self._sinks:
                 outlet.put(partial(sink.rewind, step))
+
+    def sync(self) -> None:
+        """Make what stands in the files survive a power cut, beside other threads that write; a fault is told once.
+
+        Due before a checkpoint counts: a run that goes on from it makes no row or event before it again.
+        """
+        try:
+            for name in ("metrics.jsonl", "events.jsonl"):
+                with suppress(FileNotFoundError):  # nothing was written yet
+                    sync_file(self._folder / name)
+            sync_folder(self._folder)
+        except OSError as error:
+            if not self._sync_failed:
+                self._sync_failed = True
+                self._warn(f"{self._folder}: a power cut may cost rows of the log: {error.strerror or error}")
 
     def summarize(self, *, steps: int, seconds: float, peak_memory_bytes: int | None = None) -> None:
         """Replace `summary.json`: last and best of every score, steps, seconds, peak memory."""

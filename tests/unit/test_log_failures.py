@@ -1,5 +1,7 @@
 """Logs that fail while training goes on: one notice, nothing unbounded, and what can be made good is."""
 
+import errno
+import json
 import os
 import subprocess
 import time
@@ -11,6 +13,7 @@ import pytest
 from opsin.outlets import write_if_possible
 from opsin.reporting import Journal, Row, _LineFile, read_events, read_rows
 from opsin.sinks import CsvTable, SinkName, TensorBoard, TextLog, open_sinks
+from opsin.training.checkpoint import find_checkpoints
 from tests.digits_run import train_digits
 from tests.unit.test_reporting import Memory
 from tests.unit.test_sinks import scalars, table
@@ -77,6 +80,52 @@ def test_a_full_disk_costs_one_warning_for_each_log_and_no_row(small_disk: Path)
     kinds = [event.kind for event in read_events(small_disk / "events.jsonl")]
     assert kinds.count("alert") == 2
     assert "log_recovered" in kinds
+
+
+def test_no_checkpoint_survives_a_power_cut_that_its_rows_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    durable: dict[str, list[int]] = {}
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        calls.append(path.name)
+        if path.suffix == ".jsonl":
+            durable[path.name] = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+    def renamed(before: Path, after: Path) -> None:
+        if (step := after.name.removeprefix("step-")).isdecimal():
+            assert {"metrics.jsonl", "events.jsonl", tmp_path.name} <= {*calls}
+            assert int(step) in durable["metrics.jsonl"], "the row of its step"
+            calls.clear()
+        rename(before, after)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    train_digits(tmp_path, "checkpoints.keep=9", "checkpoints.every=2 steps")
+    monkeypatch.undo()
+    assert len(find_checkpoints(tmp_path / "checkpoints")) >= 4
+
+
+def test_a_log_that_cannot_be_synced_is_one_warning_and_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    journal = Journal(tmp_path, warn=warnings.append)
+    journal.sync()
+    assert warnings == [], "nothing was written yet"
+    log(journal, 1)
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    journal.sync()
+    journal.sync()
+    assert warnings == [f"{tmp_path}: a power cut may cost rows of the log: Input/output error"]
 
 
 def test_rows_that_wait_too_long_are_lost_from_the_oldest_on_and_counted(tmp_path: Path) -> None:

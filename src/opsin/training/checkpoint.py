@@ -64,6 +64,7 @@ class Checkpoints:
         say: Callable[[str, Mapping[str, Fact]], None],
         last_step: int | None = None,
         on_restore: Callable[[int], None] = lambda step: None,
+        before_write: Callable[[], None] = lambda: None,
         on_written: Callable[[Path], None] = lambda path: None,
         margin: Callable[[int], int] | None = None,
         check: Callable[[], None] = lambda: None,
@@ -72,8 +73,9 @@ class Checkpoints:
         """`say` gets the kind and the facts of an event: always `step`; where all is not well `warning`, a sentence.
 
         `last_step` is where the run ends if not with the timeline. `on_restore` gets the step that the run goes on from
-        (0 where there is no checkpoint), before any event: what was logged after it is to be forgotten. `on_written`
-        gets each complete checkpoint, in the thread that wrote it, before older ones are removed; it must not raise.
+        (0 where there is no checkpoint), before any event: what was logged after it is to be forgotten. In the
+        thread that writes, and not to raise: `before_write` is called before a checkpoint takes its name, `on_written`
+        gets each complete one, before older ones are removed.
         `margin` gives for a step how many steps before it a healthy checkpoint lies; None where none is asked for.
         `check` raises LockLost where the folder is another process's by now. `scores` gives what the log holds of a
         score, by step.
@@ -85,6 +87,7 @@ class Checkpoints:
         self._say = say
         self._last_step = timeline.total_steps if last_step is None else last_step
         self._on_restore = on_restore
+        self._before_write = before_write
         self._on_written = on_written
         self._margin = margin
         self._check = check
@@ -303,6 +306,7 @@ class Checkpoints:
         try:
             snapshot.wait()
             kept += self._make_room(snapshot)
+            self._before_write()
             path = write_checkpoint(self._folder, snapshot, about, level=level)
         except OSError as error:
             return _Written(step, snapshot.detours, {}, reason_of(error, self._folder, snapshot), kept)
