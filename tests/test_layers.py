@@ -25,6 +25,7 @@ LAYERS = [
         "put_aside",
         "crashes",
         "outlets",
+        "jsonl",
         "reporting",
         "webhook",
         "sinks",

@@ -4,7 +4,7 @@
 values sorted by name. No step stands twice. `events.jsonl` holds what happened, `summary.json` the
 last and best of every score. CSV, TensorBoard and plain text are sinks: copies that may fail.
 
-JSON has no NaN and no infinity: a value that is not finite is written as null and read back as NaN.
+A value that is not finite is written as null and read back as NaN.
 """
 
 import json
@@ -17,10 +17,12 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol, TypeAlias
 
 from opsin.errors import LockLost, RunError
 from opsin.folders import sync_file, sync_folder, write_atomic
+from opsin.jsonl import LineFile, encode, finite, read_lines
 from opsin.outlets import Outlet
 
 Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
@@ -97,8 +99,8 @@ class Journal:
         self._folder = folder
         self._check = check
         self._warn = warn
-        self._metrics_file = _LineFile(folder / "metrics.jsonl")
-        self._events_file = _LineFile(folder / "events.jsonl")
+        self._metrics_file = LineFile(folder / "metrics.jsonl", _is_row)
+        self._events_file = LineFile(folder / "events.jsonl", _is_event)
         self._metrics = Outlet("metrics.jsonl", warn)
         self._events = Outlet("events.jsonl", warn)
         self._summary = Outlet("summary.json", warn)
@@ -132,7 +134,7 @@ class Journal:
             return
         with self._lock:
             event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), step, kind, facts)
-            line = _line({"time": event.time, "step": step, "kind": kind, **facts})
+            line = encode({"time": event.time, "step": step, "kind": kind, **facts})
             self._events.put(partial(self._events_file.write, line), step=step)
             for outlet, sink in self._sinks:
                 outlet.put(partial(sink.event, event))
@@ -217,7 +219,7 @@ class Journal:
                 "peak_memory_bytes": peak_memory_bytes,
                 "scores": scores,
             }
-            text = json.dumps(_finite(facts), indent=2, allow_nan=False) + "\n"
+            text = json.dumps(finite(facts), indent=2, allow_nan=False) + "\n"
             self._summary.drop()
             self._summary.put(partial(write_atomic, self._folder / "summary.json", text.encode()))
             self._tell_recoveries(steps)
@@ -272,15 +274,15 @@ class Journal:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a `metrics.jsonl`, oldest first; none where there is no file. Torn lines are skipped."""
-    for _, item in _read_lines(path):
+    """The rows of a `metrics.jsonl`, oldest first; none where there is none. Torn and damaged lines are skipped."""
+    for _, item in read_lines(path, _is_row):
         values = {name: math.nan if value is None else value for name, value in item.items() if name not in _PLACE}
         yield Row(item["step"], item["epoch"], item["time_s"], values)
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """The events of an `events.jsonl`, oldest first; none where there is no file. Torn lines are skipped."""
-    for _, item in _read_lines(path):
+    """The events of an `events.jsonl`, oldest first; none where there is none. Torn and damaged lines are skipped."""
+    for _, item in read_lines(path, _is_event):
         facts = {name: value for name, value in item.items() if name not in ("time", "step", "kind")}
         yield Event(item["time"], item["step"], item["kind"], facts)
 
@@ -309,72 +311,18 @@ class _Score:
         return {"last": self.last, "best": self.best, "best_step": self.best_step}
 
 
-class _LineFile:
-    """Lines of JSON; one of the same step as the last takes its place."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._start, self._end, self._step = self._last_line()
-
-    def write(self, line: bytes, *, step: int | None = None) -> None:
-        """Add a line, or put it in the place of the last if that is of this step. A failed write may be repeated."""
-        # One write over the old line, never shorter than it: killed before or after, the file is whole.
-        replace = step is not None and step == self._step
-        data = line.ljust(self._end - self._start - 1) + b"\n" if replace else line + b"\n"
-        start = self._start if replace else self._end
-        with self._path.open("r+b" if self._path.exists() else "xb", buffering=0) as file:
-            file.seek(start)
-            if file.write(data) < len(data):
-                raise OSError("no space left on the device")
-            file.truncate()  # a torn line of an earlier process may reach further
-        self._start, self._end, self._step = start, start + len(data), step
-
-    def rewind(self, step: int) -> None:
-        """Keep the whole lines up to `step`."""
-        if self._path.exists():
-            kept = [line + b"\n" for line, item in _read_lines(self._path) if item["step"] <= step]
-            write_atomic(self._path, b"".join(kept))
-        self._start, self._end, self._step = self._last_line()
-
-    def _last_line(self) -> tuple[int, int, int | None]:
-        """Where the last whole line begins and ends, and its step."""
-        content = self._path.read_bytes() if self._path.exists() else b""
-        end = content.rfind(b"\n") + 1
-        start = content.rfind(b"\n", 0, max(0, end - 1)) + 1
-        try:
-            item = json.loads(content[start:end] or b"null")
-        except ValueError:
-            item = None
-        return start, end, item.get("step") if isinstance(item, dict) else None
+def _is_row(item: Mapping[str, Any]) -> bool:
+    """Whether a line holds a place and nothing but numbers."""
+    kinds = {name: type(value) for name, value in item.items()}
+    numbers = {kinds.pop(name, None) for name in ("epoch", "time_s")}
+    return kinds.pop("step", None) is int and numbers <= {int, float} and {*kinds.values()} <= {int, float, NoneType}
 
 
-def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                item = json.loads(line)
-            except ValueError:  # cut off by a crash
-                continue
-            if line.endswith(b"\n") and isinstance(item, dict) and "step" in item:
-                yield line[:-1], item
+def _is_event(item: Mapping[str, Any]) -> bool:
+    """Whether a line says what happened when."""
+    return [type(item.get(name)) for name in ("time", "step", "kind")] == [str, int, str]
 
 
 def _row_line(row: Row) -> bytes:
     place = {"step": row.step, "epoch": round(row.epoch, 6), "time_s": round(row.time_s, 3)}
-    return _line(place | {name: row.values[name] for name in sorted(row.values)})
-
-
-def _line(item: Mapping[str, Fact]) -> bytes:
-    return json.dumps(_finite(item), allow_nan=False).encode()
-
-
-def _finite(value: Fact) -> Fact:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    return value
+    return encode(place | {name: row.values[name] for name in sorted(row.values)})

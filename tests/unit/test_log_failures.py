@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from opsin.jsonl import LineFile
 from opsin.outlets import write_if_possible
-from opsin.reporting import Journal, Row, _LineFile, read_events, read_rows
+from opsin.reporting import Journal, Row, read_events, read_rows
 from opsin.sinks import CsvTable, SinkName, TensorBoard, TextLog, open_sinks
 from opsin.training.checkpoint import find_checkpoints
 from tests.digits_run import train_digits
@@ -292,15 +293,15 @@ def test_a_training_whose_logs_all_fail_learns_the_same(tmp_path: Path, capsys: 
 def test_after_a_rewind_nothing_that_waited_stands_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_over: bool
 ) -> None:
-    journal, write, is_full = Journal(tmp_path, warn=lambda text: None), _LineFile.write, True
+    journal, write, is_full = Journal(tmp_path, warn=lambda text: None), LineFile.write, True
 
-    def failing(self: _LineFile, line: bytes, *, step: int | None = None) -> None:
+    def failing(self: LineFile, line: bytes, *, step: int | None = None) -> None:
         if is_full:
             raise OSError("no space left on the device")
         write(self, line, step=step)
 
     log(journal, 1)
-    monkeypatch.setattr(_LineFile, "write", failing)
+    monkeypatch.setattr(LineFile, "write", failing)
     for step in (2, 3):
         log(journal, step)
         journal.event("alert", step)

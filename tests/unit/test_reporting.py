@@ -1,6 +1,7 @@
 """The journal keeps every row once, through crashes, resumes and full disks."""
 
 import contextlib
+import itertools
 import json
 import math
 import resource
@@ -134,6 +135,36 @@ def test_a_file_cut_anywhere_is_continued_without_a_torn_or_double_row(tmp_path:
     steps = [json.loads(line)["step"] for line in lines(tmp_path)]
     assert steps == sorted(set(steps))
     assert steps[-2:] == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_bit_that_changes_costs_lines_and_no_resume(tmp_path: Path, name: str) -> None:
+    journal = open_journal(tmp_path)
+    for step in (1, 2):
+        log(journal, step, train_loss=1.0)
+        journal.event("step_cancelled", step)
+    content = (tmp_path / name).read_bytes()
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        (tmp_path / name).write_bytes(damaged)
+        journal = open_journal(tmp_path)
+        assert len(journal.rows()) <= 2
+        assert len(journal.events("step_cancelled")) <= 2
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", '{"step": 2}', '{"step": "2", "epoch": 0, "time_s": 1}', '{"step": true, "epoch": 0, "time_s": 1}']
+)
+def test_a_line_without_its_place_is_skipped(tmp_path: Path, line: str) -> None:
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).write_text(line + "\n")
+    journal = open_journal(tmp_path)
+    journal.rewind(2)
+    log(journal, 2, train_loss=1.0)
+    journal.event("resumed", 2)
+    assert [row.step for row in journal.rows()] == [2]
+    assert [event.step for event in journal.events("resumed")] == [2]
 
 
 def test_a_folder_that_cannot_be_rewound_is_a_run_error(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_rollback_that_the_disk_stops_may_be_tried_again(
     if place == "checkpoints":
         monkeypatch.setattr(Path, "rename", broken)
     else:
-        monkeypatch.setattr("opsin.reporting.write_atomic", broken)
+        monkeypatch.setattr("opsin.jsonl.write_atomic", broken)
     with pytest.raises(PassingFault, match=r"large since step 8; a rollback fails: .*Input/output error.*resume"):
         fit(guarded(tmp_path / "run", every="2 steps"))
     monkeypatch.undo()
