@@ -28,6 +28,7 @@ LAYERS = [
         "jsonl",
         "reporting",
         "webhook",
+        "painter",
         "sinks",
         "curves",
         "pictures",

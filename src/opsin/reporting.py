@@ -78,6 +78,10 @@ class Sink(Protocol):
         """Nothing more will come."""
         ...
 
+    def abandon(self) -> None:
+        """Nothing more will come, and the run is another process's: end threads and processes, write nothing."""
+        ...
+
 
 class Journal:
     """Writes the history of a run, in any thread. Once it is open, nothing that happens to a file stops training.
@@ -227,14 +231,14 @@ class Journal:
     def close(self) -> None:
         """Write what waits and close the sinks; what cannot be written now is lost, with a warning.
 
-        Events that come later go to `events.jsonl` alone.
+        Events that come later go to `events.jsonl` alone. Of a run that is another process's nothing is written.
         """
         with self._lock:
-            if not self._is_ours():
-                for outlet in (self._metrics, self._events, self._summary):
-                    outlet.drop()
+            is_ours = self._is_ours()
+            for outlet in () if is_ours else self._outlets():
+                outlet.drop()
             for outlet, sink in self._sinks:
-                outlet.put(sink.close)
+                outlet.put(sink.close if is_ours else sink.abandon)
             for outlet in self._outlets():
                 outlet.give_up()
             self._sinks = []

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from opsin.backup.elsewhere import begin_elsewhere, find_elsewhere
 from opsin.backup.service import open_backup, refuse_taken
 from opsin.config import diff, flatten, to_yaml
 from opsin.console import Console, describe, duration, open_console
-from opsin.errors import ConfigError, RunError, Stopped, TrainingError
+from opsin.errors import ConfigError, LockLost, RunError, Stopped, TrainingError
 from opsin.export import write_model
 from opsin.folders import write_atomic
 from opsin.lr_search import find_lr
@@ -175,7 +175,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequence[str], *, quiet: bool) -> Run:
-    console = open_console(quiet=quiet, also=TextLog(directory.path).say)
+    console = open_console(quiet=quiet, also=_text_log(directory))
     for note in notes:
         console.notice(note)
     if (line := against_published(recipe)) is not None:
@@ -212,6 +212,18 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
         # Before the last files are copied: these words are in one of them.
         console.finish(_last_words(directory, journal))
     return run
+
+
+def _text_log(directory: RunDirectory) -> Callable[[str], None]:
+    """Writes lines into `log.txt` for as long as the run is this process's."""
+    log = TextLog(directory.path)
+
+    def say(text: str) -> None:
+        with suppress(LockLost):
+            directory.check_held()
+            log.say(text)
+
+    return say
 
 
 def _tell_of_backup(journal: Journal, console: Console, kind: str, text: str) -> None:

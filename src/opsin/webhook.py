@@ -178,6 +178,9 @@ class Webhook:
         if lost:
             self._warn(f"webhook: {lost} messages could not be sent to {masked(self._url)} and are lost")
 
+    def abandon(self) -> None:
+        self.close()
+
     def _tell(self) -> None:
         with self._changed:
             fault = None if self._warned else self._fault

@@ -38,6 +38,9 @@ class Memory:
     def close(self) -> None:
         self._keep("close")
 
+    def abandon(self) -> None:
+        self._keep("abandon")
+
     def _keep(self, entry: Row | Event | str) -> None:
         if self.full:
             raise OSError("no space left")
@@ -194,7 +197,7 @@ def test_nothing_is_written_once_the_run_is_another_process_s(tmp_path: Path) ->
     journal.summarize(steps=2, seconds=1.0)
     journal.close()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert sink.entries[1:] == ["close"]
+    assert sink.entries[1:] == ["abandon"]
 
 
 def test_the_summary_holds_last_and_best_of_each_score(tmp_path: Path) -> None:

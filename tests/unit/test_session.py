@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from opsin import runlock
 from opsin.errors import ConfigError, LockLost, OpsinError, RunError
 from opsin.folders import write_atomic
 from opsin.reporting import read_events, read_rows
-from opsin.rundir import last_step
-from opsin.session import FIXED, fingerprint, resume_run, train, train_recipe
+from opsin.rundir import RunDirectory, last_step
+from opsin.session import FIXED, _text_log, fingerprint, resume_run, train, train_recipe
 from opsin.training.checkpoint import find_checkpoints
 from tests.digits_run import STEPS_PER_EPOCH, digits_recipe, train_digits
 
@@ -172,18 +173,28 @@ def test_a_failed_session_is_written_down_with_its_reason(tmp_path: Path) -> Non
     assert [event.kind for event in read_events(tmp_path / "events.jsonl")] == ["failed"]
 
 
-def test_a_run_whose_lease_was_taken_over_writes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def lease(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """A file system without locks; gives a process elsewhere the run in a folder."""
+
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
+    def take_over(path: Path) -> None:
+        write_atomic(path / ".lock", json.dumps({"pid": 1, "host": "elsewhere", "since": "now", "token": "x"}).encode())
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(runlock, "_RENEWED_S", 0.001)
+    return take_over
+
+
+def test_a_run_whose_lease_was_taken_over_writes_nothing_more(tmp_path: Path, lease: Callable[[Path], None]) -> None:
     def take_over() -> None:
         while (last_step(path / "metrics.jsonl") or 0) < 3:
             time.sleep(0.001)
-        write_atomic(path / ".lock", json.dumps({"pid": 1, "host": "elsewhere", "since": "now", "token": "x"}).encode())
+        lease(path)
 
     path = tmp_path / "run"
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    monkeypatch.setattr(runlock, "_RENEWED_S", 0.001)
     other = threading.Thread(target=take_over)
     other.start()
     with pytest.raises(LockLost, match=r"process 1 on elsewhere \(since now\) has taken over this run"):
@@ -194,3 +205,16 @@ def test_a_run_whose_lease_was_taken_over_writes_nothing_more(tmp_path: Path, mo
     assert "failed" not in events
     assert "emergency" not in (path / "events.jsonl").read_text()
     assert json.loads((path / ".lock").read_text())["pid"] == 1, "the other one has it"
+
+
+def test_the_text_log_of_a_run_that_was_taken_over_gets_no_more_lines(
+    tmp_path: Path, lease: Callable[[Path], None]
+) -> None:
+    with RunDirectory.locked(tmp_path) as directory:
+        say = _text_log(directory)
+        say("mine")
+        lease(tmp_path)
+        time.sleep(0.01)
+        say("not mine")
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert line.endswith("  mine")

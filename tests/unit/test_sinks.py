@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from opsin.errors import LockLost
+from opsin.painter import Plots
 from opsin.plots import draw_run
 from opsin.quantiles import quantile_names
 from opsin.reporting import Journal, read_rows
-from opsin.sinks import CsvTable, Plots, SinkName, TensorBoard, open_sinks
+from opsin.sinks import CsvTable, SinkName, TensorBoard, open_sinks
 
 ALL: tuple[SinkName, ...] = ("csv", "tensorboard", "plots", "text")
 
@@ -239,6 +241,26 @@ def test_a_killed_painter_is_one_warning_and_the_end_is_drawn_by_another(tmp_pat
     assert "has ended" in warnings[0]
     journal.close()
     assert (tmp_path / "plots" / "loss.png").exists()
+
+
+def test_a_run_that_was_taken_over_is_left_as_it_is_and_nothing_draws_on(tmp_path: Path) -> None:
+    def check() -> None:
+        if lost:
+            raise LockLost("taken over")
+
+    lost: list[bool] = []
+    sinks = open_sinks(tmp_path, ("csv", "tensorboard", "text"), notice=pytest.fail, warn=pytest.fail)
+    plots = Plots(tmp_path, warn=pytest.fail, every_s=0.0)
+    journal = Journal(tmp_path, [*sinks, plots], warn=pytest.fail, check=check)
+    journal.log(1, 0.1, {"val/loss": 1.0}, time_s=1.0)
+    process = painter(plots)
+    os.kill(process, signal.SIGSTOP)  # it draws
+    lost.append(True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    journal.close()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
 
 
 def test_a_run_without_rows_starts_no_process(tmp_path: Path) -> None:
