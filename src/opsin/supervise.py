@@ -117,10 +117,10 @@ class _Supervisor:
             # A bound for the exponent, too: a power of two that no float holds is no time.
             wait_s = min(self._settings.first_wait_s * 2 ** min(standing, 30), self._settings.longest_wait_s)
             decision = self._decide(end, last, repeats, left)
-            self._tell(last, repeats, decision, left, newest, wait_s)
+            is_put_aside = self._carry_out(last, repeats, decision, left, newest, wait_s)
             if decision.ends:
                 return 4
-            if decision.put_aside:
+            if is_put_aside:
                 last, repeats = None, 0
             if self._signalled.wait(wait_s):
                 self._console.warning(f"{self._signal}: stopped before the restart")
@@ -175,10 +175,40 @@ class _Supervisor:
                 return _Decision(put_aside=new)
         return _Decision(ends="no restarts are left" if left == 0 else "")
 
-    def _tell(
+    def _carry_out(
         self, crash: Crash, repeats: int, decision: "_Decision", left: int, newest: int | None, wait_s: float
-    ) -> None:
-        """Say what happened and what follows, and write it down."""
+    ) -> bool:
+        """Put images aside, say what happened and what follows, and write it down; whether images were put aside."""
+        with self._journal() as journal:
+            fault = self._put_aside(crash, repeats, decision, journal) if decision.put_aside else ""
+            words = self._in_words(crash, repeats, decision, fault)
+            if not decision.ends:
+                place = "the beginning" if newest is None else f"the checkpoint of step {newest}"
+                words.append(f"goes on from {place} in {duration(wait_s)} (restart, {left - 1} left)")
+            message = "; ".join(words)
+            self._console.warning(message)
+            is_put_aside = bool(decision.put_aside) and not fault
+            if journal is not None:
+                # With the step that training goes on from: what happened after it will be forgotten.
+                journal.event("crash", newest or 0, **_facts(crash, repeats, decision, message))
+                if is_put_aside:
+                    file = self._out.put_aside.name
+                    journal.event("put_aside", newest or 0, images=decision.put_aside, file=file)
+        return is_put_aside
+
+    def _put_aside(self, crash: Crash, repeats: int, decision: "_Decision", journal: Journal | None) -> str:
+        """Have images left out from now on; why that cannot be, empty where it can. It takes the run's lock."""
+        if journal is None:
+            return "the run is not to be had"
+        reason = f"training crashed with it {repeats} times ({crash.cause})"
+        try:
+            write_aside(self._out.put_aside, [*self._aside(), *(Aside(image, reason) for image in decision.put_aside)])
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    def _in_words(self, crash: Crash, repeats: int, decision: "_Decision", fault: str) -> list[str]:
+        """What happened, and what becomes of its images; `fault` is why they could not be put aside."""
         words = [f"training crashed {crash.place()}: {crash.cause}"]
         if repeats > 1:
             words.append(f"the {_ordinal(repeats)} time in a row at this place, so it will hardly pass by itself")
@@ -188,34 +218,10 @@ class _Supervisor:
                 words.append("--quarantine-after 3 would go on without them")
         words += [decision.ends] if decision.ends else []
         if decision.put_aside:
-            words.append(f"{listed(decision.put_aside)} will be left out from now on ({self._out.put_aside.name})")
-        if not decision.ends:
-            place = "the beginning" if newest is None else f"the checkpoint of step {newest}"
-            words.append(f"goes on from {place} in {duration(wait_s)} (restart, {left - 1} left)")
-        self._console.warning("; ".join(words))
-        self._write(crash, repeats, decision, newest, "; ".join(words))
-
-    def _write(self, crash: Crash, repeats: int, decision: "_Decision", newest: int | None, message: str) -> None:
-        # With the step that training goes on from: what happened after it will be forgotten.
-        step = newest or 0
-        facts: dict[str, Fact] = {
-            "cause": crash.cause,
-            "update": None if crash.step is None else crash.step + 1,
-            "repeats": repeats,
-            "images": crash.images,
-            "places": crash.places,
-            "restarts": not decision.ends,
-            "message": message,
-        }
-        with self._journal() as journal:
-            if decision.put_aside:
-                reason = f"training crashed with it {repeats} times ({crash.cause})"
-                images = [Aside(image, reason) for image in decision.put_aside]
-                write_aside(self._out.put_aside, [*self._aside(), *images])
-            if journal is not None:
-                journal.event("crash", step, **facts)
-                if decision.put_aside:
-                    journal.event("put_aside", step, images=decision.put_aside, file=self._out.put_aside.name)
+            name = self._out.put_aside.name
+            until = f"cannot be left out ({name}: {fault}), which is tried again after the next crash here"
+            words.append(f"{listed(decision.put_aside)} {until if fault else f'will be left out from now on ({name})'}")
+        return words
 
     @contextmanager
     def _journal(self) -> Iterator[Journal | None]:
@@ -295,6 +301,19 @@ class _Lines:
                 sys.stderr.flush()
             except (OSError, ValueError):  # nobody reads it any more; the child must not notice
                 continue
+
+
+def _facts(crash: Crash, repeats: int, decision: _Decision, message: str) -> dict[str, Fact]:
+    """What the event of a crash says."""
+    return {
+        "cause": crash.cause,
+        "update": None if crash.step is None else crash.step + 1,
+        "repeats": repeats,
+        "images": crash.images,
+        "places": crash.places,
+        "restarts": not decision.ends,
+        "message": message,
+    }
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

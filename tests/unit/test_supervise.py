@@ -1,5 +1,6 @@
 """What a supervisor does when its child ends. The children here are small programs that leave a real trail."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from opsin.put_aside import read_aside
+from opsin.put_aside import Aside, read_aside, write_aside
 from opsin.reporting import read_events
 from opsin.supervise import Supervision, supervise
 
@@ -203,6 +204,41 @@ def test_a_run_that_another_process_writes_gets_no_event(tmp_path: Path, capfd: 
         assert run(tmp_path, [{"end": 4}, {"end": 0}]) == 0
     assert not crashes(tmp_path)
     assert "is writing this run" in capfd.readouterr().out
+
+
+def test_images_are_put_aside_by_the_one_that_has_the_run_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from opsin.rundir import RunDirectory
+
+    (tmp_path / "run").mkdir()
+    life = {"end": -6, "step": 9, "ids": [4, 5]}
+    with RunDirectory.locked(tmp_path / "run"):
+        assert run(tmp_path, [life, life, {"end": 2}], quarantine_after=2) == 2
+    assert not (tmp_path / "run" / "put_aside.json").exists()
+    told = capfd.readouterr().out
+    assert "4, 5 cannot be left out (put_aside.json: the run is not to be had), which is tried again" in told
+    assert "from now on" not in told
+
+
+def test_images_that_could_not_be_put_aside_are_so_after_the_next_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [True]
+
+    def write(path: Path, images: Sequence[Aside]) -> None:
+        if full and full.pop():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_aside(path, images)
+
+    monkeypatch.setattr("opsin.supervise.write_aside", write)
+    life = {"end": -6, "step": 9, "ids": [4, 5]}
+    assert run(tmp_path, [life, life, life, {"end": 0}], quarantine_after=2) == 0
+    assert [item.index for item in read_aside(tmp_path / "run" / "put_aside.json")] == [4, 5]
+    assert [crash["repeats"] for crash in crashes(tmp_path)] == [1, 2, 3]
+    assert "cannot be left out (put_aside.json: No space left on device)" in crashes(tmp_path)[1]["message"]
+    kinds = [event.kind for event in read_events(tmp_path / "run" / "events.jsonl")]
+    assert kinds == ["crash", "crash", "crash", "put_aside"]
 
 
 def test_the_supervisor_does_without_torch() -> None:
