@@ -36,11 +36,14 @@ class Holder:
     since: str
     token: str = ""
     """Tells two holders with the same number apart."""
+    numbers: str = ""
+    """Of which processes `pid` is one: the start of the machine and the PID namespace; empty where that is unknown."""
 
     @classmethod
     def this_process(cls) -> "Holder":
         """The holder to be."""
-        return cls(os.getpid(), socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"), uuid.uuid4().hex)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(os.getpid(), socket.gethostname(), since, uuid.uuid4().hex, _numbers())
 
     @classmethod
     def read(cls, path: Path) -> "Holder | None":
@@ -53,7 +56,7 @@ class Holder:
             return None
         try:
             facts = json.loads(text)
-            return cls(facts["pid"], facts["host"], facts["since"], facts["token"])
+            return cls(facts["pid"], facts["host"], facts["since"], facts["token"], facts.get("numbers", ""))
         except (ValueError, LookupError, TypeError):  # an older opsin wrote its number alone
             return cls(int(text) if text.isdecimal() else None, "an unknown host", "an unknown time")
 
@@ -64,7 +67,8 @@ class Holder:
 
     def is_dead(self) -> bool:
         """Whether this machine knows that the process has ended."""
-        if self.host != socket.gethostname() or self.pid is None:
+        # Containers may share the name of their host, but not its numbers.
+        if self.pid is None or not self.numbers or self.numbers != _numbers():
             return False
         try:
             os.kill(self.pid, 0)
@@ -210,6 +214,14 @@ def is_held(path: Path) -> bool:
         holder = Holder.read(path)
         return holder is not None and not holder.is_dead() and _lease_left_s(path) > 0
     return False
+
+
+def _numbers() -> str:
+    """Within what the number of a process means it: this start of the machine and this PID namespace."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return ""
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -199,7 +199,7 @@ class _Supervisor:
     def _put_aside(self, crash: Crash, repeats: int, decision: "_Decision", journal: Journal | None) -> str:
         """Have images left out from now on; why that cannot be, empty where it can. It takes the run's lock."""
         if journal is None:
-            return "the run is not to be had"
+            return "the run cannot be locked"
         reason = f"training crashed with it {repeats} times ({crash.cause})"
         try:
             write_aside(self._out.put_aside, [*self._aside(), *(Aside(image, reason) for image in decision.put_aside)])

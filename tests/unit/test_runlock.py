@@ -18,7 +18,7 @@ import pytest
 
 from opsin import runlock
 from opsin.errors import LockLost, RunError
-from opsin.runlock import RunLock, is_held
+from opsin.runlock import Holder, RunLock, is_held
 
 HOLD = """
 import errno, fcntl, os, sys
@@ -134,6 +134,21 @@ def test_the_lease_of_another_host_counts_until_it_is_old(path: Path, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["lease"], indirect=True)
+@pytest.mark.parametrize("numbers", ["", "pid:[1]", None], ids=["an older opsin", "another container", "here"])
+def test_the_number_of_a_process_is_believed_where_it_was_given(path: Path, kind: str, numbers: str | None) -> None:
+    me = Holder.this_process()
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    own = {"numbers": me.numbers if numbers is None else numbers} if numbers != "" else {}
+    stand_in(path, pid=dead.pid, host=me.host, **own)
+    if numbers is None:
+        assert "has died" in taken(path)[0]
+    else:
+        with pytest.raises(RunError, match=rf"process {dead.pid} is writing this run.*; if it is dead, its lease ends"):
+            taken(path)
+
+
+@pytest.mark.parametrize("kind", ["lease"], indirect=True)
 def test_a_lease_is_renewed_while_its_holder_lives_and_said_to_be_one(
     path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +238,7 @@ def test_a_fork_that_ends_lets_go_of_nothing(path: Path) -> None:
         "import os, sys\nfrom pathlib import Path\nfrom opsin.runlock import RunLock\n"
         "lock = RunLock(Path(sys.argv[1]))\nlock.take()\n"
         "if os.fork() == 0:\n    sys.exit()\n"
-        "os.wait()\nprint(Path(sys.argv[1]).read_text().count('pid'), flush=True)\nsys.stdin.read()\n"
+        "os.wait()\nprint(Path(sys.argv[1]).read_text().count('\"pid\"'), flush=True)\nsys.stdin.read()\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program, str(path)]

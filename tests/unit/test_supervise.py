@@ -217,7 +217,7 @@ def test_images_are_put_aside_by_the_one_that_has_the_run_alone(
         assert run(tmp_path, [life, life, {"end": 2}], quarantine_after=2) == 2
     assert not (tmp_path / "run" / "put_aside.json").exists()
     told = capfd.readouterr().out
-    assert "4, 5 cannot be left out (put_aside.json: the run is not to be had), which is tried again" in told
+    assert "4, 5 cannot be left out (put_aside.json: the run cannot be locked), which is tried again" in told
     assert "from now on" not in told
 
 
