@@ -125,7 +125,8 @@ def main() -> int:
     kills = [kill for outcome in outcomes.values() for kill in outcome.kills]
     writes = sum(kill.in_write for kill in kills)
     equal = sum(cells[-1] == "equal" for cells in rows)
-    print(f"{len(kills)} kills, {writes} in the middle of a checkpoint write (w)")
+    asked = sum(trial.kills for trial in wanted)
+    print(f"{len(kills)} of {asked} kills, {writes} in the middle of a checkpoint write (w)")
     print(
         f"{'exact' if equal == len(rows) else 'NOT EXACT'}: {equal} of {len(rows)} runs end in the straight run's bytes"
     )

@@ -270,9 +270,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from opsin.verify import verify
+    with _signals_interrupt():
+        from opsin.verify import verify
 
-    return verify(arguments.recipe, arguments.overrides, steps=arguments.steps, kills=arguments.kills)
+        return verify(arguments.recipe, arguments.overrides, steps=arguments.steps, kills=arguments.kills)
 
 
 def _tune_lr(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,8 @@ from opsin.session import settle_rates
 from opsin.training.checkpoint import find_checkpoints
 
 _PAUSE_S = 0.002
+_STEPS_PER_KILL = 20
+"""Steps that leave time for a kill to fall, quick as they may be, and for the checkpoint write that it may wait for."""
 
 
 def verify(recipe: str, overrides: Sequence[str], *, steps: int, kills: int) -> int:
@@ -29,11 +31,15 @@ def verify(recipe: str, overrides: Sequence[str], *, steps: int, kills: int) -> 
     Prints each kill, and both hashes of model.safetensors. `train_killed` says where the kills fall.
 
     Raises:
-        ConfigError: the recipe is wrong, or steps or kills are below 1.
+        ConfigError: the recipe is wrong, steps or kills are below 1, or the run was too short for so many kills.
         OpsinError: a run ended by itself, as its exit status says.
     """
+    asked = f"command line: --steps {steps} --kills {kills}"
     if steps < 1 or kills < 1:
-        raise ConfigError(f"command line: --steps {steps} --kills {kills}: both must be at least 1")
+        raise ConfigError(f"{asked}: both must be at least 1")
+    if steps <= kills:
+        raise ConfigError(f"{asked}: each kill takes steps of its own; ask for --steps {_STEPS_PER_KILL * kills}")
+    fell = 0
     own = [*overrides, f"limits.steps={steps}", "limits.hours=null", "log.tensorboard=false", "log.plots=false"]
     own += ["backup=null", "alerts.webhook=null"]
     if not any(text.startswith("checkpoints.every=") for text in overrides):
@@ -48,18 +54,23 @@ def verify(recipe: str, overrides: Sequence[str], *, steps: int, kills: int) -> 
         frozen.write_text(text)
         straight, killed = RunDirectory(Path(folder, "straight")), RunDirectory(Path(folder, "killed"))
         finish(start(frozen, straight.path), "straight")
-        steps = json.loads(straight.summary.read_text())["steps"]
+        done: int = json.loads(straight.summary.read_text())["steps"]
         # Every step is logged: its row is how a kill finds its moment.
         again = lambda: start(frozen, killed.path, "log.every=1", messages=messages)
         try:
-            for number, kill in enumerate(train_killed(again, killed, steps, kills, random.Random()), 1):
-                print(f"kill {number}: {kill}", flush=True)
+            for fell, kill in enumerate(train_killed(again, killed, done, kills, random.Random()), 1):
+                print(f"kill {fell}: {kill}", flush=True)
         except OpsinError:
             sys.stderr.write(messages.read_text())
             raise
         first, second = digest(straight), digest(killed)
     print(f"straight            {first}")
     print(f"killed and resumed  {second}")
+    if first == second and fell < kills:
+        # Nothing is proven by a run that was left alone.
+        more = max(2 * steps, _STEPS_PER_KILL * kills)
+        way_out = f"ask for --steps {more}" if done == steps else f"the recipe ends after {done} steps: more epochs"
+        raise ConfigError(f"{asked}: {fell} of the kills fell before the run was done; {way_out}, or fewer kills")
     print("equal" if first == second else "DIFFERENT: this recipe does not resume exactly on this machine")
     return 0 if first == second else 4
 
@@ -102,7 +113,8 @@ def train_killed(
     """Train `out` to its end through `kills` deaths; gives each.
 
     `begin` starts the run or goes on with it. A kill comes when the journal reaches a random step of `steps`
-    that it had not reached before; every second one then waits for a checkpoint write.
+    that it had not reached before; every second one then waits for a checkpoint write. Fewer come where the run
+    is done before.
 
     Raises:
         OpsinError: the run ended by itself, as its exit status says.
@@ -142,6 +154,7 @@ def finish(process: Process, name: str) -> None:
         status = process.wait()
     finally:
         process.kill()
+        process.wait()
     if status:
         kinds: dict[int, type[OpsinError]] = {2: ConfigError, 3: Stopped}
         raise kinds.get(status, TrainingError)(
@@ -164,7 +177,8 @@ def _kill(process: Process, out: RunDirectory, *, after: int, in_write: bool) ->
             time.sleep(_PAUSE_S)
     finally:
         process.kill()
-    if process.wait() >= 0:
+        status = process.wait()
+    if status >= 0:
         finish(process, "killed and resumed")
         return None
     return Kill(last_step(out.metrics) or 0, max(find_checkpoints(out.checkpoints), default=None), _is_in_write(out))

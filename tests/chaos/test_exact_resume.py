@@ -1,6 +1,7 @@
 """A run that is killed or stopped, and goes on, ends in the same bytes as one that was left alone."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -201,9 +202,40 @@ def test_verify_says_why_there_is_nothing_to_prove(capfd: pytest.CaptureFixture[
         verify("quickstart", ["optim.learning_rate=1"], steps=5, kills=1)
     with pytest.raises(ConfigError, match=r"--steps 5 --kills 0: both must be at least 1"):
         verify("quickstart", [], steps=5, kills=0)
+    with pytest.raises(ConfigError, match=r"--steps 3 --kills 3: each kill takes steps of its own; ask for --steps 60"):
+        verify("quickstart", [], steps=3, kills=3)
     with pytest.raises(ConfigError, match=r"the straight run ended with exit status 2 instead of 0 \(see above\)"):
         verify("quickstart", ["data.path=nowhere"], steps=5, kills=1)
     assert capfd.readouterr().err.startswith("opsin: nowhere: no such file or folder")
+
+
+def test_verify_proves_nothing_with_fewer_kills_than_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    words = r"--steps 90 --kills 2: [01] of the kills fell before the run was done; the recipe ends after 1 steps: more"
+    with pytest.raises(ConfigError, match=words):
+        verify("quickstart", [*SMALL, "epochs=0.05"], steps=90, kills=2)
+    assert "equal" not in capfd.readouterr().out
+
+
+def test_a_stopped_verify_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "opsin", "verify", "quickstart", *SMALL, "epochs=1000", "--steps", "9999"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            end = time.monotonic() + 60
+            while not any(map(last_step, tmp_path.glob("*/straight/metrics.jsonl"))):
+                assert process.poll() is None, "it ended by itself"
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            others = descendants(process.pid)
+            process.terminate()
+            assert process.wait(timeout=60) == 3
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        assert "opsin: SIGTERM: stopped before the end" in process.stderr.read()
+    assert others
+    assert not any(is_alive(pid) for pid in others)
+    assert list(tmp_path.iterdir()) == []
 
 
 def descendants(pid: int) -> set[int]:

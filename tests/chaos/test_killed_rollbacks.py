@@ -76,6 +76,7 @@ def test_a_run_with_rollbacks_is_killed_and_ends_in_the_same_bytes(
 ) -> None:
     run = RunDirectory(tmp_path / "killed")
     kills = killer.train_killed(run.path, *GUARDED, steps=STEPS, kills=4, seed=seed)
+    assert len(kills) == 4, kills
     assert digest(run) == digest(straight), kills
     assert rollbacks(run) == rollbacks(straight), kills
 
