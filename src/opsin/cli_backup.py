@@ -34,10 +34,11 @@ def out_of_train(arguments: argparse.Namespace) -> Path:
     """
     wanted = arguments.out or os.path.join("runs", Path(arguments.recipe).stem)
     from opsin.backup.elsewhere import begin_elsewhere, find_elsewhere
+    from opsin.rundir import spelled_out
 
     run = find_elsewhere(wanted, arguments.local)
     if run is None:
-        return _path(wanted)
+        return spelled_out(_path(wanted))
     named = [text for text in arguments.overrides if text.startswith(("backup=", "backup.path="))]
     if named:
         raise ConfigError(f"command line: {named[0]} and --out {run.url} both say where the run is copied; give one")

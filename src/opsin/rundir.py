@@ -71,7 +71,8 @@ class RunDirectory:
         """The directory at `path`, locked, with this recipe: a new one, or that of a run to be continued.
 
         `differences` gets the text of the recipe that is there and gives one line for each difference
-        that forbids to continue. `fresh` moves a run that is there to `DIR.before-1` (or the next free number).
+        that forbids to continue. `fresh` moves a run that is there to `DIR.before-1` (or the next free number),
+        beside the folder that `path` links to where it is a link.
 
         Raises:
             RunError: unwritable; no run directory; in use; or a run of another recipe.
@@ -83,7 +84,6 @@ class RunDirectory:
             run._take_lock(notice)
             if fresh and run.exists():
                 notice(f"{path}: the earlier run was moved to {run._move_aside()}")
-                path.mkdir()
                 run._take_lock(notice)
             run._take_recipe(recipe_yaml, differences)
             for leftover in path.glob(".*.writing"):
@@ -187,10 +187,15 @@ class RunDirectory:
             )
 
     def _move_aside(self) -> Path:
+        """Where the run is now; an empty folder has taken its place."""
+        # A link stays, and goes on to lead to the disk that was chosen for the run.
+        place = self.path.resolve() if self.path.is_symlink() else self.path
         number = 1
-        while (target := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
+        while (target := place.with_name(f"{place.name}.before-{number}")).exists():
             number += 1
-        return self.path.rename(target)
+        place.rename(target)
+        place.mkdir()
+        return target
 
     def _take_recipe(self, recipe_yaml: str, differences: Callable[[str], Sequence[str]]) -> None:
         before = self.recipe.read_text() if self.recipe.exists() else recipe_yaml
@@ -226,6 +231,11 @@ class RunDirectory:
             write_atomic(self.run_json, (json.dumps(facts, indent=2) + "\n").encode())
         except OSError as error:
             raise RunError(f"{self.run_json}: cannot be written: {_reason(error)}; {_UNWRITTEN}") from error
+
+
+def spelled_out(path: Path) -> Path:
+    """`path`, in full where it ends in no name (`.`, `..`): such a path leads elsewhere once its folder has moved."""
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -27,7 +27,7 @@ from opsin.folders import write_atomic
 from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory
+from opsin.rundir import RunDirectory, spelled_out
 from opsin.sinks import SinkName, TextLog, open_sinks
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit
@@ -78,6 +78,7 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
         RunError: `out` holds another run, or cannot be written; with `fresh`, its backup holds a run.
         OpsinError: whatever ends the training early.
     """
+    out = spelled_out(out)
 
     def differences(before: str) -> Sequence[str]:
         # Without weights nothing is lost by starting over with the corrected recipe.
@@ -104,6 +105,7 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
         RunError: there is no run, or a key was changed that a run keeps for life.
         OpsinError: whatever ends the training early.
     """
+    path = spelled_out(path)
     directory = RunDirectory(path)
     if not directory.recipe.exists():
         raise RunError(
@@ -141,8 +143,7 @@ def settle_rates(recipe: Recipe, out: Path, *, name: str, notice: Callable[[str]
             known = {key: getattr(before.optim, key) for key in ("lr", "other_lr") if hasattr(before.optim, key)}
             if not diff(before, settled := _with_rates(recipe, known)):
                 return settled
-    place = out if out.name not in ("", "..") else out.resolve()
-    folder = place.with_name(f"{place.name}-lr")
+    folder = out.with_name(f"{out.name}-lr")
     wanted = folder / ".sweep" / f"{name}.yaml"  # hidden: the sweep wants the folder for itself
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)

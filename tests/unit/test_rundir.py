@@ -75,6 +75,17 @@ def test_fresh_moves_the_earlier_run_aside_and_says_so(tmp_path: Path) -> None:
     assert kept == ["run 0", "run 1", "run 2"]
 
 
+def test_fresh_leaves_a_link_where_it_is_and_moves_what_it_leads_to(tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk" / "run", tmp_path / "run"
+    disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    prepare(link).close()
+    with prepare(link, "seed: 1\n", fresh=True):
+        assert (disk / "recipe.yaml").read_text() == "seed: 1\n"
+    assert link.readlink() == disk
+    assert (disk.with_name("run.before-1") / "recipe.yaml").read_text() == RECIPE
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path: Path, fresh: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -106,6 +106,20 @@ def test_fresh_moves_the_earlier_run_aside(tmp_path: Path) -> None:
     assert "resumed" not in [event.kind for event in read_events(tmp_path / "run" / "events.jsonl")]
 
 
+@pytest.mark.parametrize("out", [".", "sub/.."])
+def test_a_run_in_the_working_directory_is_moved_aside_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    train_recipe(digits_recipe("limits.steps=1"), Path(), name="quickstart", quiet=True)
+    Path("sub").mkdir()
+    run = train_recipe(digits_recipe("limits.steps=2"), Path(out), name="quickstart", fresh=True, quiet=True)
+    assert run.directory.path == tmp_path / "run"
+    steps = {name: last_step(tmp_path / name / "metrics.jsonl") for name in ("run", "run.before-1")}
+    assert steps == {"run": 2, "run.before-1": 1}
+
+
 def test_fresh_is_refused_before_anything_is_moved_where_the_backup_holds_a_run(tmp_path: Path) -> None:
     recipe = digits_recipe("limits.steps=1", f"backup.path={tmp_path / 'backup'}")
     train_recipe(recipe, tmp_path / "run", name="quickstart", quiet=True)
