@@ -1,6 +1,7 @@
 """Which part may know which: a file imports only from lower layers, never from a sibling folder."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,6 @@ LAYERS = [
         "schedule",
         "seeding",
         "distributed",
-        "hardware",
         "quantiles",
         "compression",
         "backup",
@@ -53,10 +53,8 @@ LAYERS = [
     ],
     [
         "verify",
-        "report",
         "tuning",
         "datasets",
-        "dashboard",
         "supervise",
         "cli_supervision",
         "cli_backup",
@@ -128,6 +126,14 @@ def test_imports_point_downwards(path: Path) -> None:
         if target[0] == "opsin" and (why := fault(importer, target[1:] or ["__init__"])):
             faults.append(f"{path.relative_to(PACKAGE)}:{line}: {why}")
     assert not faults, "\n".join(faults)
+
+
+def test_every_part_that_has_a_layer_is_there_and_stands_in_the_documentation() -> None:
+    parts = {part_of(path) for path in FILES}
+    assert {*LEVEL} == parts
+    table = (PACKAGE.parent.parent / "docs" / "ARCHITECTURE.md").read_text().partition("## Layers")[2].partition("##")[0]
+    told = {name.removesuffix(".py").rstrip("/") for name in re.findall(r"`([a-z_]+(?:\.py|/))`", table)}
+    assert told == parts - {*LAYERS[-1]} | {"recipes"}
 
 
 @pytest.mark.parametrize("part", LAYERS[0])
