@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "opsin"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RECIPES = sorted((PACKAGE / "recipes").glob("*.yaml"))
 
-# Written in the head comment of a shipped recipe, each followed by its value.
+# Written in the head comment of a shipped recipe in this order, each followed by its value.
 RECIPE_FACTS = ("Command:", "Expected:", "Time:", "Hardware:")
 
 # Files that set things up; an address in one of them ties the project to one network.
@@ -74,10 +74,13 @@ def test_every_command_is_documented(run_opsin: RunOpsin) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_says_what_to_expect(recipe: Path) -> None:
-    head = head_comment(recipe)
-    assert [fact for fact in RECIPE_FACTS if not re.search(rf"^{fact} *\S", head, flags=re.MULTILINE)] == []
-    assert re.search(rf"^Command: *opsin train {re.escape(recipe.stem)}\b", head, flags=re.MULTILINE)
+def test_a_recipe_says_what_it_is_for_and_what_to_expect(recipe: Path) -> None:
+    lines = head_comment(recipe).splitlines()
+    assert lines[0].endswith(".")
+    assert [words[0] for line in lines if len(words := line.split()) > 1 and words[0] in RECIPE_FACTS] == [
+        *RECIPE_FACTS
+    ]
+    assert any(re.match(rf"Command: *opsin train {re.escape(recipe.stem)}\b", line) for line in lines)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

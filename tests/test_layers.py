@@ -131,7 +131,8 @@ def test_imports_point_downwards(path: Path) -> None:
 def test_every_part_that_has_a_layer_is_there_and_stands_in_the_documentation() -> None:
     parts = {part_of(path) for path in FILES}
     assert {*LEVEL} == parts
-    table = (PACKAGE.parent.parent / "docs" / "ARCHITECTURE.md").read_text().partition("## Layers")[2].partition("##")[0]
+    page = (PACKAGE.parent.parent / "docs" / "ARCHITECTURE.md").read_text()
+    table = page.partition("## Layers")[2].partition("##")[0]
     told = {name.removesuffix(".py").rstrip("/") for name in re.findall(r"`([a-z_]+(?:\.py|/))`", table)}
     assert told == parts - {*LAYERS[-1]} | {"recipes"}
 

@@ -17,7 +17,6 @@ from opsin.methods.dino import Dino, DinoConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.vit import ViTConfig
 from opsin.schedule import Cosine
-from opsin.timeline import Stage, Timeline
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState
 from tests.plain_dino import (
@@ -33,11 +32,10 @@ from tests.plain_dino import (
     plain_teacher_temperature,
     plain_weight_decay,
 )
+from tests.unit.methods.plain_steps import BATCH, EPOCHS, STEPS_PER_EPOCH, TIMELINE, plain_rates
 
 FACTS = DataFacts(("cat", "dog"), samples=64, image_size=16, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 VIT = ViTConfig(width=12, depth=2, heads=2, patch=4)
-BATCH, EPOCHS, STEPS_PER_EPOCH = 6, 3, 2
-TIMELINE = Timeline([Stage(epochs=EPOCHS, batch_size=BATCH, steps_per_epoch=STEPS_PER_EPOCH)])
 STUDENT_TEMPERATURE, WARMUP_TEMPERATURE, TEMPERATURE, MOMENTUM = 0.1, 0.04, 0.07, 0.9
 MOMENTUM_BATCH = 4  # another size than BATCH, so that the momenta are converted
 # Steps change weights by about a percent; half of the gradients are longer than the limit.
@@ -225,14 +223,6 @@ class PlainDino:
         plain_ema(self.teacher, self.student, momentum)
         plain_ema(self.teacher_head, self.student_head, momentum)
         self.center = plain_center(self.center, scores, 0.9**share)
-
-
-def plain_rates() -> list[float]:
-    """The learning rate of each step: up from a quarter during the first epoch, then half a cosine to a hundredth."""
-    peak = 4e-3 * BATCH / (2 * BATCH)
-    rise = [peak * (0.25 + 0.75 * step / STEPS_PER_EPOCH) for step in range(STEPS_PER_EPOCH)]
-    rest = (EPOCHS - 1) * STEPS_PER_EPOCH
-    return rise + [peak * (0.01 + 0.99 * (1 + math.cos(math.pi * step / rest)) / 2) for step in range(rest)]
 
 
 def _plain_head(projector: nn.Module, prototypes: nn.Module, *, learn_scale: bool = False) -> PlainHead:

@@ -4,7 +4,6 @@ B images, T target blocks of an image, C cells of a block
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -18,12 +17,12 @@ from opsin.methods.hjepa import HJepa, HJepaConfig
 from opsin.methods.ijepa import IJepa, IJepaConfig
 from opsin.nn.vit import ViTConfig
 from opsin.schedule import Cosine
-from opsin.timeline import Stage, Timeline
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState
 from tests.plain_dino import Moments, plain_adamw, plain_weight_decay
 from tests.plain_hjepa import PlainHJepa
 from tests.plain_ijepa import PlainIJepa, plain_ijepa_momentum
+from tests.unit.methods.plain_steps import BATCH, EPOCHS, STEPS_PER_EPOCH, TIMELINE, plain_rates
 
 J = TypeVar("J", bound=IJepa)
 
@@ -31,8 +30,6 @@ J = TypeVar("J", bound=IJepa)
 FACTS = DataFacts(("cat", "dog"), samples=64, image_size=32, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 GRID = 8
 VIT = ViTConfig(width=12, depth=2, heads=2, patch=4, class_token=False, pool="mean", position="sincos")
-BATCH, EPOCHS, STEPS_PER_EPOCH = 6, 3, 2
-TIMELINE = Timeline([Stage(epochs=EPOCHS, batch_size=BATCH, steps_per_epoch=STEPS_PER_EPOCH)])
 MOMENTUM, MOMENTUM_BATCH = 0.9, 4  # another size than BATCH, so that the momenta are converted
 # Steps change weights by about a percent.
 OPTIM = AdamW(
@@ -113,29 +110,12 @@ def state_of(method: IJepa, config: AdamW = OPTIM) -> TrainState:
     return TrainState(method, build_optimizer(config, method))
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-
-
 def gradients(method: IJepa, batch: Batch, step: int = 0) -> tuple[Losses, dict[str, Tensor]]:
     """What a copy of the method says of a batch, and its gradients by name."""
     same = copy.deepcopy(method)
     losses = same(batch, TIMELINE.clock(step))
     losses.total.backward()
     return losses, {name: param.grad for name, param in same.named_parameters() if param.grad is not None}
-
-
-def everything(state: TrainState) -> list[Tensor]:
-    """Copies of all that an update may change: weights, target encoder and moments."""
-    tensors = [*state.method.parameters(), *state.method.buffers()]
-    for moments in state.optimizer.state.values():
-        tensors += moments.values()
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def same_bits(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 class PlainRun:
@@ -197,14 +177,6 @@ class PlainRun:
         momentum = plain_ijepa_momentum(EPOCHS, STEPS_PER_EPOCH, base=MOMENTUM)[step]
         with torch.no_grad():
             self.network.move_targets(momentum ** (BATCH / MOMENTUM_BATCH))
-
-
-def plain_rates() -> list[float]:
-    """The learning rate of each step: up from a quarter during the first epoch, then half a cosine to a hundredth."""
-    peak = 4e-3 * BATCH / (2 * BATCH)
-    rise = [peak * (0.25 + 0.75 * step / STEPS_PER_EPOCH) for step in range(STEPS_PER_EPOCH)]
-    rest = (EPOCHS - 1) * STEPS_PER_EPOCH
-    return rise + [peak * (0.01 + 0.99 * (1 + math.cos(math.pi * step / rest)) / 2) for step in range(rest)]
 
 
 def _pairs(method: IJepa, plain: PlainIJepa | PlainHJepa) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,15 +15,11 @@ from opsin.nn.vit import ViTConfig
 from opsin.schedule import Cosine
 from opsin.timeline import Stage, Timeline
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
-from opsin.training.state import TrainState
 from opsin.training.step import train_step
 from tests.plain_dino import plain_clip, plain_line
 from tests.unit.methods.dino_parts import (
-    BATCH,
     FACTS,
     OPTIM,
-    STEPS_PER_EPOCH,
-    TIMELINE,
     VIT,
     PlainDino,
     batch_of,
@@ -33,6 +28,7 @@ from tests.unit.methods.dino_parts import (
     plan_for,
     state_of,
 )
+from tests.unit.methods.plain_steps import BATCH, STEPS_PER_EPOCH, TIMELINE, distance, everything, same_bits
 
 # All is float64, save that the network resizes position embeddings in float32 (6e-8 of their size) and that the
 # shares by which teacher and centre move are float32 numbers. A millionth leaves room for some of these roundings.
@@ -41,29 +37,12 @@ PIECES: list[dict[str, Any]] = [{}, {"accumulate": 2}, {"view_chunk": 1}, {"accu
 PAIRS = (("student", "backbone"), ("student_head", "teacher_head"), ("prototypes", "teacher_prototypes"))
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-
-
 def gradients(method: Dino, step: int) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a copy of the method for the whole batch of a step."""
     same = copy.deepcopy(method)
     loss = same(batch_of(step), TIMELINE.clock(step)).total
     loss.backward()
     return loss.item(), {name: param.grad for name, param in same.named_parameters() if param.grad is not None}
-
-
-def everything(state: TrainState) -> list[Tensor]:
-    """Copies of all that an update may change: weights, teacher, centre, running sums and moments."""
-    tensors = [*state.method.parameters(), *state.method.buffers()]
-    for moments in state.optimizer.state.values():
-        tensors += moments.values()
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def same_bits(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 @pytest.mark.parametrize("learn_scale", [False, True], ids=["unit lengths", "learned lengths"])

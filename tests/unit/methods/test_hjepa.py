@@ -20,26 +20,20 @@ from opsin.training.step import train_step
 from tests.plain_hjepa import block_cells, cell_means, cell_positions
 from tests.plain_ijepa import gather_tokens, plain_layer_norm
 from tests.unit.methods.jepa_parts import (
-    BATCH,
-    EPOCHS,
     FACTS,
     GRID,
     OPTIM,
-    STEPS_PER_EPOCH,
-    TIMELINE,
     VIT,
     PlainRun,
     batch_of,
     build_hjepa,
-    distance,
-    everything,
     gradients,
     hjepa_config,
     ijepa_config,
     plan_for,
-    same_bits,
     state_of,
 )
+from tests.unit.methods.plain_steps import BATCH, EPOCHS, STEPS_PER_EPOCH, TIMELINE, distance, everything, same_bits
 
 # As for I-JEPA: float64 but for positions and the share of the target encoder, which are float32 numbers.
 CLOSE = 1e-6

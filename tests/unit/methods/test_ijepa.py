@@ -21,25 +21,21 @@ from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.step import train_step
 from tests.plain_ijepa import gather_tokens, plain_layer_norm
 from tests.unit.methods.jepa_parts import (
-    BATCH,
     FACTS,
     GRID,
     MOMENTUM,
     OPTIM,
-    TIMELINE,
     VIT,
     PlainRun,
     batch_of,
     build_ijepa,
-    distance,
-    everything,
     gradients,
     hjepa_config,
     ijepa_config,
     plan_for,
-    same_bits,
     state_of,
 )
+from tests.unit.methods.plain_steps import BATCH, TIMELINE, distance, everything, same_bits
 
 # All is float64, save that positions are float32 numbers (6e-8 of their size, which another order of the products
 # may round otherwise) and so is the share by which the target encoder moves. A millionth leaves room for some.
