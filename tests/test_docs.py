@@ -77,9 +77,8 @@ def test_every_command_is_documented(run_opsin: RunOpsin) -> None:
 def test_a_recipe_says_what_it_is_for_and_what_to_expect(recipe: Path) -> None:
     lines = head_comment(recipe).splitlines()
     assert lines[0].endswith(".")
-    assert [words[0] for line in lines if len(words := line.split()) > 1 and words[0] in RECIPE_FACTS] == [
-        *RECIPE_FACTS
-    ]
+    facts = [words[0] for line in lines if len(words := line.split()) > 1 and words[0] in RECIPE_FACTS]
+    assert facts == [*RECIPE_FACTS]
     assert any(re.match(rf"Command: *opsin train {re.escape(recipe.stem)}\b", line) for line in lines)
 
 

@@ -14,6 +14,7 @@ from opsin.backup.config import BackupConfig
 from opsin.backup.places import open_place
 from opsin.backup.restore import restore
 from opsin.backup.service import open_backup
+from opsin.cli import main
 from opsin.recipe import read
 from opsin.reporting import read_events, read_rows
 from opsin.rundir import RunDirectory
@@ -73,9 +74,10 @@ def test_a_run_goes_on_from_an_earlier_step_of_its_backup(s3: str, straight: Run
 
 
 def test_a_killed_machine_costs_what_was_not_copied_yet(
-    s3: str, straight: RunDirectory, tmp_path: Path, opsin_env: Mapping[str, str], s3_server: S3Server
+    s3: str, tmp_path: Path, opsin_env: Mapping[str, str], s3_server: S3Server
 ) -> None:
-    keys = [*SMALL, f"backup.path={s3}", "limits.steps=2000", "epochs=200"]
+    long = ["epochs=200", "limits.steps=2000"]
+    keys = [*SMALL, *long, f"backup.path={s3}"]
     command = [sys.executable, "-m", "opsin", "train", "quickstart", *keys, "--quiet", "--out", "run"]
     environment = {**opsin_env, **s3_server.environment}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
@@ -90,9 +92,13 @@ def test_a_killed_machine_costs_what_was_not_copied_yet(
     shutil.rmtree(tmp_path / "run")
     restored = restore(s3, tmp_path / "again", say=pytest.fail)
     assert restored.step is not None
-    assert learned(RunDirectory(tmp_path / "again"))[: restored.step]
     steps = {step for step, _ in learned(RunDirectory(tmp_path / "again"))}
     assert set(range(1, restored.step + 1)) <= steps, "every row up to the checkpoint is there"
+    end_there = f"limits.steps={restored.step + 3}"
+    whole = training(tmp_path / "whole", *long, end_there).directory
+    run = resume_run(tmp_path / "again", [end_there], quiet=True).directory
+    assert digest(run) == digest(whole)
+    assert learned(run) == learned(whole)
 
 
 def test_training_goes_on_without_its_backup_and_catches_up(
@@ -110,6 +116,10 @@ def test_training_goes_on_without_its_backup_and_catches_up(
     assert warnings[1].endswith(f"opsin backup {run.path} finishes it")
     written = {**content(run.path), "ledger": b"".join(p.read_bytes() for p in run.path.rglob(".*") if p.is_file())}
     assert [name for name, data in written.items() if SECRET.encode() in data or KEY.encode() in data] == []
+    assert marked_steps(open_place(s3)) == []
+    assert main(["backup", str(run.path)]) == 0
+    assert restore(s3, tmp_path / "again", say=pytest.fail).step == STEPS
+    assert content(tmp_path / "again") == content(run.path)
 
 
 def test_a_server_that_never_answers_holds_up_no_end(s3: str, tmp_path: Path, s3_server: S3Server) -> None:
