@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from opsin.reporting import read_events
 from opsin.rundir import RunDirectory, last_step
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, train_killed
+from tests.chaos.killed_runs import descendants
 from tests.s3_server import BUCKET, S3Server
 
 Fault = Callable[[Case], int]
@@ -294,26 +295,6 @@ FAULTS: Mapping[str, Fault] = {
         rollback_killed,
     )
 }
-
-
-def descendants(pid: int) -> set[int]:
-    """The processes below `pid`."""
-    parents = dict(_parents())
-    return {child for child in parents if pid in _above(child, parents)}
-
-
-def _above(child: int, parents: Mapping[int, int]) -> Iterator[int]:
-    while child := parents.get(child, 0):
-        yield child
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    for path in Path("/proc").iterdir():
-        if path.name.isdecimal():
-            with suppress(OSError):  # it has ended meanwhile
-                state, parent = (path / "stat").read_text().rpartition(")")[2].split()[:2]
-                if state != "Z":
-                    yield int(path.name), int(parent)
 
 
 def _leave_unfinished(case: Case) -> None:

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from chaos_conditions import Condition, Strike, nothing
 from opsin.reporting import read_rows
 from opsin.rundir import RunDirectory, last_step
 from opsin.verify import digest
+from tests.chaos.killed_runs import Forked
 
 STEPS = 40
 SETTINGS = (
@@ -43,28 +43,20 @@ class Hung(Exception):
     """A training has not ended in ten minutes."""
 
 
-class Training:
+class Training(Forked):
     """A process that runs one command of `opsin`; what it says stands in `messages`."""
 
     def __init__(
         self, arguments: list[str], messages: Path, condition: Condition, strike: Strike, environment: Mapping[str, str]
     ) -> None:
-        self._status: int | None = None
+        def prepare() -> None:
+            os.environ.update(environment)
+            _say_into(messages)
+            condition(strike)
+
         self._end = time.monotonic() + _PATIENCE_S
         self.messages = messages
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            status = 1
-            try:
-                os.environ.update(environment)
-                _say_into(messages)
-                condition(strike)
-                from opsin.cli import main
-
-                status = main(arguments)
-            finally:
-                os._exit(status)
+        super().__init__(arguments, prepare)
 
     def poll(self) -> int | None:
         """Its exit status, None while it runs.
@@ -72,7 +64,7 @@ class Training:
         Raises:
             Hung: it has run for longer than anything here takes.
         """
-        if self._look(os.WNOHANG) is None and time.monotonic() > self._end:
+        if super().poll() is None and time.monotonic() > self._end:
             raise Hung(f"no end after {_PATIENCE_S:g} s: {self.messages.read_text()}")
         return self._status
 
@@ -82,25 +74,10 @@ class Training:
             time.sleep(0.002)
         return status
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal; does nothing where it has ended."""
-        if self._look(os.WNOHANG) is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """Send SIGKILL; does nothing where it has ended."""
-        self.send(signal.SIGKILL)
-
     def remove(self) -> None:
         """See that nothing is left of it."""
         self.kill()
-        self._look(0)
-
-    def _look(self, options: int) -> int | None:
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, options)
-            self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
+        super().wait()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -76,13 +77,15 @@ def _arguments(out: Path, overrides: tuple[str, ...]) -> list[str]:
 class Forked:
     """A process that runs one command of `opsin`."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], prepare: Callable[[], None]) -> None:
+        """`prepare` is called first, in the new process."""
         self._status: int | None = None
+        sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os.dup2(2, 1)  # stdout is for answers
             status = 1
             try:
+                prepare()
                 from opsin.cli import main
 
                 status = main(arguments)
@@ -90,22 +93,49 @@ class Forked:
                 os._exit(status)
 
     def poll(self) -> int | None:
-        return self._wait(os.WNOHANG)
+        """Its exit status, None while it runs."""
+        return self._look(os.WNOHANG)
 
     def wait(self) -> int:
-        status = self._wait(0)
+        """Its exit status once it has ended."""
+        status = self._look(0)
         assert status is not None
         return status
 
-    def kill(self) -> None:
-        if self._status is None:
-            os.kill(self.pid, signal.SIGKILL)
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; does nothing where it has ended."""
+        if self._look(os.WNOHANG) is None:
+            os.kill(self.pid, number)
 
-    def _wait(self, options: int) -> int | None:
+    def kill(self) -> None:
+        """Send SIGKILL; does nothing where it has ended."""
+        self.send(signal.SIGKILL)
+
+    def _look(self, options: int) -> int | None:
         if self._status is None:
             pid, status = os.waitpid(self.pid, options)
             self._status = os.waitstatus_to_exitcode(status) if pid else None
         return self._status
+
+
+def descendants(pid: int) -> set[int]:
+    """The living processes below `pid`, as /proc has them."""
+    parents = dict(_parents())
+    return {child for child in parents if pid in _above(child, parents)}
+
+
+def _above(child: int, parents: Mapping[int, int]) -> Iterator[int]:
+    while child := parents.get(child, 0):
+        yield child
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal():
+            with suppress(OSError):  # it has ended meanwhile
+                state, parent = (path / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    yield int(path.name), int(parent)
 
 
 class FatalConfig(EvaluatorConfig):
@@ -128,23 +158,30 @@ class Fatal:
         return {"survived": 1.0}
 
 
+def say_on_stderr() -> None:
+    os.dup2(2, 1)  # stdout is for answers
+
+
+def begin(asked: Mapping[str, Any]) -> Forked:
+    return Forked(asked["arguments"], say_on_stderr)
+
+
 def train(asked: Mapping[str, Any]) -> int:
-    return Forked(asked["arguments"]).wait()
+    return begin(asked).wait()
 
 
 def stop(asked: Mapping[str, Any]) -> int:
-    process, metrics = Forked(asked["arguments"]), Path(asked["arguments"][-1], "metrics.jsonl")
+    process, metrics = begin(asked), Path(asked["arguments"][-1], "metrics.jsonl")
     while process.poll() is None and (last_step(metrics) or 0) < asked["after"]:
         time.sleep(0.001)
-    os.kill(process.pid, asked["signal"])
+    process.send(signal.Signals(asked["signal"]))
     return process.wait()
 
 
 def kill(asked: Mapping[str, Any]) -> list[dict[str, Any]]:
     out = RunDirectory(Path(asked["arguments"][-1]))
-    begin = lambda: Forked(asked["arguments"])
     draw = random.Random(asked["seed"])
-    kills = train_killed(begin, out, asked["steps"], asked["kills"], draw)
+    kills = train_killed(lambda: begin(asked), out, asked["steps"], asked["kills"], draw)
     return [{"step": kill.step, "newest": kill.newest, "in_write": kill.in_write} for kill in kills]
 
 

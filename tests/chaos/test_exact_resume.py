@@ -21,7 +21,7 @@ from opsin.rundir import RunDirectory, last_step
 from opsin.session import train_recipe
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, verify
-from tests.chaos.killed_runs import ROOT, Killer
+from tests.chaos.killed_runs import ROOT, Killer, descendants
 from tests.digits_run import BROKEN_UP, CONVNET, OF_THE_MACHINE, VIT, staged
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
@@ -236,22 +236,6 @@ def test_a_stopped_verify_leaves_nothing_behind(tmp_path: Path) -> None:
     assert others
     assert not any(is_alive(pid) for pid in others)
     assert list(tmp_path.iterdir()) == []
-
-
-def descendants(pid: int) -> set[int]:
-    """The processes below `pid`, as /proc has them."""
-    parents = {int(path.name): parent_of(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdecimal()}
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-def parent_of(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it has ended meanwhile
-        return None
 
 
 def is_alive(pid: int) -> bool:
