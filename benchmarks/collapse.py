@@ -8,11 +8,13 @@ DINO without centring, with a high temperature of the teacher, and with a teache
 centring then lags behind it, and one prototype wins. The advice tells the last from the first.
 
 I-JEPA and H-JEPA with a target encoder that is a copy of the encoder, without the norm of targets, and with both. The
-second does not collapse: the encoder ends in a norm of its own.
+second does not collapse: the encoder ends in a norm of its own. Both together narrow for some dozens of updates, and
+get out of it by themselves. The exit status is 1 where a verdict is not the expected one.
 """
 
 import argparse
 import re
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,27 +60,29 @@ CASES = [
             Case(method, "healthy"),
             Case(method, "momentum 0", COPY, "feature_collapse"),
             Case(method, "targets without norm", BARE),
-            Case(method, "momentum 0, targets without norm", (*COPY, *BARE), "feature_collapse"),
+            Case(method, "momentum 0, targets without norm", (*COPY, *BARE)),
         )
     ),
 ]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--method", choices=sorted({case.method for case in CASES}), help="only this one")
     arguments = parser.parse_args()
-    rows = []
+    rows, wrong = [], 0
     for case in CASES:
         if arguments.method not in (None, case.method):
             continue
         alerts, course = watch(case, arguments.steps)
         verdict = f"{alerts[0].facts['finding']} at step {alerts[0].step}" if alerts else "none"
+        wrong += verdict.partition(" ")[0] != case.expected
         rows.append([f"{case.method}: {case.what}", case.expected, verdict])
         print(f"{case.method}: {case.what}: {alerts[0].facts['message'] if alerts else 'none'}")
         print(f"    {course}", flush=True)
     print(table(["what was done", "expected", "first verdict"], rows))
+    return int(wrong > 0)
 
 
 def watch(case: Case, steps: int) -> tuple[Sequence[Event], str]:
@@ -102,4 +106,4 @@ def _narrowest(values: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

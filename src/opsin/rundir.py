@@ -222,7 +222,7 @@ class RunDirectory:
         return sessions
 
     def _damaged(self, error: Exception) -> RunError:
-        return RunError(f"{self.run_json}: is damaged ({error!r}); delete it to go on without its history")
+        return RunError(f"{self.run_json}: is damaged ({error}); delete it to go on without its history")
 
     def _write_facts(self) -> None:
         sessions = self._facts["sessions"]

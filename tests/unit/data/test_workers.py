@@ -197,6 +197,7 @@ def test_a_fork_server_killed_while_it_is_asked_for_a_worker_is_reported_and_rep
     with pytest.raises(PassingFault, match=r"data.workers=1: a worker process ended by itself .*try fewer workers"):
         next(batches(Plain(tmp_path), 1))
     timer.join()
+    wait_until(lambda: not is_alive(server))
     assert torch.equal(next(batches(Plain(tmp_path), 1)).ids, expected.ids)
 
 
