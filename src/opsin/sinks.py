@@ -266,7 +266,8 @@ class TextLog:
         self.line(f"step {event.step}  {event.kind}  {facts}".rstrip())
 
     def rewind(self, step: int) -> None:
-        self.line(f"continues after step {step}; what stands above of later steps is done anew")
+        if self._path.exists() and b"  step " in self._path.read_bytes():
+            self.line(f"continues after step {step}; what stands above of later steps is done anew")
 
     def catch_up(self, step: int) -> None:
         self.line(f"lines up to step {step} could not be written; the values are in metrics.jsonl")

@@ -89,6 +89,14 @@ def test_the_text_log_is_plain_and_only_grows(tmp_path: Path) -> None:
     assert "continues after step 0" in after
 
 
+def test_the_text_log_of_a_new_run_continues_nothing(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path, "text")
+    journal.rewind(0)
+    journal.log(1, 0.5, {"train/loss": 1.5}, time_s=1.0)
+    journal.close()
+    assert "continues" not in (tmp_path / "log.txt").read_text()
+
+
 def test_a_missing_package_is_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     notices: list[str] = []
