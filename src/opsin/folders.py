@@ -13,21 +13,19 @@ REPLACING = ".replacing-"
 """Before the name of a folder that is complete and about to take the place of an older one."""
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    _sync(folder)
-
-
-def sync_file(path: Path) -> None:
-    """Make what was written to the file, by any process, survive a power cut; its name is its folder's to keep."""
-    _sync(path)
+def sync(path: Path) -> None:
+    """Make the content of a file, by whomever it was written, or the names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
     """Make everything in `folder` survive a power cut, contents and names."""
-    for path in folder.rglob("*"):
-        sync_folder(path)  # of a file: its content
-    sync_folder(folder)
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -56,7 +54,7 @@ def replace_file(path: Path, chunks: Iterable[bytes], *, by: Path) -> None:
     except BaseException:
         by.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -67,12 +65,12 @@ def put_in_place(partial: Path, path: Path) -> None:
     """
     if not path.exists():
         partial.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
         return
     complete = path.with_name(f"{REPLACING}{path.name}")
     shutil.rmtree(complete, ignore_errors=True)  # of an earlier failure; the older one is still in its place
     partial.rename(complete)
-    sync_folder(path.parent)
+    sync(path.parent)
     _replace(complete, path)
 
 
@@ -113,19 +111,11 @@ def remove_leftovers(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _replace(complete: Path, path: Path) -> None:
     """Give `complete` the name of the older folder, which goes."""
     doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
     if path.exists():
         path.rename(doomed)
     complete.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)
     shutil.rmtree(doomed, ignore_errors=True)

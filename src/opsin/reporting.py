@@ -21,7 +21,7 @@ from types import NoneType
 from typing import Any, Protocol, TypeAlias
 
 from opsin.errors import LockLost, RunError
-from opsin.folders import sync_file, sync_folder, write_atomic
+from opsin.folders import sync, write_atomic
 from opsin.jsonl import LineFile, encode, finite, read_lines
 from opsin.outlets import Outlet
 
@@ -204,8 +204,8 @@ class Journal:
         try:
             for name in ("metrics.jsonl", "events.jsonl"):
                 with suppress(FileNotFoundError):  # nothing was written yet
-                    sync_file(self._folder / name)
-            sync_folder(self._folder)
+                    sync(self._folder / name)
+            sync(self._folder)
         except OSError as error:
             if not self._sync_failed:
                 self._sync_failed = True

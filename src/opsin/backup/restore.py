@@ -25,7 +25,7 @@ from opsin.backup.config import check_place
 from opsin.backup.ledger import Ledger
 from opsin.backup.places import Absent, Place, PlaceError, open_place
 from opsin.errors import ConfigError, RunError
-from opsin.folders import sync_folder, sync_tree
+from opsin.folders import sync, sync_tree
 from opsin.runlock import Holder, RunLock
 
 _LOCK = ".lock"
@@ -158,7 +158,7 @@ class _Restore:
         ledger.add(*(step for step in steps if newest is not None and step > newest), spared=wanted is None)
         sync_tree(self._partial)
         self._partial.rename(self._folder)
-        sync_folder(self._folder.parent)
+        sync(self._folder.parent)
         (self._folder / _LOCK).unlink()  # still held: whoever asks for this run has to wait until here
         return Restored(newest, self._num_files, self._num_bytes)
 

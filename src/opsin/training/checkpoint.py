@@ -116,7 +116,8 @@ class Checkpoints:
         try:
             return self._restore(fresh)
         except OSError as error:
-            raise RunError(f"{self._folder}: cannot be written: {error}; make room, or choose another --out") from error
+            words = f"cannot be written: {error.strerror or error}; make room, or choose another --out"
+            raise RunError(f"{self._folder}: {words}") from error
 
     def _restore(self, fresh: TrainState) -> TrainState:
         remove_leftovers(self._folder)

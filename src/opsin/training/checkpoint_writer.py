@@ -18,7 +18,7 @@ import torch
 
 from opsin import __version__
 from opsin.compression import SUFFIX, Compressor
-from opsin.folders import put_in_place, sync_folder
+from opsin.folders import put_in_place, sync
 from opsin.training.checkpoint_format import MANIFEST, STATE, digest, name_of
 from opsin.training.snapshot import Snapshot
 
@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: Mapping[str, Any],
     partial = folder / f".writing-{snapshot.step}-{os.getpid()}"
     if not folder.exists():
         folder.mkdir(parents=True)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     try:
         partial.mkdir()
         name = STATE if level is None else f"{STATE}{SUFFIX}"
@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: Mapping[str, Any],
         text = json.dumps({**facts, "sha256": digest(facts)}, indent=2) + "\n"
         with _SyncedFile(partial / MANIFEST) as file:
             file.write(text.encode())
-        sync_folder(partial)
+        sync(partial)
         put_in_place(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
