@@ -168,6 +168,8 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     weights = "as trained, their moving average, or those before step 0 (default: raw)"
     evaluate.add_argument("--weights", choices=("raw", "ema", "initial"), default="raw", help=weights)
     evaluate.add_argument("--data", metavar="PATH", help="score on these labelled images, as in data.path")
+    blocks = "score features after the last N blocks, side by side (knn, linear; default: as the recipe says)"
+    evaluate.add_argument("--blocks", type=int, metavar="N", help=blocks)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_eval)
 
@@ -261,7 +263,13 @@ def _eval(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"command line: unknown score {score!r}; known: {options}")
     from opsin.results import evaluate_run
 
-    reports = evaluate_run(arguments.directory, arguments.scores, weights=arguments.weights, data=arguments.data)
+    reports = evaluate_run(
+        arguments.directory,
+        arguments.scores,
+        weights=arguments.weights,
+        data=arguments.data,
+        blocks=arguments.blocks,
+    )
     if arguments.json:
         print(json.dumps({name: report.as_dict() for name, report in reports.items()}))
     else:

@@ -90,13 +90,14 @@ def evaluate_run(
     *,
     weights: Weights | Literal["initial"] = "raw",
     data: str | None = None,
+    blocks: int | None = None,
 ) -> dict[ScoreName, Report]:
     """The scores of a run, or of one of its checkpoints, by name.
 
     None named means accuracy where the method gives class scores, else knn and linear; `maps` are pictures, written
     into DIR/maps. Each has the settings of the recipe's first evaluator of that kind, or the defaults, but no limit
     of time. They are taken on the validation images of the recipe, or of `data`, which is what `data.path` could be.
-    The weights `initial` are those before step 0.
+    The weights `initial` are those before step 0; `blocks` is how many last blocks' features knn and linear score.
 
     Raises:
         RunError: no run at `path`.
@@ -131,7 +132,7 @@ def evaluate_run(
                 )
                 reports[name] = _draw_maps(method, scene, recipe, f"{stem}-ema" if weights == "ema" else stem)
             else:
-                reports[name] = _score_features(method, scene, recipe, name, data)
+                reports[name] = _score_features(method, scene, recipe, name, data, blocks)
     return reports
 
 
@@ -151,13 +152,16 @@ def _score_classes(method: Method, scene: Scene, classes: Sequence[str], place: 
 
 
 def _score_features(
-    method: Method, scene: Scene, recipe: Recipe, name: Literal["knn", "linear"], data: str | None
+    method: Method, scene: Scene, recipe: Recipe, name: Literal["knn", "linear"], data: str | None, blocks: int | None
 ) -> Report:
     kind = KnnConfig if name == "knn" else LinearConfig
     found = ((key, config) for key, config in recipe.evaluators.items() if isinstance(config, kind))
     key, config = next(found, (name, kind()))
-    changed = {"seconds": None} if data is None else {"seconds": None, "path": data}
-    return config.model_copy(update=changed).build(scene, key).report(method)
+    asked = {"path": data, "blocks": blocks}
+    changed = {"seconds": None} | {name: value for name, value in asked.items() if value is not None}
+    wanted = config.model_copy(update=changed)
+    wanted.check(method, key)
+    return wanted.build(scene, key).report(method)
 
 
 def _draw_maps(method: Method, scene: Scene, recipe: Recipe, name: str) -> Report:

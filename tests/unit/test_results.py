@@ -13,7 +13,7 @@ from opsin.errors import CheckpointError, ConfigError, RunError
 from opsin.evaluation.accuracy import AccuracyReport
 from opsin.reporting import read_rows
 from opsin.results import ScoreName, Weights, evaluate_run, export_run, load
-from tests.digits_run import STEPS_PER_EPOCH, train_digits
+from tests.digits_run import CONVNET, STEPS_PER_EPOCH, VIT, train_digits
 from tests.unit.data.pictures import fill
 
 SCORES: tuple[ScoreName, ...] = ("knn", "linear")
@@ -105,6 +105,36 @@ def test_scores_that_share_features_are_those_taken_one_by_one(tmp_path: Path) -
         for name in SCORES:
             assert together[name].as_dict() == alone[name].as_dict()
             assert last[f"{name}{suffix}/top1"] == alone[name].as_dict()["top1"]
+
+
+def test_features_of_several_blocks_are_scored_on_demand_as_by_the_recipe(tmp_path: Path) -> None:
+    one = ("epochs=1", "evaluators.val=null", "evaluators.knn={}")
+    train_digits(tmp_path / "one", *one, model=VIT)
+    train_digits(tmp_path / "two", *one, "evaluators.knn.blocks=2", model=VIT)
+    scored = {
+        place: list(read_rows(tmp_path / place / "metrics.jsonl"))[-1].values["knn/top1"] for place in ("one", "two")
+    }
+    asked = {
+        blocks: evaluate_run(tmp_path / "one", ("knn",), blocks=blocks)["knn"].as_dict()["top1"]
+        for blocks in (None, 1, 2)
+    }
+    assert asked == {None: scored["one"], 1: scored["one"], 2: scored["two"]}
+    assert scored["one"] != scored["two"], "other features have another score, as a rule: seed 0 follows it"
+    assert evaluate_run(tmp_path / "two", ("knn",))["knn"].as_dict()["top1"] == scored["two"]
+    for blocks in (0, 3):
+        with pytest.raises(
+            ConfigError, match=rf"evaluators.knn.blocks={blocks}: .* gives features of blocks from 1 to 2"
+        ):
+            evaluate_run(tmp_path / "one", ("knn",), blocks=blocks)
+
+
+@pytest.mark.parametrize(("model", "rule"), [(VIT, "from 1 to 2"), (CONVNET, "1; only those of model.name=vit")])
+def test_more_blocks_than_there_are_are_refused_before_a_run_begins(
+    model: tuple[str, ...], rule: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"evaluators.linear.blocks=3: this network gives features of blocks {rule}"):
+        train_digits(tmp_path / "run", "evaluators.linear={blocks: 3}", model=model)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_the_weights_that_a_run_began_with_can_be_scored_without_any_saved(run: Path) -> None:

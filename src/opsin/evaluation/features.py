@@ -18,7 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from opsin.errors import DataError
+from opsin.errors import ConfigError, DataError
+from opsin.methods.base import Method
 from opsin.nn.backbone import Tokens
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.precision import exact_products
@@ -40,6 +41,8 @@ class FeatureScoreConfig(EvaluatorConfig, ABC):
     """Learn from at most so many images, all classes in their proportions; null for all."""
     query_images: int | None = Field(None, gt=0)
     """Score at most so many images, all classes in their proportions; null for all."""
+    blocks: int = Field(1, ge=1)
+    """Features after each of so many last blocks of a vision transformer, side by side; DINO and I-JEPA publish 4."""
     seconds: float | None = Field(300.0, gt=0)
     """Time for one evaluation, after which it goes on with fewer images and tells how many; null for no limit."""
     batch_size: int = Field(256, gt=0)
@@ -60,15 +63,22 @@ class FeatureScoreConfig(EvaluatorConfig, ABC):
             device=scene.device,
             seconds=self.seconds,
             batch_size=self.batch_size,
+            blocks=self.blocks,
             same_weights=scene.same_weights,
         )
+
+    def check(self, method: Method, prefix: str) -> None:
+        most = method.backbone.num_blocks
+        if not 1 <= self.blocks <= most:
+            rule = f"from 1 to {most}" if most > 1 else "1; only those of model.name=vit give more"
+            raise ConfigError(f"evaluators.{prefix}.blocks={self.blocks}: this network gives features of blocks {rule}")
 
 
 class FeatureNetwork(Protocol):
     """A network with features."""
 
-    def encode(self, images: Tensor) -> Tokens:
-        """Features of normalised images [B, C, S, S]."""
+    def encode(self, images: Tensor, blocks: int = 1) -> Tokens:
+        """Features of normalised images [B, C, S, S]; `pooled` has those of so many last blocks."""
         ...
 
     def modules(self) -> Iterator[nn.Module]: ...
@@ -143,6 +153,7 @@ class FeatureScore:
         device: torch.device,
         seconds: float | None = None,
         batch_size: int = 256,
+        blocks: int = 1,
         same_weights: SameWeights | None = None,
     ) -> None:
         """Features are shared with other scores of the same images through `same_weights`; None for no sharing."""
@@ -153,6 +164,7 @@ class FeatureScore:
         self._device = device
         self._seconds = math.inf if seconds is None else seconds
         self._batch_size = batch_size
+        self._blocks = blocks
         self._same_weights = same_weights or SameWeights()
 
     def evaluate(self, method: FeatureNetwork) -> Mapping[str, float]:
@@ -182,42 +194,55 @@ class FeatureScore:
 
     def _features(self, method: FeatureNetwork, started: float) -> "_Extracted":
         """The features of bank and queries, or of their first images: those that another score has, where they do."""
-        kept = self._same_weights.found
-        if isinstance(kept, _Extracted) and kept.serves(method, self._labelled, self._batch_size, self._seconds):
+        kept, wanted = self._same_weights.found, _Wanted(method, self._labelled, self._batch_size, self._blocks)
+        if isinstance(kept, _Extracted) and kept.serves(wanted, self._seconds):
             return kept
         images = [data.facts.samples for data in (self._labelled.queries, self._labelled.bank)]
         # The queries first, in their share of the time: what they leave is for the bank.
         ends = [started + _FEATURES_SHARE * self._seconds * part for part in (images[0] / sum(images), 1.0)]
         queries, bank = (
             extract(
-                method, data, autocast=self._autocast, device=self._device, batch_size=self._batch_size, until_s=until_s
+                method,
+                data,
+                autocast=self._autocast,
+                device=self._device,
+                batch_size=self._batch_size,
+                blocks=self._blocks,
+                until_s=until_s,
             )
             for data, until_s in zip((self._labelled.queries, self._labelled.bank), ends, strict=True)
         )
-        found = _Extracted(method, self._labelled, self._batch_size, self._seconds, bank, queries)
+        found = _Extracted(wanted, self._seconds, bank, queries)
         self._same_weights.keep(found)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What decides on features."""
+
+    network: FeatureNetwork
+    labelled: Labelled
+    batch_size: int
+    """Other batches round otherwise: whose features are shared must not be seen in a score."""
+    blocks: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Extracted:
     """What a network makes of bank and queries, and how it was asked."""
 
-    network: FeatureNetwork
-    labelled: Labelled
-    batch_size: int
+    wanted: _Wanted
     seconds: float
     """Time for the evaluation; where that was too short, features are fewer than images."""
     bank: Features
     queries: Features
 
-    def serves(self, network: FeatureNetwork, labelled: Labelled, batch_size: int, seconds: float) -> bool:
+    def serves(self, wanted: _Wanted, seconds: float) -> bool:
         """Whether a score with these settings would get the same features, or fewer for want of time."""
-        pairs = ((self.bank, labelled.bank), (self.queries, labelled.queries))
+        pairs = ((self.bank, wanted.labelled.bank), (self.queries, wanted.labelled.queries))
         is_whole = all(len(features.labels) == images.facts.samples for features, images in pairs)
-        # Other batches round otherwise: whose features are shared must not be seen in a score.
-        is_same = self.network is network and self.labelled is labelled and self.batch_size == batch_size
-        return is_same and (is_whole or seconds <= self.seconds)
+        return self.wanted == wanted and (is_whole or seconds <= self.seconds)
 
 
 def extract(
@@ -227,12 +252,13 @@ def extract(
     autocast: Callable[[], AbstractContextManager[None]],
     device: torch.device,
     batch_size: int = 256,
+    blocks: int = 1,
     until_s: float = math.inf,
 ) -> Features:
     """The pooled features of all images of `data`, or of its first ones, as far as they come by `until_s`.
 
-    That is a time of `time.perf_counter`; one batch is always computed. Leaves weights, modes and random
-    numbers as they are.
+    They are those after so many last `blocks`, side by side. `until_s` is a time of `time.perf_counter`; one batch is
+    always computed. Leaves weights, modes and random numbers as they are.
 
     Raises:
         DataError: there is no image.
@@ -243,8 +269,8 @@ def extract(
         for batch in data.batches(batch_size):
             batch = batch.to(device)
             with autocast():
-                pooled = network.encode(batch.views["image"][0]).pooled
-            values.append(pooled.float())  # [B, D]
+                pooled = network.encode(batch.views["image"][0], blocks).pooled
+            values.append(pooled.float())  # [B, D], or [B, blocks D]
             labels.append(batch.labels)
             if math.isfinite(until_s):
                 values[-1].sum().item()  # a GPU says only then how far it is

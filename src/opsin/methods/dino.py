@@ -31,7 +31,6 @@ from opsin.methods.base import (
     Method,
     MethodConfig,
     ParamGroup,
-    Tokens,
     Views,
     split_by_decay,
 )
@@ -284,10 +283,6 @@ class Dino(Method):
             *split_by_decay(self.student_head, name="head.", hidden=True),
             *split_by_decay(self.prototypes, name="prototypes."),
         ]
-
-    def encode(self, images: Tensor) -> Tokens:
-        tokens: Tokens = self.backbone(images)
-        return tokens
 
     def teacher_temperature(self, clock: Clock) -> float:
         """The teacher's temperature at a time: the published one, which changes from epoch to epoch."""

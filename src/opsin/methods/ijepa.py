@@ -29,7 +29,6 @@ from opsin.methods.base import (
     Method,
     MethodConfig,
     ParamGroup,
-    Tokens,
     Views,
     split_by_decay,
 )
@@ -260,10 +259,6 @@ class IJepa(Method):
             *split_by_decay(self.encoder, name="encoder.", hidden=True),
             *split_by_decay(self.predictors, name="predictors.", hidden=True),
         ]
-
-    def encode(self, images: Tensor) -> Tokens:
-        tokens: Tokens = self.backbone(images)
-        return tokens
 
     def advice(self, trouble: str, clock: Clock) -> str:
         if trouble not in ("feature_collapse", "no_teacher"):

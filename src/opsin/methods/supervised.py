@@ -29,7 +29,6 @@ from opsin.methods.base import (
     Method,
     MethodConfig,
     ParamGroup,
-    Tokens,
     Views,
     split_by_decay,
 )
@@ -215,10 +214,6 @@ class Supervised(Method):
             *split_by_decay(self.backbone, name="backbone.", hidden=True),
             *split_by_decay(self.head, name="head.", lr_factor=self.config.head_lr_factor),
         ]
-
-    def encode(self, images: Tensor) -> Tokens:
-        tokens: Tokens = self.backbone(images)
-        return tokens
 
     def logits(self, images: Tensor) -> Tensor:
         """Class scores [B, K] of normalised images."""

@@ -33,6 +33,8 @@ class Backbone(nn.Module, ABC):
     """The side in pixels that the weights are laid out for."""
     channels: int
     """C, the channels of an image."""
+    num_blocks: int = 1
+    """How many last blocks `forward_blocks` can look at."""
     loaded: frozenset[str] = frozenset()
     """The tensors that were filled from weights: `prepare` leaves them as they are."""
     computed: frozenset[str] = frozenset()
@@ -41,6 +43,15 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> Tokens:
         """Normalised images [B, C, S, S] to features."""
+
+    def forward_blocks(self, images: Tensor, blocks: int) -> Tokens:
+        """As `forward`, but `pooled` is [B, blocks D]: features after each of so many last blocks, the last one's last.
+
+        At most `num_blocks`.
+        """
+        assert blocks == 1, "num_blocks"
+        tokens: Tokens = self(images)
+        return tokens
 
     def pool(self, images: Tensor) -> Tensor:
         """The pooled features [B, D] alone, with less work where the architecture allows it."""

@@ -83,6 +83,7 @@ class VisionTransformer(Backbone):
         self.width = config.width
         self.image_size = image_size
         self.channels = channels
+        self.num_blocks = config.depth
         self.patch = config.patch
         self.grid = image_size // config.patch
         self.pool_kind = config.pool
@@ -164,6 +165,17 @@ class VisionTransformer(Backbone):
                 found[number] = (self.norm(x) if number == len(self.blocks) else x)[:, self.prefix :]
         return [found[depth] for depth in depths]
 
+    def forward_blocks(self, images: Tensor, blocks: int) -> Tokens:
+        # Each with the final norm, as the linear probes of DINO and I-JEPA take them.
+        assert 1 <= blocks <= self.num_blocks, "FeatureScoreConfig.check refuses others"
+        x = self._embed(images, None)
+        found: list[Tokens] = []
+        for number, block in enumerate(self.blocks):
+            x = self._run(block, x)
+            if number >= self.num_blocks - blocks:
+                found.append(self._read(self.norm(x)))
+        return Tokens(torch.cat([tokens.pooled for tokens in found], dim=1), found[-1].patches)
+
     def attention(self, images: Tensor) -> Tensor:
         """What the last block looks at: [B, heads, T, T], row = the token that asks, rows sum to 1.
 
@@ -178,7 +190,10 @@ class VisionTransformer(Backbone):
 
     def _finish(self, x: Tensor, *, class_token_only: bool) -> Tokens:
         """The last block and the norm, for tokens [B, T, D] of one size."""
-        x = self.norm(self._run(self.blocks[-1], x, 1 if class_token_only else None))
+        return self._read(self.norm(self._run(self.blocks[-1], x, 1 if class_token_only else None)))
+
+    def _read(self, x: Tensor) -> Tokens:
+        """The features in tokens [B, T, D] after the norm."""
         patches = x[:, self.prefix :]
         return Tokens(x[:, 0] if self.pool_kind == "token" else patches.mean(dim=1), patches)
 

@@ -132,7 +132,7 @@ def test_features_of_other_weights_are_never_shared(tmp_path: Path) -> None:
     assert scene.same_weights.found is None
 
 
-@pytest.mark.parametrize("changed", [{"bank_images": 900}, {"batch_size": 100}, {"path": "digits"}])
+@pytest.mark.parametrize("changed", [{"bank_images": 900}, {"batch_size": 100}, {"blocks": 2}, {"path": "digits"}])
 def test_features_that_were_asked_for_otherwise_are_not_shared(changed: dict[str, object], tmp_path: Path) -> None:
     network, scene = Counted(), digits_scene(tmp_path)
     knn = KnnConfig().build(scene, "knn")

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -283,6 +283,21 @@ def test_depths_give_the_tokens_that_so_many_blocks_leave(images: Tensor, class_
     caught.clear()
     vit.forward_depths(images, [2, 1])
     assert sorted(caught) == [1, 2]
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_features_of_several_blocks_are_those_after_each_with_the_last_norm(
+    images: Tensor, pool: Literal["token", "mean"], blocks: int
+) -> None:
+    ours, theirs = pair(ViTConfig(**SMALL, pool=pool))
+    tokens = ours.eval().forward_blocks(images, blocks)
+    after_each = theirs.eval().get_intermediate_layers(images, n=blocks, norm=True, return_prefix_tokens=True)
+    expected = [prefix[:, 0] if pool == "token" else patches.mean(dim=1) for patches, prefix in after_each]
+    assert tokens.pooled.shape == (2, blocks * 48)
+    torch.testing.assert_close(tokens.pooled, torch.cat(expected, dim=1), **CLOSE)
+    assert torch.equal(tokens.pooled[:, -48:], ours(images).pooled)
+    assert torch.equal(tokens.patches, ours(images).patches)
 
 
 def test_learns_in_bfloat16(vit: VisionTransformer, images: Tensor) -> None:

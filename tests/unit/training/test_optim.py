@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opsin.methods.base import (
     Batch,
@@ -13,7 +13,6 @@ from opsin.methods.base import (
     Losses,
     Method,
     ParamGroup,
-    Tokens,
     Views,
     split_by_decay,
 )
@@ -40,9 +39,6 @@ class TwoParts(Method):
         return Views({})
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:
-        raise NotImplementedError
-
-    def encode(self, images: Tensor) -> Tokens:
         raise NotImplementedError
 
     def param_groups(self) -> Sequence[ParamGroup]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opsin.data.base import Batch
-from opsin.methods.base import Clock, Losses, Method, ParamGroup, Tokens, Views, split_by_decay
+from opsin.methods.base import Clock, Losses, Method, ParamGroup, Views, split_by_decay
 from opsin.schedule import Constant
 from opsin.timeline import Stage, Timeline
 from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, pace_setter
@@ -40,9 +40,6 @@ class Small(Method):
 
     def param_groups(self) -> Sequence[ParamGroup]:
         return split_by_decay(self)
-
-    def encode(self, images: Tensor) -> Tokens:
-        raise NotImplementedError
 
     @torch.no_grad()
     def after_update(self, clock: Clock, applied: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opsin.methods.base import Batch, Clock, Losses, Method, ParamGroup, Tokens, Views
+from opsin.methods.base import Batch, Clock, Losses, Method, ParamGroup, Views
 from opsin.timeline import Stage, Timeline
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
 from opsin.training.state import LossScale, TrainState
@@ -30,9 +30,6 @@ class Tiny(Method):
         raise NotImplementedError
 
     def param_groups(self) -> Sequence[ParamGroup]:
-        raise NotImplementedError
-
-    def encode(self, images: Tensor) -> Tokens:
         raise NotImplementedError
 
 
