@@ -1,6 +1,7 @@
 """A training step of DINO: opsin against the published step, and against lightly's parts where it is installed.
 
     PYTHONPATH=src python benchmarks/dino_step.py [--work ti16 s16 cifar] [--rounds 5] [--no-memory]
+    PYTHONPATH=src python benchmarks/dino_step.py --device cuda --batch 64 --steps 10
 
 Equal work: the same network, heads, views and 65,536 prototypes; loss, backward pass, clip of each parameter,
 AdamW, moving average, centre. `as installed` is the published step with torch's own settings, `same kernels` with
@@ -23,7 +24,7 @@ from opsin.nn.vit import ViTConfig
 from opsin.training.memory import MemoryConfig
 from opsin.training.optim import AdamW
 from published_dino import PublishedDino, StepSettings
-from step_race import Made, kept_bytes, opsin_step, race, use_our_kernels
+from step_race import Made, Work, kept_bytes, opsin_step, race, use_our_kernels
 
 try:
     from lightly.loss import DINOLoss
@@ -35,12 +36,9 @@ NOTHING_SPARED = MemoryConfig()
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What a step computes."""
+class DinoWork(Work):
+    """What a step of DINO computes."""
 
-    title: str
-    model: ViTConfig
-    batch: int
     sides_px: tuple[int, int]
     local_count: int = 8
     prototypes: int = 65536
@@ -49,20 +47,20 @@ class Work:
         """Normal numbers [count, B, 3, S, S]."""
         large, small = self.sides_px
         return {
-            "global_1": torch.randn(1, self.batch, 3, large, large),
-            "global_2": torch.randn(1, self.batch, 3, large, large),
-            "local": torch.randn(self.local_count, self.batch, 3, small, small),
+            "global_1": self.normal(1, self.batch, 3, large, large),
+            "global_2": self.normal(1, self.batch, 3, large, large),
+            "local": self.normal(self.local_count, self.batch, 3, small, small),
         }
 
 
 WORKS = {
-    "ti16": Work("ViT-Ti/16, 2x224 + 8x96, batch 4", ViTConfig(), 4, (224, 96)),
-    "s16": Work("ViT-S/16, 2x224 + 8x96, batch 8", ViTConfig(width=384, heads=6), 8, (224, 96)),
-    "cifar": Work("ViT-Ti/4, 2x32 + 8x16, batch 64", ViTConfig(patch=4), 64, (32, 16)),
+    "ti16": DinoWork("ViT-Ti/16, 2x224 + 8x96", ViTConfig(), 4, (224, 96)),
+    "s16": DinoWork("ViT-S/16, 2x224 + 8x96", ViTConfig(width=384, heads=6), 8, (224, 96)),
+    "cifar": DinoWork("ViT-Ti/4, 2x32 + 8x16", ViTConfig(patch=4), 64, (32, 16)),
 }
 
 
-def published(work: Work, asked: str, same_kernels: bool) -> Made:
+def published(work: DinoWork, asked: str, same_kernels: bool) -> Made:
     """The published step."""
     step = PublishedDino(
         work.sides_px[0],
@@ -72,6 +70,7 @@ def published(work: Work, asked: str, same_kernels: bool) -> Made:
         work.model.heads,
         prototypes=work.prototypes,
         precision="bf16" if asked == "bf16" else "fp32",
+        device=str(work.device),
     )
     views = [image for view in work.views().values() for image in view]
     if same_kernels:
@@ -83,18 +82,24 @@ def published(work: Work, asked: str, same_kernels: bool) -> Made:
     return run, kept_bytes([step.student, step.teacher], step.optimizer)
 
 
-def with_lightly(work: Work) -> Made:
+def with_lightly(work: DinoWork) -> Made:
     """The published backbone and optimizer step, with the head and the loss of lightly."""
     assert DINOLoss is not None
     step = PublishedDino(
-        work.sides_px[0], work.model.patch, work.model.width, work.model.depth, work.model.heads, prototypes=8
+        work.sides_px[0],
+        work.model.patch,
+        work.model.width,
+        work.model.depth,
+        work.model.heads,
+        prototypes=8,
+        device=str(work.device),
     )
     heads = [DINOProjectionHead(work.model.width, 2048, 256, work.prototypes, freeze_last_layer=0) for _ in range(2)]
     for network, head in zip((step.student, step.teacher), heads, strict=True):
-        network.head = head
+        network.head = head.to(work.device)
     for param in step.teacher.parameters():
         param.requires_grad_(False)
-    loss = DINOLoss(work.prototypes)
+    loss = DINOLoss(work.prototypes).to(work.device)
     optimizer = torch.optim.AdamW(step.student.parameters())
     views = [image for view in work.views().values() for image in view]
 
@@ -115,7 +120,7 @@ def with_lightly(work: Work) -> Made:
     return run, kept_bytes([step.student, step.teacher], optimizer)
 
 
-def ours(work: Work, asked: str, *, memory: MemoryConfig = NOTHING_SPARED, freeze_epochs: float = 0.0) -> Made:
+def ours(work: DinoWork, asked: str, *, memory: MemoryConfig = NOTHING_SPARED, freeze_epochs: float = 0.0) -> Made:
     """The step of `opsin train`."""
     facts = DataFacts((), 1_281_167, work.sides_px[0], 3, (0.5,) * 3, (0.5,) * 3)
     wanted = DinoConfig(
@@ -124,12 +129,12 @@ def ours(work: Work, asked: str, *, memory: MemoryConfig = NOTHING_SPARED, freez
         views=DinoViews(local_size=work.sides_px[1], local_count=work.local_count),
     )
     ids = torch.arange(work.batch)
-    batch = Batch(work.views(), torch.full_like(ids, -1), ids)
+    batch = Batch(work.views(), torch.full_like(ids, -1), ids).to(work.device)
     optim = AdamW(lr=5e-4, weight_decay=0.04, clip_norm=3.0, clip="each")
     return opsin_step(wanted.build(work.model, facts), optim, asked, batch, memory)
 
 
-WAYS: dict[str, Callable[[Work], Made]] = {
+WAYS: dict[str, Callable[[DinoWork], Made]] = {
     "published, fp32, as installed": partial(published, asked="fp32", same_kernels=False),
     "published, fp32, same kernels": partial(published, asked="fp32", same_kernels=True),
     "published, bf16": partial(published, asked="bf16", same_kernels=False),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call whose limits add up to 560 s; the tables come last.
+# Everything that wants a GPU, in two calls whose limits add up to 560 s each; the tables come last.
 #
-#   benchmarks/gpu.sh
+#   benchmarks/gpu.sh            tests, and supervised training
+#   benchmarks/gpu.sh selfsup    DINO, I-JEPA and H-JEPA
 #
 #   PYTHON           interpreter with the packages        [python3]
 #   OUT              where logs and the run are written   [runs/gpu]
@@ -9,11 +10,13 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+part=${1:-supervised}
 python=${PYTHON:-python3}
 out=${OUT:-runs/gpu}
 data=${OPSIN_TEST_DATA:-../shared/data}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$out"
+rm -f "$out"/*.log
 failed=0
 
 # section NAME SECONDS COMMAND...: run with a time limit, keep the whole output, go on after a failure.
@@ -25,7 +28,7 @@ section() {
     timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
     local status=$?
     # Status 3 is a training that its time limit ended: as planned.
-    if [ $status -ne 0 ] && ! { [ "$name" = cifar10 ] && [ $status -eq 3 ]; }; then
+    if [ $status -ne 0 ] && ! { [[ "$*" == *limits.hours=* ]] && [ $status -eq 3 ]; }; then
         failed=1
         echo "   failed with status $status:"
         tail -n 15 "$out/$name.log"
@@ -33,24 +36,43 @@ section() {
     echo "   $SECONDS s, $out/$name.log"
 }
 
+# training RECIPE LIMIT HOURS: a run that its time limit ends, and its scores.
+training() {
+    local recipe=$1
+    if [ ! -d "$data/cifar10" ]; then
+        echo "== $recipe: skipped, no $data/cifar10; set OPSIN_TEST_DATA"
+        return
+    fi
+    section "$recipe" "$2" "$python" -m opsin train "$recipe" data.path="$data/cifar10" \
+        limits.hours="$3" --out "$out/$recipe-run" --fresh
+    section "$recipe-scores" 40 "$python" -m opsin eval "$out/$recipe-run"
+}
+
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || exit 1
 
-section tests 110 "$python" -m pytest -m gpu -q -p no:cacheprovider
-section steps 170 "$python" benchmarks/gpu_steps.py
-section steps-compiled 100 "$python" benchmarks/gpu_steps.py --formats bf16 --compile --rounds 3
-if [ -d "$data/cifar10" ]; then
-    section cifar10 140 "$python" -m opsin train cifar10-vit-strong data.path="$data/cifar10" \
-        limits.hours=0.03 --out "$out/cifar10-run" --fresh
-    section cifar10-scores 40 "$python" -m opsin eval "$out/cifar10-run"
-else
-    echo "== cifar10: skipped, no $data/cifar10; set OPSIN_TEST_DATA"
-fi
+case $part in
+supervised)
+    section tests 110 "$python" -m pytest -m gpu -q -p no:cacheprovider
+    section steps 170 "$python" benchmarks/gpu_steps.py
+    section steps-compiled 100 "$python" benchmarks/gpu_steps.py --formats bf16 --compile --rounds 3
+    training cifar10-vit-strong 140 0.03
+    ;;
+selfsup)
+    section dino-steps 120 "$python" benchmarks/dino_step.py --device cuda --work s16 --batch 64 --steps 10 --rounds 3
+    section jepa-steps 120 "$python" benchmarks/jepa_step.py --device cuda --work s16 --batch 256 --steps 10 --rounds 3
+    training dino-cifar10 120 0.025
+    training ijepa-cifar10 120 0.025
+    ;;
+*)
+    echo "unknown part '$part'; known: supervised, selfsup"
+    exit 2
+    ;;
+esac
 
-for name in tests steps steps-compiled cifar10 cifar10-scores; do
-    [ -f "$out/$name.log" ] || continue
-    printf '\n--- %s\n' "$name"
-    tail -n 16 "$out/$name.log"
+for log in "$out"/*.log; do
+    printf '\n--- %s\n' "$(basename "$log" .log)"
+    tail -n 16 "$log"
 done
 # The curve and the state are what comes back: the checkpoints are large.
-rm -rf "$out/cifar10-run/checkpoints"
+rm -rf "$out"/*-run/checkpoints
 exit $failed

@@ -1,6 +1,7 @@
 """A training step of I-JEPA, and of H-JEPA: opsin against the published step of I-JEPA.
 
     PYTHONPATH=src python benchmarks/jepa_step.py [--work ti16 s16 cifar] [--rounds 5] [--no-memory]
+    PYTHONPATH=src python benchmarks/jepa_step.py --device cuda --batch 256 --steps 10
 
 Equal work for I-JEPA: the same networks and the same masks, drawn as published; loss, backward pass, AdamW, moving
 average. `unbiased` draws opsin's own masks, which show more or less of an image. H-JEPA has two levels and so two
@@ -24,18 +25,15 @@ from opsin.nn.vit import ViTConfig
 from opsin.training.memory import MemoryConfig
 from opsin.training.optim import AdamW
 from published_ijepa import PublishedIJepa, published_masks
-from step_race import Made, kept_bytes, opsin_step, race, use_our_kernels
+from step_race import Made, Work, kept_bytes, opsin_step, race, use_our_kernels
 
 NOTHING_SPARED = MemoryConfig()
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What a step computes."""
+class JepaWork(Work):
+    """What a step of a JEPA computes."""
 
-    title: str
-    model: ViTConfig
-    batch: int
     side_px: int
     predictor: tuple[int, int]
     """Width and depth."""
@@ -48,12 +46,12 @@ class Work:
 
     def images(self) -> Tensor:
         """Normal numbers [B, 3, S, S]."""
-        return torch.randn(self.batch, 3, self.side_px, self.side_px)
+        return self.normal(self.batch, 3, self.side_px, self.side_px)
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Context [B, Kc] and targets [B, 4, Kt], drawn as published."""
         drawn = published_masks(self.batch, (self.grid, self.grid), 0, min_keep=self.min_keep)
-        return drawn.contexts[0], torch.stack(drawn.targets, 1)
+        return drawn.contexts[0].to(self.device), torch.stack(drawn.targets, 1).to(self.device)
 
 
 def _vit(**sizes: int) -> ViTConfig:
@@ -61,13 +59,13 @@ def _vit(**sizes: int) -> ViTConfig:
 
 
 WORKS = {
-    "ti16": Work("ViT-Ti/16, 224 px, predictor 96x6, batch 16", _vit(), 16, 224, (96, 6)),
-    "s16": Work("ViT-S/16, 224 px, predictor 192x6, batch 16", _vit(width=384, heads=6), 16, 224, (192, 6)),
-    "cifar": Work("ViT-Ti/4, 32 px, predictor 192x6, batch 128", _vit(patch=4), 128, 32, (192, 6), min_keep=4),
+    "ti16": JepaWork("ViT-Ti/16, 224 px, predictor 96x6", _vit(), 16, 224, (96, 6)),
+    "s16": JepaWork("ViT-S/16, 224 px, predictor 192x6", _vit(width=384, heads=6), 16, 224, (192, 6)),
+    "cifar": JepaWork("ViT-Ti/4, 32 px, predictor 192x6", _vit(patch=4), 128, 32, (192, 6), min_keep=4),
 }
 
 
-def published(work: Work, asked: str, same_kernels: bool) -> Made:
+def published(work: JepaWork, asked: str, same_kernels: bool) -> Made:
     """The published step."""
     step = PublishedIJepa(
         work.side_px,
@@ -77,6 +75,7 @@ def published(work: Work, asked: str, same_kernels: bool) -> Made:
         work.model.heads,
         *work.predictor,
         precision="bf16" if asked == "bf16" else "fp32",
+        device=str(work.device),
     )
     images = work.images()
     context, targets = work.masks()
@@ -87,7 +86,7 @@ def published(work: Work, asked: str, same_kernels: bool) -> Made:
 
 
 def ours(
-    work: Work, asked: str, *, levels: int = 0, memory: MemoryConfig = NOTHING_SPARED, unbiased: bool = False
+    work: JepaWork, asked: str, *, levels: int = 0, memory: MemoryConfig = NOTHING_SPARED, unbiased: bool = False
 ) -> Made:
     """The step of `opsin train`: I-JEPA, or H-JEPA with so many levels."""
     facts = DataFacts((), 1_281_167, work.side_px, 3, (0.5,) * 3, (0.5,) * 3)
@@ -103,12 +102,12 @@ def ours(
     else:
         context, targets = work.masks()
         drawn = {"context": context, "targets": targets, "target_valid": torch.ones_like(targets, dtype=torch.bool)}
-    batch = Batch({"image": work.images()[None]}, torch.full_like(ids, -1), ids, drawn)
+    batch = Batch({"image": work.images()[None]}, torch.full_like(ids, -1), ids, drawn).to(work.device)
     optim = AdamW(lr=1e-3, weight_decay=0.04)
     return opsin_step(wanted.build(work.model, facts), optim, asked, batch, memory)
 
 
-WAYS: dict[str, Callable[[Work], Made]] = {
+WAYS: dict[str, Callable[[JepaWork], Made]] = {
     "published, fp32, as installed": partial(published, asked="fp32", same_kernels=False),
     "published, fp32, same kernels": partial(published, asked="fp32", same_kernels=True),
     "published, bf16": partial(published, asked="bf16", same_kernels=False),

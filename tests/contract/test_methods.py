@@ -20,6 +20,7 @@ from opsin.methods.base import Method, MethodConfig
 from opsin.nn.vit import ViTConfig
 from opsin.seeding import uniform
 from opsin.timeline import Stage, Timeline
+from opsin.training import precision
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState
 from opsin.training.step import train_step
@@ -147,6 +148,31 @@ def test_a_run_continued_from_its_state_gives_the_same_bits(name: str) -> None:
     for step in range(5, 10):
         train_step(second, batch_for(second.method, step), plan_for(second.method))
     assert all(torch.equal(a, b) for a, b in zip(tensors(straight.method), tensors(second.method), strict=True))
+
+
+def updated_on(device: torch.device, name: str) -> tuple[list[float], list[Tensor]]:
+    """The losses of three updates there, and the weights after them."""
+    torch.manual_seed(0)
+    method = config_of(name).build(MODELS.get(name, MODEL).without_drops(), FACTS).to(device)
+    state = TrainState(method, build_optimizer(OPTIM, method))
+    losses = [
+        float(train_step(state, batch_for(method, step).to(device), plan_for(method)).values["train/loss"])
+        for step in range(3)
+    ]
+    return losses, [tensor.detach().cpu() for tensor in tensors(method)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("torch_switches")
+def test_a_gpu_makes_the_updates_of_the_cpu(name: str) -> None:
+    expected_losses, expected = updated_on(torch.device("cpu"), name)
+    precision.configure(torch.device("cuda"), "fp32", deterministic=True)
+    losses, found = updated_on(torch.device("cuda"), name)
+    # float32 sums in another order, after three updates; Adam moves a weight whose gradient is noise by up to its
+    # learning rate of 1e-3 in either direction.
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=6e-3)
 
 
 def test_kept_images_and_workers_give_the_views_of_a_method_alike(name: str) -> None:
