@@ -74,7 +74,7 @@ def published(work: DinoWork, asked: str, same_kernels: bool) -> Made:
     )
     views = [image for view in work.views().values() for image in view]
     if same_kernels:
-        use_our_kernels()
+        use_our_kernels(work.device)
 
     def run() -> None:
         step.step(views, StepSettings())

@@ -31,7 +31,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Pixels(nn.Module):
     """The normalised pixels themselves."""
 
-    def encode(self, images: Tensor, blocks: int = 1) -> Tokens:
+    def encode(self, images: Tensor) -> Tokens:
         """[B, C, S, S] to pooled features [B, C * S * S]."""
         return Tokens(images.flatten(1), images.flatten(2).mT)
 
@@ -43,7 +43,7 @@ class Bare(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def encode(self, images: Tensor, blocks: int = 1) -> Tokens:
+    def encode(self, images: Tensor) -> Tokens:
         """[B, C, S, S] to features."""
         tokens: Tokens = self.backbone(images)
         return tokens

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 
 part=${1:-supervised}
 python=${PYTHON:-python3}
-out=${OUT:-runs/gpu}
+out=${OUT:-runs/gpu}/$part
 data=${OPSIN_TEST_DATA:-../shared/data}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$out"
@@ -58,8 +58,11 @@ supervised)
     training cifar10-vit-strong 140 0.03
     ;;
 selfsup)
-    section dino-steps 120 "$python" benchmarks/dino_step.py --device cuda --work s16 --batch 64 --steps 10 --rounds 3
-    section jepa-steps 120 "$python" benchmarks/jepa_step.py --device cuda --work s16 --batch 256 --steps 10 --rounds 3
+    raced=("published, fp32, as installed" "published, bf16" "opsin, fp32" "opsin, bf16")
+    section dino-steps 120 "$python" benchmarks/dino_step.py --device cuda --work s16 --batch 64 --steps 5 --rounds 3 \
+        --only "${raced[@]}"
+    section jepa-steps 120 "$python" benchmarks/jepa_step.py --device cuda --work s16 --batch 256 --steps 5 --rounds 3 \
+        --only "${raced[@]}" "opsin, bf16, unbiased" "opsin, bf16, H-JEPA with 2 levels"
     training dino-cifar10 120 0.025
     training ijepa-cifar10 120 0.025
     ;;

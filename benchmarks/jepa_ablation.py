@@ -47,6 +47,7 @@ QUIET = (
     "checkpoints.best=null",
     "evaluators.knn.every=never",
     "evaluators.linear.every=never",
+    "evaluators.maps=null",
 )
 WORKS = {"digits": "digits", "cifar10": "cifar10-cpu"}
 _TIMED = (10, 40)

@@ -80,7 +80,7 @@ def published(work: JepaWork, asked: str, same_kernels: bool) -> Made:
     images = work.images()
     context, targets = work.masks()
     if same_kernels:
-        use_our_kernels()
+        use_our_kernels(work.device)
     run = partial(step.step, images, [context], list(targets.unbind(1)))
     return run, kept_bytes([step.encoder, step.target_encoder, step.predictor], step.optimizer)
 

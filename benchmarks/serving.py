@@ -19,7 +19,6 @@ class Contestant:
             [sys.executable, "-W", "ignore", str(script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
 

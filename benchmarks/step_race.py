@@ -110,9 +110,11 @@ def opsin_step(method: Method, optim: OptimConfig, asked: str, batch: Batch, mem
     return partial(train_step, state, batch, plan), kept_bytes([method], state.optimizer)
 
 
-def use_our_kernels() -> None:
-    """Matrix products in fp32 as opsin computes them; not how freed memory is kept."""
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]  # not in torch's stubs
+def use_our_kernels(device: torch.device) -> None:
+    """Products in fp32 as opsin computes them: all of fp32; on the CPU through oneDNN. Not how freed memory is kept."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cpu":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]  # not in torch's stubs
 
 
 def kept_bytes(networks: list[nn.Module], optimizer: torch.optim.Optimizer) -> int:
@@ -130,8 +132,9 @@ def _rows(script: str, work: str, ways: list[str], arguments: argparse.Namespace
     if not arguments.no_memory:
         for way in ways:
             command = [sys.executable, "-W", "ignore", script, *same, "--one", way, "--peak"]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             peaks[way] = int(said.split()[-1])
+            print(f"{way}: {peaks[way] / MIB:.0f} MiB", flush=True)
     with ExitStack() as stack:
         steps = {way: stack.enter_context(Contestant(Path(script), *same, "--one", way)) for way in ways}
         timings = take_turns(steps, rounds=arguments.rounds, warmup=2)

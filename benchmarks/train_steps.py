@@ -48,13 +48,14 @@ class Switches:
 
     def __init__(self) -> None:
         self.deterministic = torch.are_deterministic_algorithms_enabled()
+        self.warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         self.cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
         self.tf32 = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
         self.mkldnn = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # not in torch's stubs
 
     def on(self) -> None:
         """Put these settings back."""
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = self.cudnn
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.tf32
         torch.backends.mkldnn.matmul.fp32_precision = self.mkldnn  # type: ignore[attr-defined]  # not in torch's stubs

@@ -95,6 +95,7 @@ def test_the_method_of_the_documents_trains(tmp_path: Path, opsin_env: dict[str,
     assert done.returncode == 0, done.stderr
     last = (tmp_path / "runs" / "rotation" / "metrics.jsonl").read_text().splitlines()[-1]
     assert "train/turns_found" in last
+    assert "knn/top1" in last
 
 
 def test_set_up_names_no_address() -> None:

@@ -39,6 +39,7 @@ from opsin.webhook import Webhook, webhook_url
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
 """Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""
+_ANY_ORDER = " does not have a deterministic implementation"  # how torch says so
 _SHOWN = 8  # differences from a publication that are told one by one
 _LEARNED = ("stages", "epochs", "batch_size", "data.image_size", "data.drop_last", "model.", "method.", "optim.")
 
@@ -281,7 +282,7 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
 
 @contextmanager
 def in_words(recipe: Recipe) -> Iterator[None]:
-    """What torch tells in a traceback although the recipe can change it: no memory left, no compiler."""
+    """What torch tells in a traceback although the recipe can change it: no memory, no compiler, no exact kernel."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -292,6 +293,13 @@ def in_words(recipe: Recipe) -> Iterator[None]:
                 "accumulate, or lower batch_size, the image size (of the stages too) or the size of the model; updates "
                 "are split where memory.on_out_of_memory allows it (with batch norm it must say `always`), in pieces "
                 "of one image at the least"
+            ) from error
+        if _ANY_ORDER in str(error):
+            operation = str(error).partition(_ANY_ORDER)[0].strip()
+            raise ConfigError(
+                f"deterministic: true: torch has no {operation} that gives the same bits each time on this device; use "
+                "deterministic=false, with which a repeated or resumed run is equal within rounding only, or another "
+                "network"
             ) from error
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             reason = str(error).splitlines()[0]

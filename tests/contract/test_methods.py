@@ -17,6 +17,7 @@ from opsin.data.loading import TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
 from opsin.methods.base import Method, MethodConfig
+from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.vit import ViTConfig
 from opsin.seeding import uniform
 from opsin.timeline import Stage, Timeline
@@ -160,6 +161,24 @@ def updated_on(device: torch.device, name: str) -> tuple[list[float], list[Tenso
         for step in range(3)
     ]
     return losses, [tensor.detach().cpu() for tensor in tensors(method)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("torch_switches")
+@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+def test_a_gpu_gives_the_same_bits_again(name: str, number_format: str) -> None:
+    device = torch.device("cuda")
+    precision.configure(device, number_format, deterministic=True)
+    runs = []
+    for _ in range(2):
+        method = build(name).to(device)
+        set_attention(method, choose_attention(device, number_format)[0])
+        state = TrainState(method, build_optimizer(OPTIM, method))
+        plan = plan_for(method, precision.autocast(device, number_format))
+        for step in range(4):
+            train_step(state, batch_for(method, step).to(device), plan)
+        runs.append([tensor.cpu() for tensor in tensors(method)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.gpu

@@ -123,16 +123,18 @@ def test_features_of_several_blocks_are_scored_on_demand_as_by_the_recipe(tmp_pa
     assert evaluate_run(tmp_path / "two", ("knn",))["knn"].as_dict()["top1"] == scored["two"]
     for blocks in (0, 3):
         with pytest.raises(
-            ConfigError, match=rf"evaluators.knn.blocks={blocks}: .* gives features of blocks from 1 to 2"
+            ConfigError, match=rf"evaluators.knn.blocks={blocks}: there are features of 2 blocks here; use 1 to 2"
         ):
             evaluate_run(tmp_path / "one", ("knn",), blocks=blocks)
 
 
-@pytest.mark.parametrize(("model", "rule"), [(VIT, "from 1 to 2"), (CONVNET, "1; only those of model.name=vit")])
+@pytest.mark.parametrize(
+    ("model", "rule"), [(VIT, "2 blocks here; use 1 to 2"), (CONVNET, "1 blocks here; use 1, or a method")]
+)
 def test_more_blocks_than_there_are_are_refused_before_a_run_begins(
     model: tuple[str, ...], rule: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"evaluators.linear.blocks=3: this network gives features of blocks {rule}"):
+    with pytest.raises(ConfigError, match=f"evaluators.linear.blocks=3: there are features of {rule}"):
         train_digits(tmp_path / "run", "evaluators.linear={blocks: 3}", model=model)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

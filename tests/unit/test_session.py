@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import opsin
 from opsin import runlock
@@ -18,8 +19,9 @@ from opsin.errors import ConfigError, LockLost, OpsinError, RunError
 from opsin.folders import write_atomic
 from opsin.reporting import read_events, read_rows
 from opsin.rundir import RunDirectory, last_step
-from opsin.session import FIXED, _text_log, fingerprint, resume_run, train, train_recipe
+from opsin.session import FIXED, _text_log, fingerprint, in_words, resume_run, train, train_recipe
 from opsin.training.checkpoint import find_checkpoints
+from opsin.training.precision import configure
 from tests.digits_run import STEPS_PER_EPOCH, digits_recipe, train_digits
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
@@ -176,6 +178,14 @@ def test_a_folder_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> Non
     with pytest.raises(RunError) as caught:
         resume_run(tmp_path, ["limits.steps=2"], quiet=True)
     assert str(caught.value) == f"{tmp_path}: cannot be written: Is a directory; make room, or choose another --out"
+
+
+@pytest.mark.usefixtures("torch_switches")
+def test_an_operation_without_a_deterministic_kernel_is_named_with_the_way_out() -> None:
+    configure(torch.device("cpu"), "fp32", deterministic=True)
+    message = r"deterministic: true: torch has no put_ that .*; use deterministic=false"
+    with pytest.raises(ConfigError, match=message), in_words(digits_recipe()):
+        torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
 
 
 def test_a_failed_session_is_written_down_with_its_reason(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ class BlockMasks:
             grids = " or ".join(f"{good} x {good}" for good in (below, below + cell) if good)
             divisors = ", ".join(str(good) for good in range(1, side + 1) if side % good == 0)
             raise ConfigError(
-                f"masks.coarsest={cell} does not divide the grid of {side} x {side} patches; "
+                f"method.masks.coarsest={cell} does not divide the grid of {side} x {side} patches; "
                 f"use an image_size that gives {grids} patches, or one of {divisors}"
             )
         self.config = config
@@ -114,9 +114,10 @@ class BlockMasks:
         most = min(height * width for height, width in sizes[-1]) - max(height * width for height, width in sizes[0])
         if most < self._least:
             raise ConfigError(
-                f"masks.min_context={config.min_context}: on a grid of {side} x {side} patches, with cells of "
+                f"method.masks.min_context={config.min_context}: on a grid of {side} x {side} patches, with cells of "
                 f"{cell} x {cell}, the smallest context outside one target may have {max(most, 0) * cell**2}; "
-                "use a larger image_size or a smaller patch, coarsest, min_context or target_scale"
+                "use a larger image_size or a smaller patch, min_context or target_scale, or finer cells (coarsest; "
+                "for hjepa fewer levels)"
             )
         self._has_overhang = torch.tensor([config.edges == "overhang"] * config.targets + [False])
         self._sign = torch.tensor([-1.0] * config.targets + [1.0])
@@ -204,15 +205,17 @@ class PublishedMasks:
         others = {"coarsest": 1, "edges": "inside", "context_keep": "auto"}
         changed = [f"{key}={getattr(config, key)}" for key, value in others.items() if getattr(config, key) != value]
         if changed:
-            raise ConfigError(f"masks.parity=published has no {', '.join(changed)}; leave it out, or use unbiased")
+            raise ConfigError(
+                f"method.masks.parity=published has no {', '.join(changed)}; leave it out, or use unbiased"
+            )
         self.config = config
         self.cells = side
         smallest = min(math.prod(self._size(kind, step / _STEPS)) for kind in _KINDS for step in range(_STEPS))
         if smallest <= config.min_context:
             raise ConfigError(
-                f"masks.min_context={config.min_context}: on a grid of {side} x {side} patches the smallest block of "
-                f"the published sampler has {smallest}, and it must have more; use a larger image_size, a smaller "
-                "patch or min_context, or a larger target_scale"
+                f"method.masks.min_context={config.min_context}: on a grid of {side} x {side} patches the smallest "
+                f"block of the published sampler has {smallest}, and it must have more; use a larger image_size, a "
+                "smaller patch or min_context, or a larger target_scale"
             )
 
     def __call__(self, seed: int, epoch: int, ids: Tensor) -> dict[str, Tensor]:

@@ -68,17 +68,20 @@ class FeatureScoreConfig(EvaluatorConfig, ABC):
         )
 
     def check(self, method: Method, prefix: str) -> None:
-        most = method.backbone.num_blocks
+        # A method with features of its own says nothing of those of single blocks.
+        most = method.backbone.num_blocks if type(method).encode is Method.encode else 1
         if not 1 <= self.blocks <= most:
-            rule = f"from 1 to {most}" if most > 1 else "1; only those of model.name=vit give more"
-            raise ConfigError(f"evaluators.{prefix}.blocks={self.blocks}: this network gives features of blocks {rule}")
+            rule = f"use 1 to {most}" if most > 1 else "use 1, or a method that takes them from model.name=vit"
+            raise ConfigError(
+                f"evaluators.{prefix}.blocks={self.blocks}: there are features of {most} blocks here; {rule}"
+            )
 
 
 class FeatureNetwork(Protocol):
     """A network with features."""
 
-    def encode(self, images: Tensor, blocks: int = 1) -> Tokens:
-        """Features of normalised images [B, C, S, S]; `pooled` has those of so many last blocks."""
+    def encode(self, images: Tensor) -> Tokens:
+        """Features of normalised images [B, C, S, S]."""
         ...
 
     def modules(self) -> Iterator[nn.Module]: ...
@@ -269,7 +272,7 @@ def extract(
         for batch in data.batches(batch_size):
             batch = batch.to(device)
             with autocast():
-                pooled = network.encode(batch.views["image"][0], blocks).pooled
+                pooled = _pooled(network, batch.views["image"][0], blocks)
             values.append(pooled.float())  # [B, D], or [B, blocks D]
             labels.append(batch.labels)
             if math.isfinite(until_s):
@@ -279,6 +282,13 @@ def extract(
     if not values:
         raise DataError("there are no labelled images to score features with; check the path of the evaluator")
     return Features(torch.cat(values), torch.cat(labels), len(data.facts.classes))
+
+
+def _pooled(network: FeatureNetwork, images: Tensor, blocks: int) -> Tensor:
+    if blocks == 1:
+        return network.encode(images).pooled
+    assert isinstance(network, Method), "FeatureScoreConfig.check has seen one"
+    return network.backbone.forward_blocks(images, blocks).pooled
 
 
 def count_hits(scores: Tensor, labels: Tensor) -> Tensor:

@@ -70,13 +70,14 @@ class Method(nn.Module, ABC):
     def param_groups(self) -> Sequence[ParamGroup]:
         """Every trainable parameter, once."""
 
-    def encode(self, images: Tensor, blocks: int = 1) -> Tokens:
-        """Features of normalised images [B, C, S, S], as evaluation scores them.
-
-        `pooled` is [B, blocks D]: the features after each of so many last blocks of `backbone`, side by side.
-        """
-        tokens: Tokens = self.backbone(images) if blocks == 1 else self.backbone.forward_blocks(images, blocks)
+    def encode(self, images: Tensor) -> Tokens:
+        """Features of normalised images [B, C, S, S], as evaluation scores them."""
+        tokens: Tokens = self.backbone(images)
         return tokens
+
+    def checkpoint_blocks(self) -> bool:
+        """From now on, compute each block that learns once more in the backward pass; False where there are none."""
+        return self.trained_backbone.checkpoint_blocks()
 
     def prepare(self, first_batch: Callable[[], Batch]) -> None:
         """Once, before step 0: initialisation from data. Must be deterministic.

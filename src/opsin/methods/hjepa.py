@@ -19,7 +19,7 @@ from opsin.methods.base import Batch, Clock, DataFacts, Losses, ParamGroup, View
 from opsin.methods.ijepa import Cells, IJepa, IJepaConfig, Level, encoder_config, pooled
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.vit import ViTConfig
-from opsin.schedule import Schedule
+from opsin.schedule import OneCycle, Schedule
 
 
 class HJepaConfig(IJepaConfig):
@@ -71,6 +71,11 @@ class HJepa(IJepa):
 
     def masks(self) -> MaskConfig:
         side, given = 2 ** (self.levels - 1), self.config.masks.coarsest
+        if side > 1 and self.config.masks.parity == "published":
+            raise ConfigError(
+                f"method.masks.parity=published: the released sampler knows one grid, and {self.levels} levels need "
+                "blocks of whole coarse cells; use method.levels=1, or parity=unbiased"
+            )
         if given != 1 and given % side:
             raise ConfigError(
                 f"method.masks.coarsest={given}: {self.levels} levels need cells of a multiple of {side} patches; "
@@ -138,7 +143,9 @@ def value_above(values: Tensor, cells: Cells, above: Cells, grid: int) -> Tensor
     parent = rows // 2 * (across // 2) + columns // 2
     same = (parent[..., None] == above.indices[..., None, :]) & above.valid[..., None, :]  # [B, T, C, C above]
     where = same.to(torch.uint8).argmax(-1)
-    return torch.take_along_dim(values, where[..., None], dim=2)
+    # Whole rows of one table: an index for each of D values would be sorted, one by one, in the backward pass.
+    blocks = torch.arange(values.shape[0] * values.shape[1], device=where.device).view(*values.shape[:2], 1)
+    return values.flatten(0, 2)[where + blocks * values.shape[2]]
 
 
 def _check_grid(levels: int, image_size: int, patch: int) -> None:
@@ -177,4 +184,13 @@ def _check_lists(config: HJepaConfig, model: ViTConfig) -> None:
         raise ConfigError("method.level_weights: all are 0, so that nothing would be learned; give one above 0")
     for depth in config.depths or ():
         if not 1 <= depth <= model.depth:
-            raise ConfigError(f"method.depths: {depth} is not among the {model.depth} blocks of the encoder")
+            raise ConfigError(
+                f"method.depths: {depth} is not among the {model.depth} blocks of the encoder; give each level one of "
+                f"1 to {model.depth}"
+            )
+    for number, schedule in enumerate(config.level_schedules):
+        if isinstance(schedule, OneCycle) and schedule.momentum is not None:
+            raise ConfigError(
+                f"method.level_schedules.{number}.momentum: these schedules are factors on the learning rate alone; "
+                "leave it out, or set optim.schedule.momentum"
+            )

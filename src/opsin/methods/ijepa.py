@@ -34,7 +34,7 @@ from opsin.methods.base import (
 )
 from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.ema import ema_decay, follow
-from opsin.nn.position import sincos_positions
+from opsin.nn.position import grid_positions
 from opsin.nn.predictor import Predictor
 from opsin.nn.vit import VisionTransformer, ViTConfig
 from opsin.schedule import cosine, linear
@@ -97,9 +97,8 @@ class Cells:
 
     def positions(self, patches: int, width: int) -> Tensor:
         """Position embeddings [B, T, C, width] of the centres; the image is `patches` wide."""
-        across, middle = patches // self.side, (self.side - 1) / 2
-        rows = self.indices // across * self.side + middle
-        return sincos_positions(rows, self.indices % across * self.side + middle, width)
+        across = patches // self.side
+        return grid_positions(across, across, width, side=self.side, device=self.indices.device)[self.indices]
 
     def gather(self, values: Tensor) -> Tensor:
         """[B, T, C, D] out of the values [B, N, D] of all cells."""
@@ -163,6 +162,12 @@ class IJepa(Method):
     def trained_backbone(self) -> Backbone:
         return self.encoder
 
+    def checkpoint_blocks(self) -> bool:
+        for predictor in self.predictors:
+            assert isinstance(predictor, Predictor)
+            predictor.checkpointing = True
+        return super().checkpoint_blocks()
+
     def views(self, image_size: int) -> Views:
         masks = self.masks().build(image_size // self.encoder.patch)
         return Views(crops={"image": self.config.views.build(image_size)}, masks=masks)
@@ -218,7 +223,8 @@ class IJepa(Method):
             predictor = self.predictors[level]
             assert isinstance(predictor, Predictor)
             patches = images.shape[-1] // self.encoder.patch
-            places = sincos_positions(kept // patches, kept % patches, predictor.width).to(context.dtype)
+            grid = grid_positions(patches, patches, predictor.width, device=kept.device)
+            places = grid.to(context.dtype)[kept]
             asked = cells.positions(patches, predictor.width).to(context.dtype)
             asked = asked if hints is None else asked + hints
             predicted = predictor(context, places, asked.flatten(0, 1), cells.valid.flatten(0, 1))
@@ -261,7 +267,7 @@ class IJepa(Method):
         ]
 
     def advice(self, trouble: str, clock: Clock) -> str:
-        if trouble not in ("feature_collapse", "no_teacher"):
+        if trouble != "feature_collapse":
             return ""
         if not self.config.norm_targets:
             return "targets of any size can be met by shrinking them: set method.norm_targets=true"

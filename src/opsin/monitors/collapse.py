@@ -105,7 +105,7 @@ class Collapse(Monitor):
             values[f"collapse/{name}_std"] = spread(tensor).item()
             values[f"collapse/{name}_norm"] = tensor.norm(dim=1).mean().item()
             values[f"collapse/{name}_rank"] = effective_rank(tensor).item()
-            values["collapse/vectors"] = float(len(tensor))
+            values["collapse/vectors"] = float(min(len(each) for each in features.values()))
         student, teacher = features.get("student"), features.get("teacher")
         if student is not None and teacher is not None and student.shape == teacher.shape:
             # float64: the verdict lies in the fifth digit behind the point.
@@ -170,11 +170,12 @@ class Collapse(Monitor):
         stds, ranks = _by_encoder(values, "_std"), _by_encoder(values, "_rank")
         if not stds or stds.keys() != ranks.keys():
             return {}
-        encoder = min(stds, key=lambda name: stds[name])
-        std, rank = stds[encoder], min(ranks.values())
-        is_narrow = std < self._config.std
-        text = f"feature collapse: spread of the features of the {encoder} {std:.2g}, {rank:.1f} directions"
-        fallen = (is_narrow and std < self._largest[encoder] / 2) or rank < self._config.rank
+        narrow, flat = min(stds, key=lambda name: stds[name]), min(ranks, key=lambda name: ranks[name])
+        is_narrow, is_flat = stds[narrow] < self._config.std, ranks[flat] < self._config.rank
+        encoder = narrow if is_narrow or not is_flat else flat
+        std = stds[encoder]
+        text = f"feature collapse: spread of the features of the {encoder} {std:.2g}, {ranks[encoder]:.1f} directions"
+        fallen = (is_narrow and std < self._largest[narrow] / 2) or is_flat
         return {
             "feature_collapse": _Symptom(fallen, text, ways_out=(std,)),
             "feature_collapse from the start": _Symptom(is_narrow, text, ways_out=(std,)),

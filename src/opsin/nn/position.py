@@ -33,6 +33,14 @@ def sincos_positions(rows: Tensor, columns: Tensor, width: int) -> Tensor:
     return torch.stack([waves.sin(), waves.cos()], -2).flatten(-3).float()
 
 
+def grid_positions(height: int, width: int, size: int, *, side: int = 1, device: torch.device | None = None) -> Tensor:
+    """Fixed embeddings [height x width, size] of the centres of cells of `side` x `side` patches, row by row."""
+    middle = (side - 1) / 2
+    down, across = (torch.arange(count, device=device) * side + middle for count in (height, width))
+    rows, columns = torch.meshgrid(down, across, indexing="ij")
+    return sincos_positions(rows, columns, size).flatten(0, 1)
+
+
 def _interpolation(old: int, new: int, device: torch.device) -> Tensor:
     # Interpolation is linear: what it does to the unit vectors, as the columns of an image, is its matrix.
     units = torch.eye(old, device=device)[None, None]

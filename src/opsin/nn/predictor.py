@@ -8,7 +8,7 @@ Shapes: B images, M blocks of all of them, Kc context tokens, Kt asked ones, D w
 import torch
 from torch import Tensor, nn
 
-from opsin.nn.vit import Block, ViTConfig
+from opsin.nn.vit import Block, ViTConfig, run_block
 
 
 class Predictor(nn.Module):
@@ -17,6 +17,7 @@ class Predictor(nn.Module):
     def __init__(self, encoder_width: int, *, width: int, depth: int, heads: int) -> None:
         super().__init__()
         self.width = width
+        self.checkpointing = False
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         config = ViTConfig(width=width, depth=depth, heads=heads)
@@ -43,8 +44,9 @@ class Predictor(nn.Module):
             seen = torch.cat([valid, valid.new_ones(context.shape[:2])], dim=1)
         *first, last = self.blocks
         for block in first:
-            x = block(x, None, seen)
-        predictions: Tensor = self.out(self.norm(last(x, asked.shape[1], seen)))
+            x = run_block(block, x, None, seen, twice=self.checkpointing)
+        x = run_block(last, x, asked.shape[1], seen, twice=self.checkpointing)
+        predictions: Tensor = self.out(self.norm(x))
         return predictions
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from opsin.errors import ConfigError
 from opsin.nn.attention import Attention, Sizes, unpack
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
-from opsin.nn.position import resize_grid, sincos_positions
+from opsin.nn.position import grid_positions, resize_grid
 
 
 class ViTConfig(ModelConfig):
@@ -198,15 +198,13 @@ class VisionTransformer(Backbone):
         return Tokens(x[:, 0] if self.pool_kind == "token" else patches.mean(dim=1), patches)
 
     def _run(self, block: nn.Module, x: Tensor, queries: int | None = None, sizes: Sizes | None = None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, x, queries, sizes=sizes, use_reentrant=False))
-        return cast(Tensor, block(x, queries, sizes=sizes))
+        return run_block(block, x, queries, sizes=sizes, twice=self.checkpointing)
 
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         height, width = (side // self.patch for side in images.shape[-2:])
         positions = self.pos_embed[0, self.prefix :]  # [N, D]
         if (height, width) != (self.grid, self.grid) and self.sincos:
-            positions = _grid_positions(height, width, self.width).to(positions)
+            positions = grid_positions(height, width, self.width, device=positions.device).to(positions.dtype)
         elif (height, width) != (self.grid, self.grid):
             square = positions.reshape(self.grid, self.grid, -1)
             positions = resize_grid(square, height, width).flatten(0, 1)
@@ -220,7 +218,7 @@ class VisionTransformer(Backbone):
     def _initialise(self) -> None:
         if self.sincos:
             with torch.no_grad():
-                self.pos_embed[0, self.prefix :] = _grid_positions(self.grid, self.grid, self.width)
+                self.pos_embed[0, self.prefix :] = grid_positions(self.grid, self.grid, self.width)
         else:
             # timm cuts this distribution at 100 deviations: no cut at all.
             nn.init.normal_(self.pos_embed, std=0.02)
@@ -230,11 +228,6 @@ class VisionTransformer(Backbone):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-
-
-def _grid_positions(height: int, width: int, size: int) -> Tensor:
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return sincos_positions(rows, columns, size).flatten(0, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -300,6 +293,21 @@ class Block(nn.Module):
             return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(kept).div_(kept)
         factors = [branch.new_empty(images, 1).bernoulli_(kept).div_(kept).expand(-1, t) for images, t in sizes]
         return branch * torch.cat([part.reshape(-1, 1) for part in factors])
+
+
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    queries: int | None = None,
+    seen: Tensor | None = None,
+    sizes: Sizes | None = None,
+    *,
+    twice: bool,
+) -> Tensor:
+    """What a `Block` makes of its arguments; `twice` computes it once more in the backward pass to save memory."""
+    if twice and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(block, x, queries, seen, sizes, use_reentrant=False))
+    return cast(Tensor, block(x, queries, seen, sizes))
 
 
 class Mlp(nn.Module):

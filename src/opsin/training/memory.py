@@ -31,7 +31,7 @@ def save_memory(config: MemoryConfig, method: Method) -> None:
             f"memory.view_chunk={config.view_chunk}: this method has one view of an image; leave it out, and use "
             "accumulate for less memory"
         )
-    if config.checkpoint_blocks and not method.trained_backbone.checkpoint_blocks():
+    if config.checkpoint_blocks and not method.checkpoint_blocks():
         raise ConfigError(
             "memory.checkpoint_blocks=true: this network has no blocks to compute twice; leave it out, and use "
             "accumulate for less memory"

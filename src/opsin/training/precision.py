@@ -119,7 +119,8 @@ def configure(device: torch.device, precision: str, *, deterministic: bool) -> l
     if deterministic:
         # cuBLAS reads this when the first product is computed; without it torch refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # Told to warn only, the fused attention of CUDA would stay as it is, and a repeated step give other bits.
+    torch.use_deterministic_algorithms(deterministic)
     # torch would also write NaN into every new tensor, in case a program reads what it never wrote: 5 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's stubs
     torch.backends.cudnn.deterministic = deterministic

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 class Pixels(nn.Module):
     """The first channel as it is."""
 
-    def encode(self, images: Tensor, blocks: int = 1) -> Tokens:
+    def encode(self, images: Tensor) -> Tokens:
         return Tokens(images[:, 0].flatten(1), images.flatten(2))
 
 
@@ -36,7 +36,7 @@ class RandomFeatures(nn.Module):
         self.norm = nn.BatchNorm1d(width)
         self.drop = nn.Dropout(0.5)
 
-    def encode(self, images: Tensor, blocks: int = 1) -> Tokens:
+    def encode(self, images: Tensor) -> Tokens:
         torch.rand(3)
         pooled = self.drop(self.norm(images.flatten(1) @ self.weight).relu())
         return Tokens(pooled, pooled[:, None])
@@ -49,7 +49,7 @@ class Counted(RandomFeatures):
         super().__init__()
         self.images = 0
 
-    def encode(self, images: Tensor, blocks: int = 1) -> Tokens:
+    def encode(self, images: Tensor) -> Tokens:
         self.images += len(images)
         return super().encode(images)
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from opsin.data.base import Batch
+from opsin.data.masks import MaskConfig, PublishedMasks
 from opsin.errors import ConfigError
 from opsin.methods.hjepa import HJepa, coarser, value_above
 from opsin.methods.ijepa import Cells, IJepa, pooled
 from opsin.nn.attention import AttentionKind, set_attention
 from opsin.nn.vit import ViTConfig
-from opsin.schedule import Constant, Linear
+from opsin.schedule import Constant, Linear, OneCycle
 from opsin.training.optim import build_optimizer, pace_setter
 from opsin.training.step import train_step
 from tests.plain_hjepa import block_cells, cell_means, cell_positions
@@ -368,6 +369,20 @@ def test_lists_need_an_entry_for_each_level(key: str, count: int) -> None:
 def test_targets_come_from_blocks_that_there_are(depth: int) -> None:
     with pytest.raises(ConfigError, match=rf"method\.depths: {depth} is not among the 2 blocks"):
         hjepa_config(depths=(2, 1, depth)).build(VIT, FACTS)
+
+
+def test_schedules_of_levels_move_no_momentum() -> None:
+    schedules = [Constant(), OneCycle(momentum=(0.95, 0.85)), OneCycle()]
+    with pytest.raises(ConfigError, match=r"method\.level_schedules\.1\.momentum: .* set optim\.schedule\.momentum"):
+        hjepa_config(level_schedules=schedules).build(VIT, FACTS)
+
+
+def test_the_published_masks_are_for_one_level() -> None:
+    masks = MaskConfig(parity="published", min_context=4)
+    with pytest.raises(ConfigError, match=r"method\.masks\.parity=published: .* use method\.levels=1, or parity=unb"):
+        hjepa_config().model_copy(update={"masks": masks}).build(VIT, FACTS)
+    one_level = hjepa_config(levels=1).model_copy(update={"masks": masks}).build(VIT, FACTS)
+    assert isinstance(one_level.views(32).masks, PublishedMasks)
 
 
 def test_encoder_with_a_class_token_is_refused() -> None:

@@ -148,6 +148,7 @@ def test_features_of_both_encoders_are_measured() -> None:
 def test_features_of_different_images_are_not_compared() -> None:
     values = monitor().measure(fresh(), report({"student": torch.randn(20, 6), "teacher": torch.randn(10, 6)}))
     assert "collapse/cosine" not in values
+    assert values["collapse/vectors"] == 10, "the fewest: what a rank can be at most"
 
 
 @pytest.mark.parametrize("features", [{}, {"student": torch.ones(4, 6)}, {"student": torch.full((20, 6), math.nan)}])
@@ -213,6 +214,12 @@ def test_features_that_were_never_spread_get_more_time() -> None:
 def test_features_in_one_direction_are_a_collapse() -> None:
     found = judged(monitor(), rows([(0.8, 0.2, 0.2, 0.5, 0.5, 0.9)] * 4, rank=1.2))
     assert {step: finding.kind for step, finding in found.items()} == {150: "feature_collapse", 200: "feature_collapse"}
+
+
+def test_the_encoder_with_few_directions_is_named_with_its_own_numbers() -> None:
+    row = {"collapse/vectors": 96.0, "collapse/context_std": 0.8, "collapse/context_rank": 1.0}
+    found = judged(monitor(), [{**row, "collapse/target_std": 0.3, "collapse/target_rank": 60.0}] * 4)
+    assert found[150].text.startswith("feature collapse: spread of the features of the context 0.8, 1.0 directions")
 
 
 def test_rows_between_measurements_neither_begin_nor_end_a_finding() -> None:

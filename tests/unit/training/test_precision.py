@@ -107,6 +107,7 @@ def test_the_check_of_onednn_leaves_its_switch_as_it_was() -> None:
 def test_deterministic_kernels_are_switched_on_and_off(deterministic: bool) -> None:
     precision.configure(CPU, "bf16", deterministic=deterministic)
     assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert not torch.is_deterministic_algorithms_warn_only_enabled(), "fused attention on CUDA would take it as no"
     assert torch.backends.cudnn.benchmark != deterministic
     if deterministic:
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
