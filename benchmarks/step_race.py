@@ -132,8 +132,10 @@ def _rows(script: str, work: str, ways: list[str], arguments: argparse.Namespace
     if not arguments.no_memory:
         for way in ways:
             command = [sys.executable, "-W", "ignore", script, *same, "--one", way, "--peak"]
-            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            peaks[way] = int(said.split()[-1])
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{way}: status {done.returncode}\n{done.stderr}")
+            peaks[way] = int(done.stdout.split()[-1])
             print(f"{way}: {peaks[way] / MIB:.0f} MiB", flush=True)
     with ExitStack() as stack:
         steps = {way: stack.enter_context(Contestant(Path(script), *same, "--one", way)) for way in ways}
