@@ -67,13 +67,14 @@ def plan_stages(recipe: Recipe, timeline: Timeline, method: Method) -> LayerFree
         ConfigError: the network cannot take a stage's images, or a pattern matches no layer.
     """
     freezer = LayerFreezer(method)
-    schedule = recipe.optim.schedule
+    schedules = {"optim.schedule": recipe.optim.schedule, **method.schedules()}
     for number, stage in enumerate(timeline.stages):
-        if schedule.over == "stage" and schedule.warmup_epochs >= stage.passes:
-            raise ConfigError(
-                f"optim.schedule.warmup_epochs={schedule.warmup_epochs:g}: stage {number + 1} has {stage.passes:g} "
-                "epochs, all of it warm-up; make it shorter, or the stage longer"
-            )
+        for key, schedule in schedules.items():
+            if schedule.over == "stage" and schedule.warmup_epochs >= stage.passes:
+                raise ConfigError(
+                    f"{key}.warmup_epochs={schedule.warmup_epochs:g}: stage {number + 1} has {stage.passes:g} "
+                    "epochs, all of it warm-up; make it shorter, or the stage longer"
+                )
         method.backbone.check_size(stage.image_size, key=f"stages.{number}.image_size")
         freezer.check(stage.train, key=f"stages.{number}.train")
     return freezer

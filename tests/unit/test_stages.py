@@ -8,10 +8,10 @@ import torch
 
 import opsin
 from opsin.errors import ConfigError
-from opsin.recipe import Recipe
+from opsin.recipe import Recipe, read
 from opsin.reporting import read_events, read_rows
 from opsin.results import evaluate_run
-from opsin.session import resume_run
+from opsin.session import resume_run, train_recipe
 from opsin.stages import plan_time
 from opsin.training.checkpoint import find_checkpoints, read_checkpoint
 from tests.digits_run import digits_recipe, train_digits
@@ -201,3 +201,11 @@ def test_a_warm_up_that_fills_a_stage_is_refused(tmp_path: Path) -> None:
     keys = ("stages=[{epochs: 1}]", "epochs=null", "optim.schedule={name: cosine, over: stage, warmup_epochs: 2}")
     with pytest.raises(ConfigError, match=r"warmup_epochs=2: stage 1 has 1 epochs, all of it warm-up"):
         train_digits(tmp_path / "run", *keys)
+
+
+def test_a_warm_up_of_a_level_that_fills_a_stage_is_refused(tmp_path: Path) -> None:
+    schedules = "[{name: constant}, {name: linear, over: stage, warmup_epochs: 1}]"
+    keys = ("stages=[{epochs: 2}, {epochs: 1}]", "epochs=null", f"method.level_schedules={schedules}")
+    message = r"method\.level_schedules\.1\.warmup_epochs=1: stage 2 has 1 epochs, all of it warm-up"
+    with pytest.raises(ConfigError, match=message):
+        train_recipe(read("hjepa-digits", keys), tmp_path / "run", name="levels", quiet=True)

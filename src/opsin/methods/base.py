@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from opsin.config import Family
 from opsin.data.base import Batch, DataFacts, Views
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
+from opsin.schedule import Schedule
 from opsin.timeline import Clock
 
 __all__ = ["Batch", "Clock", "DataFacts", "Losses", "Method", "MethodConfig", "ParamGroup", "Tokens", "Views"]
@@ -78,6 +79,10 @@ class Method(nn.Module, ABC):
     def checkpoint_blocks(self) -> bool:
         """From now on, compute each block that learns once more in the backward pass; False where there are none."""
         return self.trained_backbone.checkpoint_blocks()
+
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The schedules that its settings hold, by their keys."""
+        return {}
 
     def prepare(self, first_batch: Callable[[], Batch]) -> None:
         """Once, before step 0: initialisation from data. Must be deterministic.

@@ -83,6 +83,9 @@ class HJepa(IJepa):
             )
         return self.config.masks.model_copy(update={"coarsest": side if given == 1 else given})
 
+    def schedules(self) -> Mapping[str, Schedule]:
+        return {f"method.level_schedules.{level}": wanted for level, wanted in enumerate(self.config.level_schedules)}
+
     def forward(self, batch: Batch, clock: Clock) -> Losses:
         context, levels = self.predict_levels(batch.views["image"][0], batch.masks)
         losses = [self.compare(level) for level in levels]
