@@ -12,6 +12,8 @@ import torch
 from opsin.evaluation.features import Score, count_hits, extract
 from opsin.evaluation.knn import KnnConfig, score_neighbours
 from opsin.evaluation.linear import LinearConfig, score_linear
+from opsin.methods.supervised import SupervisedConfig
+from opsin.nn.vit import ViTConfig
 from tests.unit.evaluation.digits import (
     CPU,
     Counted,
@@ -132,7 +134,7 @@ def test_features_of_other_weights_are_never_shared(tmp_path: Path) -> None:
     assert scene.same_weights.found is None
 
 
-@pytest.mark.parametrize("changed", [{"bank_images": 900}, {"batch_size": 100}, {"blocks": 2}, {"path": "digits"}])
+@pytest.mark.parametrize("changed", [{"bank_images": 900}, {"batch_size": 100}, {"path": "digits"}])
 def test_features_that_were_asked_for_otherwise_are_not_shared(changed: dict[str, object], tmp_path: Path) -> None:
     network, scene = Counted(), digits_scene(tmp_path)
     knn = KnnConfig().build(scene, "knn")
@@ -142,6 +144,18 @@ def test_features_that_were_asked_for_otherwise_are_not_shared(changed: dict[str
         network.images = 0
         linear.evaluate(network)
     assert network.images == (900 + 359 if "bank_images" in changed else DIGITS)
+
+
+def test_features_of_other_blocks_are_not_shared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    scene = digits_scene(tmp_path)
+    assert scene.validation is not None
+    method = SupervisedConfig().build(ViTConfig(width=16, depth=2, heads=2, patch=4), scene.validation.facts)
+    scores = [KnnConfig(blocks=blocks).build(scene, "knn") for blocks in (1, 2)]
+    apart = [score.evaluate(method) for score in scores]
+    with scene.same_weights.shown():
+        assert [score.evaluate(method) for score in scores] == apart
+    assert apart[0] != apart[1], "else nothing is seen here"
 
 
 def test_features_that_time_cut_short_are_shared_with_those_who_have_no_more_of_it(tmp_path: Path) -> None:

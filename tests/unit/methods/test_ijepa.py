@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from opsin.nn.attention import AttentionKind, set_attention
 from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
 from opsin.timeline import Stage, Timeline
-from opsin.training.memory import MemoryConfig, save_memory
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.step import train_step
 from tests.plain_ijepa import gather_tokens, plain_layer_norm
@@ -30,7 +28,6 @@ from tests.unit.methods.jepa_parts import (
     VIT,
     PlainRun,
     batch_of,
-    build_hjepa,
     build_ijepa,
     gradients,
     hjepa_config,
@@ -292,38 +289,6 @@ def test_the_target_encoder_is_at_rest_where_the_encoder_drops(config: IJepaConf
     targets = [name for name in first if name.startswith("target")]
     assert targets
     assert all(torch.equal(first[name], second[name]) for name in targets)
-
-
-def kept_bytes(method: IJepa, batch: Batch) -> int:
-    """What a forward pass keeps for the backward pass."""
-    kept: list[int] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.nbytes)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        method(batch, TIMELINE.clock(0))
-    return sum(kept)
-
-
-@pytest.mark.parametrize("build", [build_ijepa, build_hjepa])
-def test_blocks_of_encoder_and_predictors_are_computed_twice_where_asked(build: Callable[..., IJepa]) -> None:
-    sizes: dict[tuple[bool, int], int] = {}
-    for depth in (2, 5):
-        method = build(predictor_depth=depth)
-        batch = batch_of(method)
-        sizes[False, depth] = kept_bytes(method, batch)
-        losses, expected = gradients(method, batch)
-        save_memory(MemoryConfig(checkpoint_blocks=True), method)
-        sizes[True, depth] = kept_bytes(method, batch)
-        again, found = gradients(method, batch)
-        assert torch.equal(again.total, losses.total)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], grad) for name, grad in expected.items())
-    # Three more blocks of each predictor keep what goes into them, and nothing else.
-    assert 0 < sizes[True, 5] - sizes[True, 2] < (sizes[False, 5] - sizes[False, 2]) / 10
-    assert sizes[True, 5] < sizes[False, 5] / 3
 
 
 def test_view_is_a_crop_and_blocks_of_single_patches() -> None:
