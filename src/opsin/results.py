@@ -121,6 +121,10 @@ def evaluate_run(
     scene = build_scene(recipe, images, numerics, console, run.path)
     features: tuple[ScoreName, ...] = ("knn", "linear")
     names = scores or (("accuracy",) if isinstance(method, Classifier) else features)
+    if blocks is not None and not set(names) & set(features):
+        raise ConfigError(
+            f"--blocks {blocks}: {' and '.join(names)} cannot use it; name knn or linear, or leave it out"
+        )
     reports: dict[ScoreName, Report] = {}
     with scene.same_weights.shown():
         for name in names:

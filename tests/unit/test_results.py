@@ -128,6 +128,11 @@ def test_features_of_several_blocks_are_scored_on_demand_as_by_the_recipe(tmp_pa
             evaluate_run(tmp_path / "one", ("knn",), blocks=blocks)
 
 
+def test_blocks_are_refused_where_no_features_are_scored(run: Path) -> None:
+    with pytest.raises(ConfigError, match="--blocks 2: accuracy cannot use it; name knn or linear, or leave it out"):
+        evaluate_run(run, blocks=2)
+
+
 @pytest.mark.parametrize(
     ("model", "rule"), [(VIT, "2 blocks here; use 1 to 2"), (CONVNET, "1 blocks here; use 1, or a method")]
 )

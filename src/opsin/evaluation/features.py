@@ -288,7 +288,7 @@ def _pooled(network: FeatureNetwork, images: Tensor, blocks: int) -> Tensor:
     if blocks == 1:
         return network.encode(images).pooled
     assert isinstance(network, Method), "FeatureScoreConfig.check has seen one"
-    return network.backbone.forward_blocks(images, blocks).pooled
+    return network.backbone.pool_blocks(images, blocks)
 
 
 def count_hits(scores: Tensor, labels: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class Collapse(Monitor):
 
     @torch.no_grad()
     def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
-        """`collapse/<encoder>_std`, `_norm`, `_rank`; `collapse/vectors`, their number; `collapse/cosine` of both."""
+        """`collapse/<encoder>_std`, `_norm`, `_rank`; `collapse/vectors`, the fewest; `collapse/cosine` of both."""
         values: dict[str, float] = {}
         features = {name: tensor.float() for name, tensor in report.features.items() if len(tensor) >= _FEWEST}
         features = {name: tensor for name, tensor in features.items() if bool(tensor.isfinite().all())}
@@ -105,7 +105,8 @@ class Collapse(Monitor):
             values[f"collapse/{name}_std"] = spread(tensor).item()
             values[f"collapse/{name}_norm"] = tensor.norm(dim=1).mean().item()
             values[f"collapse/{name}_rank"] = effective_rank(tensor).item()
-            values["collapse/vectors"] = float(min(len(each) for each in features.values()))
+        if features:
+            values["collapse/vectors"] = float(min(map(len, features.values())))
         student, teacher = features.get("student"), features.get("teacher")
         if student is not None and teacher is not None and student.shape == teacher.shape:
             # float64: the verdict lies in the fifth digit behind the point.

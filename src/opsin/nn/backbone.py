@@ -34,7 +34,7 @@ class Backbone(nn.Module, ABC):
     channels: int
     """C, the channels of an image."""
     num_blocks: int = 1
-    """How many last blocks `forward_blocks` can look at."""
+    """How many last blocks `pool_blocks` can look at."""
     loaded: frozenset[str] = frozenset()
     """The tensors that were filled from weights: `prepare` leaves them as they are."""
     computed: frozenset[str] = frozenset()
@@ -44,19 +44,15 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tokens:
         """Normalised images [B, C, S, S] to features."""
 
-    def forward_blocks(self, images: Tensor, blocks: int) -> Tokens:
-        """As `forward`, but `pooled` is [B, blocks D]: features after each of so many last blocks, the last one's last.
-
-        At most `num_blocks`.
-        """
-        assert blocks == 1, "num_blocks"
-        tokens: Tokens = self(images)
-        return tokens
-
     def pool(self, images: Tensor) -> Tensor:
         """The pooled features [B, D] alone, with less work where the architecture allows it."""
         pooled: Tensor = self(images).pooled
         return pooled
+
+    def pool_blocks(self, images: Tensor, blocks: int) -> Tensor:
+        """[B, blocks D]: pooled features after each of so many last blocks, at most `num_blocks`, in their order."""
+        assert blocks == 1, "FeatureScoreConfig.check refuses more than num_blocks"
+        return self.pool(images)
 
     def pool_sizes(self, images: Sequence[Tensor]) -> Tensor:
         """The pooled features [M, D] of images of several sizes, one [B, C, S, S] after the other."""

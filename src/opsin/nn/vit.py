@@ -157,24 +157,13 @@ class VisionTransformer(Backbone):
 
     def forward_depths(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
         """Patch tokens [B, N, D] as the first 1, 2, ... blocks leave them; after the last one with the final norm."""
-        x = self._embed(images, None)
-        found: dict[int, Tensor] = {}
-        for number, block in enumerate(self.blocks[: max(depths)], start=1):
-            x = self._run(block, x)
-            if number in depths:
-                found[number] = (self.norm(x) if number == len(self.blocks) else x)[:, self.prefix :]
-        return [found[depth] for depth in depths]
+        left = self._left(images, depths)
+        return [(self.norm(left[d]) if d == self.num_blocks else left[d])[:, self.prefix :] for d in depths]
 
-    def forward_blocks(self, images: Tensor, blocks: int) -> Tokens:
+    def pool_blocks(self, images: Tensor, blocks: int) -> Tensor:
         # Each with the final norm, as the linear probes of DINO and I-JEPA take them.
-        assert 1 <= blocks <= self.num_blocks, "FeatureScoreConfig.check refuses others"
-        x = self._embed(images, None)
-        found: list[Tokens] = []
-        for number, block in enumerate(self.blocks):
-            x = self._run(block, x)
-            if number >= self.num_blocks - blocks:
-                found.append(self._read(self.norm(x)))
-        return Tokens(torch.cat([tokens.pooled for tokens in found], dim=1), found[-1].patches)
+        left = self._left(images, range(self.num_blocks - blocks + 1, self.num_blocks + 1))
+        return torch.cat([self._read(self.norm(x)).pooled for x in left.values()], dim=1)
 
     def attention(self, images: Tensor) -> Tensor:
         """What the last block looks at: [B, heads, T, T], row = the token that asks, rows sum to 1.
@@ -187,6 +176,16 @@ class VisionTransformer(Backbone):
             x = block(x)
         assert isinstance(last, Block)
         return last.attn.probabilities(last.norm1(x))
+
+    def _left(self, images: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
+        """What the first so many blocks leave, tokens [B, T, D], by their number in rising order."""
+        x = self._embed(images, None)
+        found: dict[int, Tensor] = {}
+        for number, block in enumerate(self.blocks[: max(depths)], start=1):
+            x = self._run(block, x)
+            if number in depths:
+                found[number] = x
+        return found
 
     def _finish(self, x: Tensor, *, class_token_only: bool) -> Tokens:
         """The last block and the norm, for tokens [B, T, D] of one size."""
