@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from interleaved import table
+from opsin.clock.timeline import Stage, Timeline
 from opsin.compression import Compressor
 from opsin.reporting import Fact
-from opsin.timeline import Stage, Timeline
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
 from opsin.training.state import TrainState
 

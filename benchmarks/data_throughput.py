@@ -25,13 +25,13 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
 from interleaved import table, take_turns
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import DataFacts
 from opsin.data.loading import TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
 from opsin.data.sources import open_sources
 from opsin.methods.supervised import SupervisedViews
-from opsin.timeline import Stage, Timeline
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 32

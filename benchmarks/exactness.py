@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 from interleaved import table
-from opsin.config import to_yaml
 from opsin.recipe import read
 from opsin.rundir import RunDirectory
+from opsin.settings.text import to_yaml
 from opsin.verify import Kill, digest, finish, start, train_killed
 
 SETTINGS = (

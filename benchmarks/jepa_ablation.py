@@ -28,6 +28,7 @@ import torch
 
 from feature_baselines import Pixels, scores_of
 from opsin.assembly_images import open_images
+from opsin.clock.schedule import Cosine
 from opsin.data.base import Source
 from opsin.data.loading import EvaluationData
 from opsin.data.sources import Opened, open_sources
@@ -35,7 +36,6 @@ from opsin.evaluation.labelled import LabelledImages
 from opsin.recipe import Recipe, read
 from opsin.reporting import read_rows
 from opsin.results import evaluate_run
-from opsin.schedule import Cosine
 from opsin.session import train_recipe
 from opsin.training.scene import LabelledChoice
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from interleaved import table, take_turns
 from memory_peak import activation_peak
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.vit import ViTConfig
-from opsin.timeline import Stage, Timeline
 from opsin.training import precision
 from opsin.training.memory import MemoryConfig, save_memory
 from opsin.training.optim import OptimConfig, build_optimizer, pace_setter

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch, DataFacts
 from opsin.methods.supervised import SupervisedConfig
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.backbone import ModelConfig
-from opsin.timeline import Stage, Timeline
 from opsin.training import precision
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import LossScale, StepPlan, TrainState

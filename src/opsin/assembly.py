@@ -9,7 +9,8 @@ import torch
 from opsin.assembly_guard import build_alerts, reach, streak_answer
 from opsin.assembly_images import build_scene, open_images, training_data
 from opsin.assembly_numerics import Numerics, choose_numbers, place, settle_numerics
-from opsin.config import to_yaml
+from opsin.clock.seeding import fold_in
+from opsin.clock.timeline import Timeline
 from opsin.console import Console
 from opsin.data.base import DataFacts
 from opsin.data.loading import TrainingData
@@ -24,9 +25,8 @@ from opsin.nn.weights import initialise
 from opsin.recipe import EmaConfig, Recipe
 from opsin.reporting import Fact, Journal
 from opsin.rundir import RunDirectory
-from opsin.seeding import fold_in
+from opsin.settings.text import to_yaml
 from opsin.stages import announce_stage, plan_stages, plan_time
-from opsin.timeline import Timeline
 from opsin.training import precision
 from opsin.training.alerts import Monitor
 from opsin.training.checkpoint import Checkpoints, find_checkpoints

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 
-from opsin.cadence import is_due
+from opsin.clock.cadence import is_due
+from opsin.clock.timeline import Timeline
 from opsin.console import Console
 from opsin.recipe import Recipe
 from opsin.reporting import Journal
-from opsin.timeline import Timeline
 from opsin.training.alerts import Alerts, Finding, Monitor
 
 

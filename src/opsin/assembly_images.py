@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsin.assembly_numerics import Numerics
+from opsin.clock.timeline import Timeline
 from opsin.console import Console
 from opsin.data.base import DataFacts, Source
 from opsin.data.holdout import hold_out
@@ -20,7 +21,6 @@ from opsin.methods.base import Method
 from opsin.outlets import write_if_possible
 from opsin.recipe import DataConfig, Recipe
 from opsin.rundir import RunDirectory
-from opsin.timeline import Timeline
 from opsin.trail import Trail
 from opsin.training import precision
 from opsin.training.scene import Scene

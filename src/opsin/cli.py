@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from opsin import __version__
+from opsin.__version__ import __version__
 from opsin.cli_backup import add_commands, directory_of_resume, out_of_train, take_local
 from opsin.cli_checkpoints import add_checkpoints
 from opsin.cli_supervision import supervised, take_supervision
@@ -257,7 +257,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     known = ("accuracy", "knn", "linear", "maps")
     for score in arguments.scores:
         if score not in known:
-            from opsin.config_faults import did_you_mean
+            from opsin.settings.faults import did_you_mean
 
             options = f"{', '.join(known)}{did_you_mean(score, known)}"
             raise ConfigError(f"command line: unknown score {score!r}; known: {options}")
@@ -354,7 +354,7 @@ def _aside(text: str) -> None:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from opsin.config import shipped_recipes
+    from opsin.settings.text import shipped_recipes
 
     found = shipped_recipes(Path(__file__).parent / "recipes")
     width = max(map(len, found))
@@ -364,16 +364,16 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from opsin.config import to_yaml
     from opsin.recipe import read
+    from opsin.settings.text import to_yaml
 
     print(to_yaml(read(arguments.recipe, arguments.overrides), comments=True), end="")
     return 0
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from opsin.config import json_schema
     from opsin.recipe import Recipe
+    from opsin.settings.text import json_schema
 
     print(json.dumps(json_schema(Recipe), indent=2))
     return 0

@@ -19,7 +19,6 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import opsin.recipe  # noqa: F401  it knows every model that `encoder.json` may name
-from opsin.config import Settings
 from opsin.data.augment import Normalize
 from opsin.data.base import DataFacts
 from opsin.data.crops import CenterCrop, cut_batch
@@ -28,6 +27,7 @@ from opsin.folders import write_atomic
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
 from opsin.nn.heads import Classifier
 from opsin.nn.timm_backbone import TimmBackbone
+from opsin.settings.family import Settings
 
 FORMAT = 1
 """Version of the export folder; raised when an older opsin could no longer read it."""

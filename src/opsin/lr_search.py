@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from opsin.config import flatten
 from opsin.errors import ConfigError, OpsinError, PassingFault, Stopped, TrainingError
 from opsin.recipe import Recipe, read
+from opsin.settings.text import flatten
 from opsin.trail import VARIABLE, follow
 
 RESULT = "lr.json"

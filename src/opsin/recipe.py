@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from opsin import config
 from opsin.backup.config import BackupConfig
-from opsin.config import Settings
 from opsin.evaluation.accuracy import AccuracyConfig
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.linear import LinearConfig
@@ -30,6 +28,8 @@ from opsin.nn.backbone import ModelConfig
 from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
+from opsin.settings import layers
+from opsin.settings.family import Settings
 from opsin.training.alerts import MonitorConfig
 from opsin.training.checkpoint import CheckpointConfig
 from opsin.training.guard import GuardConfig
@@ -247,4 +247,4 @@ def read(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: one line per fault, all faults at once.
     """
-    return config.read(reference, overrides, Recipe, shipped=shipped)
+    return layers.read(reference, overrides, Recipe, shipped=shipped)

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from opsin import __version__
+from opsin.__version__ import __version__
 from opsin.errors import RunError
 from opsin.folders import remove_leftovers, write_atomic
 from opsin.runlock import RunLock, is_held

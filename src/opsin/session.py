@@ -19,7 +19,6 @@ from opsin.assembly import assemble
 from opsin.backup.config import BackupConfig
 from opsin.backup.elsewhere import begin_elsewhere, find_elsewhere
 from opsin.backup.service import open_backup, refuse_taken
-from opsin.config import diff, flatten, to_yaml
 from opsin.console import Console, describe, duration, open_console
 from opsin.errors import ConfigError, LockLost, RunError, Stopped, TrainingError
 from opsin.export import write_model
@@ -28,6 +27,7 @@ from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
 from opsin.rundir import RunDirectory, spelled_out
+from opsin.settings.text import diff, flatten, to_yaml
 from opsin.sinks import SinkName, TextLog, open_sinks
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit

@@ -25,10 +25,10 @@ from opsin.errors import OpsinError, RunError
 from opsin.put_aside import Aside, read_aside, write_aside
 from opsin.reporting import Fact, Journal, Sink
 from opsin.rundir import RunDirectory
+from opsin.settings.yaml_tree import read_file
 from opsin.sinks import TextLog
 from opsin.trail import SUPERVISOR, VARIABLE, Whereabouts, follow
 from opsin.webhook import Webhook, webhook_url
-from opsin.yaml_tree import read_file
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FINAL = (0, 2, 3)

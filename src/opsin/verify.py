@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from opsin.config import to_yaml
 from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError
 from opsin.recipe import read
 from opsin.rundir import RunDirectory, last_step
 from opsin.session import settle_rates
+from opsin.settings.text import to_yaml
 from opsin.training.checkpoint import find_checkpoints
 
 _PAUSE_S = 0.002

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.errors import CheckpointError
-from opsin.timeline import Stage, Timeline
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints, read_checkpoint
 from opsin.training.state import TrainState
 

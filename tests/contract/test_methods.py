@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import opsin.methods
+from opsin.clock.seeding import uniform
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch, DataFacts
 from opsin.data.digits import load_digits
 from opsin.data.loading import TrainingData
@@ -19,8 +21,6 @@ from opsin.data.quarantine import Quarantine
 from opsin.methods.base import Method, MethodConfig
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.vit import ViTConfig
-from opsin.seeding import uniform
-from opsin.timeline import Stage, Timeline
 from opsin.training import precision
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opsin.config import Family
 from opsin.reporting import read_rows
+from opsin.settings.family import Family
 from opsin.training.alerts import MonitorConfig
 from opsin.training.observe import EvaluatorConfig
 from tests.digits_run import SMALL_VIT, train_digits

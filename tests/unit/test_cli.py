@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin import __version__
+from opsin.__version__ import __version__
 from opsin.cli import main
 from opsin.recipe import read
 from tests.digits_run import OVERRIDES, SMALL_VIT

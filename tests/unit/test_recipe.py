@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from opsin.config import json_schema, to_yaml
 from opsin.errors import ConfigError
 from opsin.recipe import Recipe, read, shipped
+from opsin.settings.text import json_schema, to_yaml
 
 SHIPPED = sorted(path.stem for path in shipped.glob("*.yaml"))
 each_recipe = pytest.mark.parametrize("name", SHIPPED)

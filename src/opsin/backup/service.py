@@ -18,7 +18,7 @@ from opsin.backup.outgoing import Cancelled, Throttle, Unfit
 from opsin.backup.places import PlaceError, open_place, read_bytes
 from opsin.backup.secrecy import masked
 from opsin.errors import ConfigError, LockLost, RunError
-from opsin.yaml_tree import read_file
+from opsin.settings.yaml_tree import read_file
 
 Say = Callable[[str, str], None]
 """Gets the kind of an event and a sentence; called in any thread."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin import seeding
+from opsin.clock import seeding
 
 _SMALL_PIXELS = 64 * 64  # up to this size a CPU resizes images faster together
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.data.base import Source
 from opsin.errors import DataError
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.data.augment import Normalize, num_cached
 from opsin.data.base import Augment, Batch, Blend, DataFacts, Detour, Source, Views
 from opsin.data.crops import CenterCrop

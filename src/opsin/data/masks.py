@@ -20,9 +20,9 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.errors import ConfigError
-from opsin.settings import Range, Settings
+from opsin.settings.family import Range, Settings
 
 _STEPS = 64  # a table of sizes has so many areas times so many shapes
 _USUALLY = 0.95  # the share of images that have as many context patches as `context_keep=auto` asks for

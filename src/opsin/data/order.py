@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opsin import seeding
+from opsin.clock import seeding
+from opsin.clock.timeline import Place, Timeline
 from opsin.data.base import Detour
 from opsin.errors import ConfigError
-from opsin.timeline import Place, Timeline
 
 _EPOCHS = 1 << 32
 """More than any run has; even, since some things alternate from epoch to epoch."""

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from opsin.clock.seeding import fold_in
 from opsin.data.base import Source, UnreadableImage
 from opsin.errors import DataError
-from opsin.seeding import fold_in
 
 _REPLACEMENTS = 100
 _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.datasets.collection import Collection
 from opsin.datasets.duplicates import Groups, Integers
 from opsin.datasets.scan import Scan

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.data.base import UnreadableImage
 from opsin.datasets.collection import Collection
 from opsin.datasets.duplicates import Groups

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from opsin.cadence import StepEvery
+from opsin.clock.cadence import StepEvery
 from opsin.evaluation.features import Features, FeatureScore, FeatureScoreConfig, Hits, count_hits, kept_tops
 from opsin.training.scene import Scene
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.data.base import Source
 from opsin.data.holdout import Subset, hold_out
 from opsin.data.sources import Opened

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from opsin.cadence import StepEvery
+from opsin.clock.cadence import StepEvery
 from opsin.data.base import MaskSampler, Views
 from opsin.errors import ConfigError
 from opsin.evaluation.map_pictures import Blocks, draw_attention, draw_predictions

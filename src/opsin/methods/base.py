@@ -12,11 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from opsin.config import Family
+from opsin.clock.schedule import Schedule
+from opsin.clock.timeline import Clock
 from opsin.data.base import Batch, DataFacts, Views
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
-from opsin.schedule import Schedule
-from opsin.timeline import Clock
+from opsin.settings.family import Family
 
 __all__ = ["Batch", "Clock", "DataFacts", "Losses", "Method", "MethodConfig", "ParamGroup", "Tokens", "Views"]
 

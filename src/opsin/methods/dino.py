@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.profiler import record_function
 
-from opsin.config import Range, Settings
+from opsin.clock.schedule import cosine, linear
 from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, Solarize
 from opsin.data.base import Augment
 from opsin.data.crops import Crop, RandomResizedCrop
@@ -38,7 +38,7 @@ from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.ema import follow
 from opsin.nn.heads import Projector
 from opsin.nn.prototypes import Prototypes, Targets, cross_entropy, teacher_targets
-from opsin.schedule import cosine, linear
+from opsin.settings.family import Range, Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 _GLOBAL = ("global_1", "global_2")

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from opsin.config import Range, Settings
+from opsin.clock.schedule import cosine, linear
 from opsin.data.crops import RandomResizedCrop
 from opsin.data.masks import MaskConfig
 from opsin.errors import ConfigError
@@ -37,7 +37,7 @@ from opsin.nn.ema import ema_decay, follow
 from opsin.nn.position import grid_positions
 from opsin.nn.predictor import Predictor
 from opsin.nn.vit import VisionTransformer, ViTConfig
-from opsin.schedule import cosine, linear
+from opsin.settings.family import Range, Settings
 
 
 class JepaViews(Settings):

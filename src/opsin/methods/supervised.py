@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from opsin.config import Range, Settings
 from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
 from opsin.data.base import Augment
 from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop, WindowCrop
@@ -34,6 +33,7 @@ from opsin.methods.base import (
 )
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.heads import Classifier
+from opsin.settings.family import Range, Settings
 
 
 class MixConfig(Settings):

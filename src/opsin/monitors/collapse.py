@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from opsin.clock.timeline import Timeline
 from opsin.reporting import Row
-from opsin.timeline import Timeline
 from opsin.training.alerts import Finding, Monitor, MonitorConfig
 from opsin.training.state import StepReport, TrainState
 

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opsin.cadence import StepEvery, is_due
+from opsin.clock.cadence import StepEvery, is_due
+from opsin.clock.timeline import Timeline
 from opsin.methods.base import Method
 from opsin.quantiles import GRADIENTS, PERCENTS, quantile_names
-from opsin.timeline import Timeline
 from opsin.training.alerts import Monitor, MonitorConfig
 from opsin.training.state import StepReport, TrainState
 

@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opsin.cadence import StepEvery
+from opsin.clock.cadence import StepEvery
+from opsin.clock.timeline import Timeline
 from opsin.reporting import Row
-from opsin.timeline import Timeline
 from opsin.training.alerts import Finding, Monitor, MonitorConfig
 from opsin.training.state import StepReport, TrainState
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from opsin.config import Family
 from opsin.errors import ConfigError
+from opsin.settings.family import Family
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import field_validator
 
-from opsin.cadence import StepEvery, longest_gap
-from opsin.config import Family
+from opsin.clock.cadence import StepEvery, longest_gap
+from opsin.clock.timeline import Timeline
 from opsin.console import Console
 from opsin.errors import TrainingError
 from opsin.reporting import Journal, Row
-from opsin.timeline import Timeline
+from opsin.settings.family import Family
 from opsin.training.state import StepReport, TrainState
 
 CALM_STEPS = 200

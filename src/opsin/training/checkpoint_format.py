@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from opsin import __version__
+from opsin.__version__ import __version__
 from opsin.compression import SUFFIX, decompressed
 from opsin.errors import CheckpointError
 from opsin.training.state import Detour, TrainState

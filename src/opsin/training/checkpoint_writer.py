@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from opsin import __version__
+from opsin.__version__ import __version__
 from opsin.compression import SUFFIX, Compressor
 from opsin.folders import put_in_place, sync
 from opsin.training.checkpoint_format import MANIFEST, STATE, digest, name_of

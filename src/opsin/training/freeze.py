@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from opsin.clock.timeline import Clock
 from opsin.errors import ConfigError
-from opsin.timeline import Clock
 
 
 class LayerFreezer:

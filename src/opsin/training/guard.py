@@ -13,12 +13,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from opsin.cadence import StepEvery, parse
-from opsin.config import Settings
+from opsin.clock.cadence import StepEvery, parse
+from opsin.clock.timeline import Timeline
 from opsin.console import Console
 from opsin.errors import Diverged, LockLost, PassingFault, RunError
 from opsin.reporting import Event, Fact, Journal
-from opsin.timeline import Timeline
+from opsin.settings.family import Settings
 from opsin.training.alerts import RollBack
 from opsin.training.checkpoint import Checkpoints, DamagedCheckpoint, load_into
 from opsin.training.state import Detour, TrainState

@@ -2,9 +2,9 @@
 
 from pydantic import Field
 
-from opsin.config import Settings
 from opsin.errors import ConfigError
 from opsin.methods.base import Method
+from opsin.settings.family import Settings
 from opsin.training.splits import Policy
 
 

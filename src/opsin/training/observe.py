@@ -15,14 +15,14 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from opsin.cadence import StepEvery, is_due
-from opsin.config import Family
+from opsin.clock.cadence import StepEvery, is_due
+from opsin.clock.timeline import Timeline
 from opsin.console import Console
 from opsin.data.base import Batch
 from opsin.errors import Diverged
 from opsin.methods.base import Method
 from opsin.reporting import Journal
-from opsin.timeline import Timeline
+from opsin.settings.family import Family
 from opsin.training.alerts import CANCELLED, Finding, Monitor, RollBack
 from opsin.training.precision import peak_memory_bytes
 from opsin.training.scene import Scene

@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
-from opsin.config import Family
+from opsin.clock.schedule import Cosine, Momentum, OneCycle, Schedule, cosine
+from opsin.clock.timeline import Clock
 from opsin.methods.base import Method, ParamGroup
-from opsin.schedule import Cosine, Momentum, OneCycle, Schedule, cosine
-from opsin.timeline import Clock
+from opsin.settings.family import Family
 from opsin.training.muon import Muon
 from opsin.training.state import Pace
 

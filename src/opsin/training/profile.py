@@ -18,10 +18,10 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in to
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as Recording
 
-from opsin.config import Settings
 from opsin.console import Console
 from opsin.data.base import Batch
 from opsin.errors import RunError
+from opsin.settings.family import Settings
 from opsin.training.profile_report import Operator, Split, top_operators, write_trace
 from opsin.training.state import TrainState
 from opsin.training.step_parts import (

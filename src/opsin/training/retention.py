@@ -9,10 +9,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from opsin.cadence import Every, StepEvery
-from opsin.config import Settings
+from opsin.clock.cadence import Every, StepEvery
 from opsin.errors import RunError
 from opsin.folders import remove_whole, rename_over, write_atomic
+from opsin.settings.family import Settings
 from opsin.training.checkpoint_format import find_checkpoints
 
 BEST = "best.json"

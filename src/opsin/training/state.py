@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
 from opsin.methods.base import Losses, Method
 from opsin.nn.ema import ModelEma
-from opsin.timeline import Clock
 from opsin.training.splits import Splits
 from opsin.training.stopwatch import Stopwatch
 

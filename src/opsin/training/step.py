@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opsin.clock.seeding import seed_layers
+from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
 from opsin.methods.base import Losses
-from opsin.seeding import seed_layers
-from opsin.timeline import Clock
 from opsin.training.gradients import scale
 from opsin.training.precision import release_memory
 from opsin.training.splits import is_out_of_memory

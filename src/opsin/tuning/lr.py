@@ -17,15 +17,16 @@ from pathlib import Path
 
 from torch.optim import Optimizer
 
-from opsin.config import shipped_recipes
+from opsin.clock.schedule import Constant
+from opsin.clock.timeline import Clock
 from opsin.console import Console, open_console
 from opsin.errors import ConfigError, RunError, TrainingError
 from opsin.folders import write_atomic
 from opsin.lr_search import RESULT, sweep_key
 from opsin.recipe import Recipe, StageConfig, read, shipped
-from opsin.schedule import Constant
 from opsin.session import in_words
-from opsin.timeline import Clock
+from opsin.settings.text import shipped_recipes
+from opsin.settings.yaml_tree import read_overrides
 from opsin.training.loop import Run
 from opsin.training.optim import AdamW
 from opsin.training.state import Pace
@@ -33,7 +34,6 @@ from opsin.training.step import train_step
 from opsin.tuning.aside import assembled_aside
 from opsin.tuning.lr_curve import FEWEST_STEPS, Divergence, Reading, read_curve, sweep_rates
 from opsin.tuning.lr_plot import draw_curve
-from opsin.yaml_tree import read_overrides
 
 STEPS = 200
 CURVE, PICTURE, TUNED = "lr.csv", "lr.png", "tuned.yaml"

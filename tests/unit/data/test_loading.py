@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsin import seeding
+from opsin.clock import seeding
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize
 from opsin.data.base import Batch, DataFacts, Source, Views
 from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop
@@ -18,7 +19,6 @@ from opsin.data.quarantine import Quarantine
 from opsin.data.resident import Residence
 from opsin.data.workers import Reader
 from opsin.errors import DataError
-from opsin.timeline import Stage, Timeline
 from tests.unit.data.pictures import fill
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from scipy import special, stats
 from torch import Tensor
 from torchvision.transforms import v2
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.data.mix import Mix, beta_quantile
 
 COUNT, SIDE, CLASSES = 40, 19, 10

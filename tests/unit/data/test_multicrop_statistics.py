@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, Solarize
 from opsin.data.base import Augment, DataFacts, Views
 from opsin.data.crops import Boxes, RandomResizedCrop, boxes_for, cut

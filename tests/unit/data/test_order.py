@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.order import Order, check_share, class_share, share, steps_per_epoch
 from opsin.errors import ConfigError
-from opsin.timeline import Stage, Timeline
 from opsin.training.state import Detour
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from opsin.clock.seeding import fold_in
 from opsin.data.files import Files, label_files
 from opsin.data.quarantine import Quarantine, read_or_replace
 from opsin.errors import DataError
-from opsin.seeding import fold_in
 from tests.unit.data.pictures import fill
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from opsin import seeding
+from opsin.clock import seeding
 from opsin.data.randaugment import OPERATIONS, RandAugment
 from tests.unit.data.pictures import pixels
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opsin.clock.schedule import Cosine
 from opsin.data.base import Batch, DataFacts
 from opsin.methods.dino import Dino, DinoConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.vit import ViTConfig
-from opsin.schedule import Cosine
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState
 from tests.plain_dino import (

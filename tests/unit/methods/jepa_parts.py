@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from opsin.clock.schedule import Cosine
 from opsin.data.base import Batch, DataFacts
 from opsin.methods.base import Losses
 from opsin.methods.hjepa import HJepa, HJepaConfig
 from opsin.methods.ijepa import IJepa, IJepaConfig
 from opsin.nn.vit import ViTConfig
-from opsin.schedule import Cosine
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState
 from tests.plain_dino import Moments, plain_adamw, plain_weight_decay

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opsin.timeline import Stage, Timeline
+from opsin.clock.timeline import Stage, Timeline
 from opsin.training.state import TrainState
 
 BATCH, EPOCHS, STEPS_PER_EPOCH = 6, 3, 2

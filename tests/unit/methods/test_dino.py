@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from opsin.clock.schedule import Cosine
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch
 from opsin.methods.dino import Dino, DinoConfig
 from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
-from opsin.schedule import Cosine
-from opsin.timeline import Stage, Timeline
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.step import train_step
 from tests.plain_dino import plain_clip, plain_line

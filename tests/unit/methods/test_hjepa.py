@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from opsin.clock.schedule import Constant, Linear, OneCycle
 from opsin.data.base import Batch
 from opsin.data.masks import MaskConfig, PublishedMasks
 from opsin.errors import ConfigError
@@ -15,7 +16,6 @@ from opsin.methods.hjepa import HJepa, coarser, value_above
 from opsin.methods.ijepa import Cells, IJepa, pooled
 from opsin.nn.attention import AttentionKind, set_attention
 from opsin.nn.vit import ViTConfig
-from opsin.schedule import Constant, Linear, OneCycle
 from opsin.training.optim import build_optimizer, pace_setter
 from opsin.training.step import train_step
 from tests.plain_hjepa import block_cells, cell_means, cell_positions

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch
 from opsin.errors import ConfigError
 from opsin.methods.ijepa import Cells, IJepa, IJepaConfig
 from opsin.nn.attention import AttentionKind, set_attention
 from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
-from opsin.timeline import Stage, Timeline
 from opsin.training.optim import AdamW, build_optimizer, pace_setter
 from opsin.training.step import train_step
 from tests.plain_ijepa import gather_tokens, plain_layer_norm

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
 from opsin.data.base import Batch, Blend, DataFacts
 from opsin.data.crops import CenterCrop, PadCrop, RandomResizedCrop
@@ -15,7 +16,6 @@ from opsin.errors import ConfigError
 from opsin.methods.supervised import Supervised, SupervisedConfig, SupervisedViews
 from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.vit import ViTConfig
-from opsin.timeline import Stage, Timeline
 
 VIT = ViTConfig(width=16, depth=1, heads=2, patch=4)
 CLOCK = Timeline([Stage(epochs=1, batch_size=5, steps_per_epoch=10)]).clock(0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.collapse import Collapse, CollapseConfig, effective_rank, spread
-from opsin.timeline import Stage, Timeline
 from opsin.training.state import Pace, StepReport
 from opsin.training.stopwatch import Stopwatch
 from tests.unit.monitors.synthetic import TIMELINE, judged

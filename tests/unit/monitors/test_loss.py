@@ -4,8 +4,8 @@ import math
 import random
 from collections.abc import Iterable
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.loss import LossConfig
-from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import Finding
 from tests.unit.monitors.synthetic import TIMELINE, judged
 

@@ -4,8 +4,8 @@ import random
 
 import torch
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.memory import MemoryCreepConfig
-from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import Finding
 from opsin.training.state import Pace, StepReport
 from opsin.training.stopwatch import Stopwatch

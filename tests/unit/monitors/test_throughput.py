@@ -3,8 +3,8 @@
 import random
 from collections.abc import Iterable
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.throughput import ThroughputConfig
-from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import Finding
 from tests.unit.monitors.synthetic import TIMELINE, judged
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.console import Console
 from opsin.errors import Stopped, TrainingError
 from opsin.methods.base import Clock
 from opsin.reporting import Journal, Row, read_events
-from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import CANCELLED, Action, Alerts, Finding, Monitor, RollBack
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit

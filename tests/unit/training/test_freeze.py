@@ -6,13 +6,13 @@ from copy import deepcopy
 import pytest
 import torch
 
+from opsin.clock.schedule import Constant
+from opsin.clock.timeline import Stage, Timeline
 from opsin.errors import ConfigError
 from opsin.methods.base import DataFacts
 from opsin.methods.dino import DinoConfig
 from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.convnet import ConvNetConfig
-from opsin.schedule import Constant
-from opsin.timeline import Stage, Timeline
 from opsin.training.freeze import LayerFreezer
 from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig, build_optimizer, pace_setter
 from opsin.training.state import StepPlan, TrainState

@@ -13,12 +13,12 @@ from typing import TextIO
 
 import pytest
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data import base
 from opsin.data.base import Batch
 from opsin.errors import ConfigError, Diverged, PassingFault, Stopped
 from opsin.recipe import read
 from opsin.reporting import Journal, Row, read_events, read_rows
-from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import Action, Finding, Monitor, RollBack
 from opsin.training.checkpoint import find_checkpoints, read_checkpoint
 from opsin.training.guard import GuardConfig

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.console import Console
 from opsin.data.base import Batch, DataFacts, Detour
 from opsin.errors import DataError, Stopped
 from opsin.methods.base import Clock, Losses, Method
 from opsin.reporting import Journal
 from opsin.rundir import RunDirectory
-from opsin.timeline import Stage, Timeline
 from opsin.training.alerts import Action, Alerts, Finding, Monitor
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
 from opsin.training.guard import Guard, GuardConfig

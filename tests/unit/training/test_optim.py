@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from opsin.clock.schedule import Constant, Cosine, OneCycle
+from opsin.clock.timeline import Stage, Timeline
 from opsin.methods.base import (
     Batch,
     Clock,
@@ -19,8 +21,6 @@ from opsin.methods.base import (
 from opsin.methods.supervised import SupervisedConfig
 from opsin.nn.timm_backbone import TimmBackbone, TimmConfig
 from opsin.nn.vit import ViTConfig
-from opsin.schedule import Constant, Cosine, OneCycle
-from opsin.timeline import Stage, Timeline
 from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, pace_setter
 
 TIMELINE = Timeline([Stage(epochs=1, batch_size=8, steps_per_epoch=10)])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from opsin.clock.schedule import Constant
 from opsin.errors import RunError, TrainingError
 from opsin.nn.heads import Classifier
 from opsin.reporting import Fact, read_events
-from opsin.schedule import Constant
 from opsin.session import resume_run
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.optim import SGD, build_optimizer

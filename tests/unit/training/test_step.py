@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opsin.clock.schedule import Constant
+from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch
 from opsin.methods.base import Clock, Losses, Method, ParamGroup, Views, split_by_decay
-from opsin.schedule import Constant
-from opsin.timeline import Stage, Timeline
 from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, pace_setter
 from opsin.training.state import LossScale, StepPlan, TrainState
 from opsin.training.step import train_step

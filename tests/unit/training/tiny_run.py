@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opsin.clock.timeline import Stage, Timeline
 from opsin.methods.base import Batch, Clock, Losses, Method, ParamGroup, Views
-from opsin.timeline import Stage, Timeline
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
 from opsin.training.state import LossScale, TrainState
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from opsin.assembly import assemble
 from opsin.cli import main
-from opsin.config import to_yaml
+from opsin.clock.schedule import Constant
 from opsin.console import Console, open_console
 from opsin.errors import ConfigError, OpsinError, PassingFault, RunError, TrainingError
 from opsin.lr_search import find_lr, sweep_key
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
 from opsin.rundir import RunDirectory
-from opsin.schedule import Constant
+from opsin.settings.text import to_yaml
 from opsin.trail import VARIABLE, Whereabouts, follow
 from opsin.training.loop import Run
 from opsin.training.state import LossScale, TrainState

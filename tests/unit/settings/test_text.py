@@ -7,8 +7,23 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opsin.config import diff, head_comment, json_schema, keys, shipped_recipes, to_yaml
-from tests.unit.sample_recipe import Dino, Flat, Knn, Linear, Optim, Own, Plain, Recipe, Stage, Wave, Zoo, load, write
+from opsin.settings.family import keys
+from opsin.settings.text import diff, head_comment, json_schema, shipped_recipes, to_yaml
+from tests.unit.settings.sample_recipe import (
+    Dino,
+    Flat,
+    Knn,
+    Linear,
+    Optim,
+    Own,
+    Plain,
+    Recipe,
+    Stage,
+    Wave,
+    Zoo,
+    load,
+    write,
+)
 
 
 def test_the_effective_recipe_has_a_comment_for_each_key() -> None:

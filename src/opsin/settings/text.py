@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from opsin.settings import Family, Settings
+from opsin.settings.family import Family, Settings
 
 _COMMENT_COLUMN = 40
 # YAML 1.2 knows the first three; the others are for readers of YAML 1.1.

@@ -16,25 +16,10 @@ from typing import TypeVar
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
-from opsin.config_faults import did_you_mean, faults_of
 from opsin.errors import ConfigError
-from opsin.recipe_text import diff, flatten, head_comment, json_schema, shipped_recipes, to_yaml
-from opsin.settings import Family, Range, Settings, Shape, keys, shape_of
-from opsin.yaml_tree import COMMAND_LINE, Node, from_plain, read_file, read_overrides
-
-__all__ = [
-    "Family",
-    "Range",
-    "Settings",
-    "diff",
-    "flatten",
-    "head_comment",
-    "json_schema",
-    "keys",
-    "read",
-    "shipped_recipes",
-    "to_yaml",
-]
+from opsin.settings.family import Family, Settings, Shape, shape_of
+from opsin.settings.faults import did_you_mean, faults_of
+from opsin.settings.yaml_tree import COMMAND_LINE, Node, from_plain, read_file, read_overrides
 
 S = TypeVar("S", bound=Settings)
 

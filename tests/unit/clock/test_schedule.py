@@ -4,8 +4,8 @@ from typing import Literal
 import pytest
 import torch
 
-from opsin.schedule import Constant, Cosine, Linear, OneCycle, Schedule
-from opsin.timeline import Stage, Timeline
+from opsin.clock.schedule import Constant, Cosine, Linear, OneCycle, Schedule
+from opsin.clock.timeline import Stage, Timeline
 
 TIMELINE = Timeline([Stage(epochs=10, batch_size=1, steps_per_epoch=10)])
 

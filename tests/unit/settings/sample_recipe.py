@@ -7,8 +7,9 @@ from typing import Literal
 import pytest
 from pydantic import Field, model_validator
 
-from opsin.config import Family, Settings, read
 from opsin.errors import ConfigError
+from opsin.settings.family import Family, Settings
+from opsin.settings.layers import read
 
 
 class Shape(Family, ABC):

@@ -6,8 +6,9 @@ from typing import Literal
 
 import pytest
 
-from opsin.config import Family, keys, read
-from tests.unit.sample_recipe import (
+from opsin.settings.family import Family, keys
+from opsin.settings.layers import read
+from tests.unit.settings.sample_recipe import (
     Dino,
     Knn,
     Linear,

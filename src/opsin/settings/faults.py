@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from opsin.settings import Family, Settings, keys
-from opsin.yaml_tree import Node
+from opsin.settings.family import Family, Settings, keys
+from opsin.settings.yaml_tree import Node
 
 _SECRET = re.compile(r"(?<=://)\S+(?=@)")  # the user and the password of an address
 

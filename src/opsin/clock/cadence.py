@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from opsin.timeline import Timeline
+from opsin.clock.timeline import Timeline
 
 Unit = Literal["steps", "epochs", "minutes", "never"]
 _FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cadence import is_due, longest_gap, parse
-from opsin.timeline import Stage, Timeline
+from opsin.clock.cadence import is_due, longest_gap, parse
+from opsin.clock.timeline import Stage, Timeline
 
 stages = st.lists(
     st.builds(Stage, epochs=st.floats(0.1, 4), batch_size=st.integers(1, 64), steps_per_epoch=st.integers(1, 20)),

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from opsin.config import Family
-from opsin.timeline import Clock
+from opsin.clock.timeline import Clock
+from opsin.settings.family import Family
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 

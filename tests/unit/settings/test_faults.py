@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from opsin.config import read
 from opsin.errors import ConfigError
 from opsin.recipe import read as read_recipe
-from tests.unit.sample_recipe import Bare, Optim, Recipe, faults, load, write
+from opsin.settings.layers import read
+from tests.unit.settings.sample_recipe import Bare, Optim, Recipe, faults, load, write
 
 
 @pytest.mark.parametrize(

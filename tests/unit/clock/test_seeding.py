@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.seeding import fold_in, permutation, seed_layers, uniform
+from opsin.clock.seeding import fold_in, permutation, seed_layers, uniform
 
 
 def test_a_draw_depends_on_its_address_alone() -> None:
