@@ -19,7 +19,8 @@ from pathlib import Path
 from chaos_conditions import clock_jumps, disk_may_fill, files_end_at, syncs_take, writes_fail
 from chaos_runs import STEPS, Case, Training, said
 from opsin.reporting import read_events
-from opsin.rundir import RunDirectory, last_step
+from opsin.storage.directory import RunDirectory
+from opsin.storage.listing import last_step
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, train_killed
 from tests.chaos.killed_runs import descendants

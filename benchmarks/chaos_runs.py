@@ -11,7 +11,8 @@ from pathlib import Path
 
 from chaos_conditions import Condition, Strike, nothing
 from opsin.reporting import read_rows
-from opsin.rundir import RunDirectory, last_step
+from opsin.storage.directory import RunDirectory
+from opsin.storage.listing import last_step
 from opsin.verify import digest
 from tests.chaos.killed_runs import Forked
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from interleaved import table
 from opsin.recipe import read
-from opsin.rundir import RunDirectory
 from opsin.settings.text import to_yaml
+from opsin.storage.directory import RunDirectory
 from opsin.verify import Kill, digest, finish, start, train_killed
 
 SETTINGS = (

@@ -33,8 +33,8 @@ from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.recipe import read
 from opsin.reporting import Event, read_events
-from opsin.rundir import RunDirectory
 from opsin.session import train_recipe
+from opsin.storage.directory import RunDirectory
 
 Trouble = Literal["nan", "loss", "gradient", "collapse", "slow", "starved", "memory"]
 

@@ -30,7 +30,7 @@ from opsin.methods.base import Method
 from opsin.methods.supervised import Supervised
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run, fit
 
 NETWORK = ["model.width=192", "model.depth=6", "model.heads=3", "model.patch=1"]

@@ -17,16 +17,16 @@ from opsin.data.loading import TrainingData
 from opsin.distributed import World, join
 from opsin.errors import RunError
 from opsin.export import CARD_FILE, EncoderCard, describe_encoder, write_card
-from opsin.folders import write_atomic
 from opsin.methods.base import Method
 from opsin.nn.ema import ModelEma, ema_decay
 from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
 from opsin.recipe import EmaConfig, Recipe
 from opsin.reporting import Fact, Journal
-from opsin.rundir import RunDirectory
 from opsin.settings.text import to_yaml
 from opsin.stages import announce_stage, plan_stages, plan_time
+from opsin.storage.directory import RunDirectory
+from opsin.storage.files import write_atomic
 from opsin.training import precision
 from opsin.training.alerts import Monitor
 from opsin.training.checkpoint import Checkpoints, find_checkpoints

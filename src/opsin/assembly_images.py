@@ -20,7 +20,7 @@ from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.methods.base import Method
 from opsin.outlets import write_if_possible
 from opsin.recipe import DataConfig, Recipe
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 from opsin.trail import Trail
 from opsin.training import precision
 from opsin.training.scene import Scene

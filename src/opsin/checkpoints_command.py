@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opsin.compression import SUFFIX
 from opsin.console import duration
 from opsin.errors import CheckpointError, RunError
-from opsin.folders import REPLACING, remove_whole
 from opsin.recipe import read
-from opsin.rundir import RunDirectory
+from opsin.storage.compression import SUFFIX
+from opsin.storage.directory import RunDirectory
+from opsin.storage.files import REPLACING, remove_whole
 from opsin.training.checkpoint_format import DamagedCheckpoint, find_checkpoints, name_of, read_manifest, verify
 from opsin.training.retention import UNHEALTHY, CheckpointConfig, Retention, read_best
 

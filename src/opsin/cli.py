@@ -380,7 +380,7 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from opsin.rundir import list_runs, runs_table
+    from opsin.storage.listing import list_runs, runs_table
 
     found = list_runs(arguments.folder)
     if arguments.json:

@@ -33,8 +33,8 @@ def out_of_train(arguments: argparse.Namespace) -> Path:
         OpsinError: as `find_elsewhere`, `begin_elsewhere`; or the overrides name another backup.
     """
     wanted = arguments.out or os.path.join("runs", Path(arguments.recipe).stem)
-    from opsin.backup.elsewhere import begin_elsewhere, find_elsewhere
-    from opsin.rundir import spelled_out
+    from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
+    from opsin.storage.directory import spelled_out
 
     run = find_elsewhere(wanted, arguments.local)
     if run is None:
@@ -55,7 +55,7 @@ def directory_of_resume(arguments: argparse.Namespace) -> Path:
     Raises:
         OpsinError: as `find_elsewhere`, `fetch_elsewhere`.
     """
-    from opsin.backup.elsewhere import fetch_elsewhere, find_elsewhere
+    from opsin.storage.backup.elsewhere import fetch_elsewhere, find_elsewhere
 
     run = find_elsewhere(arguments.directory, arguments.local)
     if run is None:
@@ -65,8 +65,8 @@ def directory_of_resume(arguments: argparse.Namespace) -> Path:
 
 
 def _restore(arguments: argparse.Namespace) -> int:
-    from opsin.backup.elsewhere import at_step
-    from opsin.backup.restore import restore
+    from opsin.storage.backup.elsewhere import at_step
+    from opsin.storage.backup.restore import restore
 
     folder = arguments.directory
     found = restore(arguments.url, folder, step=arguments.step, only=arguments.only, say=_aside)
@@ -76,8 +76,8 @@ def _restore(arguments: argparse.Namespace) -> int:
 
 
 def _backup(arguments: argparse.Namespace) -> int:
-    from opsin.backup.service import backup_of, finish_backup
-    from opsin.rundir import RunDirectory
+    from opsin.storage.backup.service import backup_of, finish_backup
+    from opsin.storage.directory import RunDirectory
 
     folder = arguments.directory
     if not RunDirectory(folder).exists():

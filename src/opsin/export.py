@@ -23,11 +23,11 @@ from opsin.data.augment import Normalize
 from opsin.data.base import DataFacts
 from opsin.data.crops import CenterCrop, cut_batch
 from opsin.errors import CheckpointError, ConfigError, DataError
-from opsin.folders import write_atomic
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
 from opsin.nn.heads import Classifier
 from opsin.nn.timm_backbone import TimmBackbone
 from opsin.settings.family import Settings
+from opsin.storage.files import write_atomic
 
 FORMAT = 1
 """Version of the export folder; raised when an older opsin could no longer read it."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opsin.folders import write_atomic
+from opsin.storage.files import write_atomic
 
 Check: TypeAlias = Callable[[Mapping[str, Any]], bool]
 """Whether a line has what its readers need, `step` among it: one in which a bit has changed may not."""

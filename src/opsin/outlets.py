@@ -6,20 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from opsin.folders import write_atomic
+from opsin.storage.files import write_whole
 
 _MOST_WAITING = 10_000
 _QUICK_S = 0.05
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Put `data` in the place of the file `path`, and make the folders that lead to it.
-
-    Raises:
-        OSError: it cannot be written; the old content stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, data)
 
 
 def write_if_possible(warn: Callable[[str], None]) -> Callable[[Path, bytes], None]:

@@ -18,11 +18,11 @@ import numpy as np
 
 from opsin.curves import EPOCH, HIGH, LOW, MEAN, MINUTES, History, Table
 from opsin.errors import RunError
-from opsin.folders import write_atomic
 from opsin.pictures import COLOURS, new_figure, to_png
 from opsin.quantiles import GRADIENTS, quantile_names
 from opsin.reporting import read_events
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
+from opsin.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

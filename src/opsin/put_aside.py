@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opsin.errors import RunError
-from opsin.folders import write_atomic
+from opsin.storage.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True)

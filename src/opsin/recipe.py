@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from opsin.backup.config import BackupConfig
 from opsin.evaluation.accuracy import AccuracyConfig
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.linear import LinearConfig
@@ -30,6 +29,7 @@ from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
 from opsin.settings import layers
 from opsin.settings.family import Settings
+from opsin.storage.backup.config import BackupConfig
 from opsin.training.alerts import MonitorConfig
 from opsin.training.checkpoint import CheckpointConfig
 from opsin.training.guard import GuardConfig

@@ -21,9 +21,9 @@ from types import NoneType
 from typing import Any, Protocol, TypeAlias
 
 from opsin.errors import LockLost, RunError
-from opsin.folders import sync, write_atomic
 from opsin.jsonl import LineFile, encode, finite, read_lines
 from opsin.outlets import Outlet
+from opsin.storage.files import sync, write_atomic
 
 Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
 """What JSON can hold."""

@@ -39,7 +39,7 @@ from opsin.export import (
 from opsin.methods.base import Method
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoint import DamagedCheckpoint, find_checkpoints, read_checkpoint
 from opsin.training.scene import Scene
 

@@ -16,19 +16,19 @@ from typing import Literal
 import torch
 
 from opsin.assembly import assemble
-from opsin.backup.config import BackupConfig
-from opsin.backup.elsewhere import begin_elsewhere, find_elsewhere
-from opsin.backup.service import open_backup, refuse_taken
 from opsin.console import Console, describe, duration, open_console
 from opsin.errors import ConfigError, LockLost, RunError, Stopped, TrainingError
 from opsin.export import write_model
-from opsin.folders import write_atomic
 from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory, spelled_out
 from opsin.settings.text import diff, flatten, to_yaml
 from opsin.sinks import SinkName, TextLog, open_sinks
+from opsin.storage.backup.config import BackupConfig
+from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
+from opsin.storage.backup.service import open_backup, refuse_taken
+from opsin.storage.directory import RunDirectory, spelled_out
+from opsin.storage.files import write_atomic
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit
 from opsin.training.observe import AVERAGED

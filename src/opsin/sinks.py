@@ -17,10 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from opsin.folders import write_atomic
 from opsin.painter import Plots
 from opsin.quantiles import GRADIENTS, PERCENTS, quantile_names, quantiles_by_part
 from opsin.reporting import Event, Row, Sink, read_rows
+from opsin.storage.files import write_atomic
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.histogram_pb2 import HistogramProto  # type: ignore[import-untyped]

@@ -24,9 +24,9 @@ from opsin.crashes import Crash, OomKills, describe, listed
 from opsin.errors import OpsinError, RunError
 from opsin.put_aside import Aside, read_aside, write_aside
 from opsin.reporting import Fact, Journal, Sink
-from opsin.rundir import RunDirectory
 from opsin.settings.yaml_tree import read_file
 from opsin.sinks import TextLog
+from opsin.storage.directory import RunDirectory
 from opsin.trail import SUPERVISOR, VARIABLE, Whereabouts, follow
 from opsin.webhook import Webhook, webhook_url
 

@@ -15,9 +15,10 @@ from typing import Protocol
 
 from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError
 from opsin.recipe import read
-from opsin.rundir import RunDirectory, last_step
 from opsin.session import settle_rates
 from opsin.settings.text import to_yaml
+from opsin.storage.directory import RunDirectory
+from opsin.storage.listing import last_step
 from opsin.training.checkpoint import find_checkpoints
 
 _PAUSE_S = 0.002

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from opsin.rundir import RunDirectory, last_step
+from opsin.storage.directory import RunDirectory
+from opsin.storage.listing import last_step
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.scene import Scene
 from opsin.verify import train_killed

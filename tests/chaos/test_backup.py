@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from opsin.backup.catalog import marked_steps
-from opsin.backup.config import BackupConfig
-from opsin.backup.places import open_place
-from opsin.backup.restore import restore
-from opsin.backup.service import open_backup
 from opsin.cli import main
 from opsin.recipe import read
 from opsin.reporting import read_events, read_rows
-from opsin.rundir import RunDirectory
 from opsin.session import resume_run, train, train_recipe
+from opsin.storage.backup.catalog import marked_steps
+from opsin.storage.backup.config import BackupConfig
+from opsin.storage.backup.open import open_place
+from opsin.storage.backup.restore import restore
+from opsin.storage.backup.service import open_backup
+from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run
 from opsin.verify import digest
 from tests.cli.commands import run_several
 from tests.digits_run import BROKEN_UP, VIT
 from tests.s3_server import KEY, SECRET, S3Server
-from tests.unit.backup.small_run import content, write_checkpoint, write_run
+from tests.unit.storage.backup.small_run import content, write_checkpoint, write_run
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
 

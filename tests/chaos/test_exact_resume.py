@@ -17,8 +17,9 @@ import pytest
 from opsin.errors import ConfigError
 from opsin.recipe import read
 from opsin.reporting import Row, read_events, read_rows
-from opsin.rundir import RunDirectory, last_step
 from opsin.session import train_recipe
+from opsin.storage.directory import RunDirectory
+from opsin.storage.listing import last_step
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest, verify
 from tests.chaos.killed_runs import ROOT, Killer, descendants

@@ -17,7 +17,7 @@ from chaos import Outcome, Verdict, carry_out, report
 from chaos_conditions import disk_may_fill, files_end_at, writes_are_counted, writes_fail
 from chaos_faults import FAULTS
 from chaos_runs import Case, Hung, Learned, Undisturbed
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 
 pytestmark = pytest.mark.chaos
 

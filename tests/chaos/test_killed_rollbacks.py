@@ -9,8 +9,8 @@ import pytest
 
 from opsin.recipe import read
 from opsin.reporting import read_events, read_rows
-from opsin.rundir import RunDirectory
 from opsin.session import train_recipe
+from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest
 from tests.chaos import poisoned  # noqa: F401  # makes its method known

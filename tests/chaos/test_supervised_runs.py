@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from opsin.reporting import read_events
-from opsin.rundir import RunDirectory, last_step
+from opsin.storage.directory import RunDirectory
+from opsin.storage.listing import last_step
 from tests.cli.commands import pictures, train
 from tests.conftest import RunOpsin
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 from tests.cli.commands import Answer, deviation, pictures, run_several, train
 from tests.conftest import RunOpsin
 from tests.unit.data.pictures import encoded, fill, pixels

@@ -15,7 +15,7 @@ from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.recipe import read
 from opsin.reporting import Journal, read_events, read_rows
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 from opsin.training.step import train_step
 from tests.digits_run import BROKEN_UP, CONVNET, VIT
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from opsin.cli import main
-from opsin.folders import remove_whole
 from opsin.recipe import read
-from opsin.rundir import RunDirectory
 from opsin.settings.text import to_yaml
+from opsin.storage.directory import RunDirectory
+from opsin.storage.files import remove_whole
 from tests.unit.training.tiny_run import Story, equal, flip_byte, fresh, train
 
 

@@ -8,8 +8,8 @@ import pytest
 from opsin.errors import CheckpointError, Stopped
 from opsin.recipe import Recipe, read
 from opsin.reporting import Row, read_events, read_rows
-from opsin.rundir import RunDirectory
 from opsin.session import resume_run, train_recipe
+from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoint import find_checkpoints
 from opsin.verify import digest
 from tests.digits_run import BROKEN_UP, CONVNET, OF_THE_MACHINE, VIT

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import opsin
-from opsin import runlock
 from opsin.errors import ConfigError, LockLost, OpsinError, RunError
-from opsin.folders import write_atomic
 from opsin.reporting import read_events, read_rows
-from opsin.rundir import RunDirectory, last_step
 from opsin.session import FIXED, _text_log, fingerprint, in_words, resume_run, train, train_recipe
+from opsin.storage import lock as runlock
+from opsin.storage.directory import RunDirectory
+from opsin.storage.files import write_atomic
+from opsin.storage.listing import last_step
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.precision import configure
 from tests.digits_run import STEPS_PER_EPOCH, digits_recipe, train_digits

@@ -197,7 +197,7 @@ def test_a_signal_ends_the_wait(tmp_path: Path) -> None:
 
 
 def test_a_run_that_another_process_writes_gets_no_event(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from opsin.rundir import RunDirectory
+    from opsin.storage.directory import RunDirectory
 
     (tmp_path / "run").mkdir()
     with RunDirectory.locked(tmp_path / "run"):
@@ -209,7 +209,7 @@ def test_a_run_that_another_process_writes_gets_no_event(tmp_path: Path, capfd: 
 def test_images_are_put_aside_by_the_one_that_has_the_run_alone(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from opsin.rundir import RunDirectory
+    from opsin.storage.directory import RunDirectory
 
     (tmp_path / "run").mkdir()
     life = {"end": -6, "step": 9, "ids": [4, 5]}

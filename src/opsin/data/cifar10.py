@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsin.data.locking import one_process_in
 from opsin.errors import DataError
+from opsin.storage.lock import one_process_in
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"

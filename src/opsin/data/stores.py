@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from opsin.data.locking import one_process_in
 from opsin.errors import DataError
+from opsin.storage.lock import one_process_in
 
 
 class Store(Protocol):

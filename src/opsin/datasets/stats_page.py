@@ -13,7 +13,7 @@ from opsin.datasets.split_files import DUPLICATES_FILE, UNREADABLE_FILE, write_d
 from opsin.datasets.stats import Stats, summarize
 from opsin.datasets.stats_pictures import choose_pairs, draw_pairs, draw_samples, draw_sizes
 from opsin.errors import DataError
-from opsin.folders import write_atomic
+from opsin.storage.files import write_atomic
 
 PAGE_FILE = "stats.html"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opsin.errors import ConfigError, DataError
 from opsin.methods.base import Method
-from opsin.outlets import write_whole
+from opsin.storage.files import write_whole
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.scene import Scene, StillData, untouched
 

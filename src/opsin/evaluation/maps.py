@@ -22,7 +22,7 @@ from opsin.errors import ConfigError
 from opsin.evaluation.map_pictures import Blocks, draw_attention, draw_predictions
 from opsin.methods.base import Method
 from opsin.nn.vit import VisionTransformer
-from opsin.outlets import write_whole
+from opsin.storage.files import write_whole
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.scene import Scene, StillData, untouched
 

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from opsin.compression import SUFFIX, decompressed
 from opsin.errors import CheckpointError, ConfigError
 from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.position import resize_grid
 from opsin.nn.timm_backbone import TimmBackbone
+from opsin.storage.compression import SUFFIX, decompressed
 
 PREFIXES = ("", "backbone.", "module.", "encoder.", "model.", "teacher.backbone.", "student.backbone.")
 _CONTAINERS = ("method", "state_dict", "model", "teacher", "target_encoder", "encoder")

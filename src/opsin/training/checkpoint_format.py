@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from opsin.__version__ import __version__
-from opsin.compression import SUFFIX, decompressed
 from opsin.errors import CheckpointError
+from opsin.storage.compression import SUFFIX, decompressed
 from opsin.training.state import Detour, TrainState
 
 FORMAT = 2

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from opsin.__version__ import __version__
-from opsin.compression import SUFFIX, Compressor
-from opsin.folders import put_in_place, sync
+from opsin.storage.compression import SUFFIX, Compressor
+from opsin.storage.files import put_in_place, sync
 from opsin.training.checkpoint_format import MANIFEST, STATE, digest, name_of
 from opsin.training.snapshot import Snapshot
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from opsin.data.base import Data
 from opsin.errors import Stopped
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 from opsin.training.alerts import Alerts, RollBack
 from opsin.training.checkpoint import Checkpoints
 from opsin.training.guard import Guard

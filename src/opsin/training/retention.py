@@ -11,8 +11,8 @@ from pydantic import Field
 
 from opsin.clock.cadence import Every, StepEvery
 from opsin.errors import RunError
-from opsin.folders import remove_whole, rename_over, write_atomic
 from opsin.settings.family import Settings
+from opsin.storage.files import remove_whole, rename_over, write_atomic
 from opsin.training.checkpoint_format import find_checkpoints
 
 BEST = "best.json"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from opsin.data.base import Batch, DataFacts
-from opsin.outlets import write_whole
+from opsin.storage.files import write_whole
 
 
 class StillData(Protocol):

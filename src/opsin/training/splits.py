@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from opsin.errors import RunError
-from opsin.folders import write_atomic
 from opsin.reporting import Fact
+from opsin.storage.files import write_atomic
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
 """What a plain RuntimeError says of it: torch's on the CPU; the driver's; cuBLAS's, cuDNN's and their kin's, which take

@@ -9,7 +9,7 @@ from opsin.assembly import assemble
 from opsin.console import Console
 from opsin.recipe import Recipe
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run
 
 

@@ -21,12 +21,12 @@ from opsin.clock.schedule import Constant
 from opsin.clock.timeline import Clock
 from opsin.console import Console, open_console
 from opsin.errors import ConfigError, RunError, TrainingError
-from opsin.folders import write_atomic
 from opsin.lr_search import RESULT, sweep_key
 from opsin.recipe import Recipe, StageConfig, read, shipped
 from opsin.session import in_words
 from opsin.settings.text import shipped_recipes
 from opsin.settings.yaml_tree import read_overrides
+from opsin.storage.files import write_atomic
 from opsin.training.loop import Run
 from opsin.training.optim import AdamW
 from opsin.training.state import Pace

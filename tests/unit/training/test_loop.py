@@ -20,7 +20,7 @@ from opsin.data.base import Batch, DataFacts, Detour
 from opsin.errors import DataError, Stopped
 from opsin.methods.base import Clock, Losses, Method
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory
+from opsin.storage.directory import RunDirectory
 from opsin.training.alerts import Action, Alerts, Finding, Monitor
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
 from opsin.training.guard import Guard, GuardConfig

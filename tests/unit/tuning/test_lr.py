@@ -20,8 +20,8 @@ from opsin.errors import ConfigError, OpsinError, PassingFault, RunError, Traini
 from opsin.lr_search import find_lr, sweep_key
 from opsin.recipe import Recipe, read
 from opsin.reporting import Journal
-from opsin.rundir import RunDirectory
 from opsin.settings.text import to_yaml
+from opsin.storage.directory import RunDirectory
 from opsin.trail import VARIABLE, Whereabouts, follow
 from opsin.training.loop import Run
 from opsin.training.state import LossScale, TrainState

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from opsin.backup import attempts
-from opsin.backup.elsewhere import Elsewhere, begin_elsewhere
 from opsin.errors import RunError
+from opsin.storage.backup import attempts
+from opsin.storage.backup.elsewhere import Elsewhere, begin_elsewhere
 from tests.s3_server import KEY, SECRET, S3Server
-from tests.unit.backup.small_run import mirror, write_run
+from tests.unit.storage.backup.small_run import mirror, write_run
 
 
 def test_a_run_in_a_bucket_that_does_not_answer_is_not_begun_again(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from opsin.errors import RunError
-from opsin.rundir import RunDirectory, git_state, installed_versions, list_runs, runs_table
+from opsin.storage.directory import RunDirectory, git_state, installed_versions
+from opsin.storage.listing import list_runs, runs_table
 
 RECIPE = "seed: 0\n"
 
@@ -144,7 +145,7 @@ def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
 def test_two_processes_never_write_one_run(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"
-        "from opsin.rundir import RunDirectory\n"
+        "from opsin.storage.directory import RunDirectory\n"
         f"RunDirectory.prepare(pathlib.Path(sys.argv[1]), {RECIPE!r}, fresh=False, differences=list)\n"
         "lock = RunDirectory.prepare(pathlib.Path(sys.argv[1]), 'seed: 0\\n', fresh=False, differences=list)\n"
         "print('locked', flush=True)\n"

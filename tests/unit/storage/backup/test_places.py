@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from opsin.backup.bucket import open_bucket
-from opsin.backup.places import Absent, Folder, Place, PlaceError, open_place, put_bytes, read_bytes
 from opsin.errors import ConfigError
+from opsin.storage.backup.bucket import open_bucket
+from opsin.storage.backup.open import Folder, open_place
+from opsin.storage.backup.store import Absent, Place, PlaceError, put_bytes, read_bytes
 from tests.s3_server import BUCKET, KEY, SECRET, S3Server
 
 LARGE = 9 * 2**20  # more than one part of an upload

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.backup.outgoing import Cancelled, Throttle, Unfit, outgoing
+from opsin.storage.backup.outgoing import Cancelled, Throttle, Unfit, outgoing
 
 
 class Time:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from opsin import runlock
 from opsin.errors import LockLost, RunError
-from opsin.runlock import Holder, RunLock, is_held
+from opsin.storage import lock as runlock
+from opsin.storage.lock import Holder, RunLock, is_held
 
 HOLD = """
 import errno, fcntl, os, sys
@@ -235,7 +235,7 @@ def test_a_lock_of_an_older_opsin_is_understood(path: Path) -> None:
 
 def test_a_fork_that_ends_lets_go_of_nothing(path: Path) -> None:
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom opsin.runlock import RunLock\n"
+        "import os, sys\nfrom pathlib import Path\nfrom opsin.storage.lock import RunLock\n"
         "lock = RunLock(Path(sys.argv[1]))\nlock.take()\n"
         "if os.fork() == 0:\n    sys.exit()\n"
         "os.wait()\nprint(Path(sys.argv[1]).read_text().count('\"pid\"'), flush=True)\nsys.stdin.read()\n"

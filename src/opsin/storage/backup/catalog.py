@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from opsin.backup.places import Place, put_bytes, read_bytes
 from opsin.errors import RunError
+from opsin.storage.backup.store import Place, put_bytes, read_bytes
 
 FORMAT = 1
 """The newest format that this code reads, and the one that it writes."""

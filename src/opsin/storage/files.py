@@ -119,3 +119,13 @@ def _replace(complete: Path, path: Path) -> None:
     complete.rename(path)
     sync(path.parent)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` in the place of the file `path`, and make the folders that lead to it.
+
+    Raises:
+        OSError: it cannot be written; the old content stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)

@@ -5,17 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from opsin.backup.catalog import marked_steps
-from opsin.backup.config import BackupConfig
-from opsin.backup.mirror import Mirror
-from opsin.backup.places import Folder, PlaceError, open_place
-from opsin.backup.restore import restore
-from opsin.backup.service import BackgroundBackup, Backup, backup_of, finish_backup, open_backup
 from opsin.cli import main
 from opsin.errors import ConfigError, RunError
-from opsin.folders import remove_whole
+from opsin.storage.backup.catalog import marked_steps
+from opsin.storage.backup.config import BackupConfig
+from opsin.storage.backup.mirror import Mirror
+from opsin.storage.backup.open import Folder, open_place
+from opsin.storage.backup.restore import restore
+from opsin.storage.backup.service import BackgroundBackup, Backup, backup_of, finish_backup, open_backup
+from opsin.storage.backup.store import PlaceError
+from opsin.storage.files import remove_whole
 from tests.s3_server import KEY, SECRET, S3Server
-from tests.unit.backup.small_run import content, mirror, write_checkpoint, write_run
+from tests.unit.storage.backup.small_run import content, mirror, write_checkpoint, write_run
 
 
 class Told(list[tuple[str, str]]):
@@ -230,7 +231,7 @@ def test_what_fails_after_the_end_is_not_told(tmp_path: Path, monkeypatch: pytes
         raise PlaceError("the server is gone")
 
     monkeypatch.setattr(Folder, "names", stuck)
-    monkeypatch.setattr("opsin.backup.service._GRACE_S", 0.1)
+    monkeypatch.setattr("opsin.storage.backup.service._GRACE_S", 0.1)
     with background(run, tmp_path / "backup", told, wait=0.1) as backup:
         pass
     before = list(told)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from opsin.backup.places import PlaceError
+from opsin.storage.backup.store import PlaceError
 
 Got = TypeVar("Got")
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsin.backup.attempts import insist
-from opsin.backup.catalog import (
+from opsin.errors import ConfigError, RunError
+from opsin.storage.backup.attempts import insist
+from opsin.storage.backup.catalog import (
     INDEX,
     DamagedCatalog,
     Entry,
@@ -21,12 +22,12 @@ from opsin.backup.catalog import (
     read_mark,
     step_folder,
 )
-from opsin.backup.config import check_place
-from opsin.backup.ledger import Ledger
-from opsin.backup.places import Absent, Place, PlaceError, open_place
-from opsin.errors import ConfigError, RunError
-from opsin.folders import sync, sync_tree
-from opsin.runlock import Holder, RunLock
+from opsin.storage.backup.config import check_place
+from opsin.storage.backup.ledger import Ledger
+from opsin.storage.backup.open import open_place
+from opsin.storage.backup.store import Absent, Place, PlaceError
+from opsin.storage.files import sync, sync_tree
+from opsin.storage.lock import Holder, RunLock
 
 _LOCK = ".lock"
 _RECIPE = "recipe.yaml"

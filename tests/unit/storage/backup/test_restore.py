@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from opsin.backup import attempts
-from opsin.backup.places import Folder, PlaceError, open_place, read_bytes
-from opsin.backup.restore import restore
 from opsin.errors import ConfigError, RunError
+from opsin.storage.backup import attempts
+from opsin.storage.backup.open import Folder, open_place
+from opsin.storage.backup.restore import restore
+from opsin.storage.backup.store import PlaceError, read_bytes
 from tests.conftest import RunOnSmallDisk
 from tests.s3_server import S3Server
-from tests.unit.backup.small_run import Interrupted, content, mirror, write_checkpoint, write_run
+from tests.unit.storage.backup.small_run import Interrupted, content, mirror, write_checkpoint, write_run
 
 
 @pytest.fixture

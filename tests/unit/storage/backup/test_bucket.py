@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from opsin.backup import bucket
-from opsin.backup.bucket import open_bucket
-from opsin.backup.places import PlaceError, put_bytes, read_bytes
+from opsin.storage.backup import bucket
+from opsin.storage.backup.bucket import open_bucket
+from opsin.storage.backup.store import PlaceError, put_bytes, read_bytes
 from tests.s3_server import KEY
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB

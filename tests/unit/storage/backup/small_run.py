@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from opsin.backup.config import BackupConfig
-from opsin.backup.mirror import Mirror
-from opsin.backup.service import open_mirror
-from opsin.folders import put_in_place
+from opsin.storage.backup.config import BackupConfig
+from opsin.storage.backup.mirror import Mirror
+from opsin.storage.backup.service import open_mirror
+from opsin.storage.files import put_in_place
 
 
 def write_checkpoint(folder: Path, step: int, content: bytes | None = None) -> Path:

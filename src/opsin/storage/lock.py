@@ -14,12 +14,13 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from opsin.errors import LockLost, RunError
+from opsin.errors import DataError, LockLost, RunError
 
 _RENEWED_S, _EXPIRES_S = 5.0, 60.0
 _SETTLE_S = 0.2
@@ -290,3 +291,20 @@ def _end_lease(path: Path, me: Holder, ended: threading.Event) -> None:
             os.truncate(path, 0)
     except OSError:
         return  # it runs out by itself
+
+
+@contextmanager
+def one_process_in(folder: Path) -> Iterator[None]:
+    """Create `folder` and wait until no other process of this machine is in this block for it.
+
+    Raises:
+        DataError: the folder cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}; the cache folder must be writable: choose another one") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

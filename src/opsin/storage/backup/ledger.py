@@ -4,7 +4,7 @@ import json
 import uuid
 from pathlib import Path
 
-from opsin.folders import write_atomic
+from opsin.storage.files import write_atomic
 
 HIDDEN = ".backup"
 """The folder in the run directory: the ledger, and files that wait to be sent."""

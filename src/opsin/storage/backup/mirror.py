@@ -11,7 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from opsin.backup.catalog import (
+from opsin.errors import RunError
+from opsin.storage.backup.catalog import (
     INDEX,
     DamagedCatalog,
     Entry,
@@ -27,12 +28,11 @@ from opsin.backup.catalog import (
     write_index,
     write_mark,
 )
-from opsin.backup.config import BackupConfig
-from opsin.backup.ledger import Ledger
-from opsin.backup.outgoing import Throttle, Unfit, outgoing
-from opsin.backup.places import Place, PlaceError
-from opsin.backup.staging import Staging
-from opsin.errors import RunError
+from opsin.storage.backup.config import BackupConfig
+from opsin.storage.backup.ledger import Ledger
+from opsin.storage.backup.outgoing import Throttle, Unfit, outgoing
+from opsin.storage.backup.staging import Staging
+from opsin.storage.backup.store import Place, PlaceError
 
 _MANIFEST = "manifest.json"
 _RECIPE = "recipe.yaml"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.folders import replace_file, write_atomic
+from opsin.storage.files import replace_file, write_atomic
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
     write_atomic(tmp_path / "file", b"old")
     program = (
         "import resource, signal, sys, pathlib\n"
-        "from opsin.folders import write_atomic\n"
+        "from opsin.storage.files import write_atomic\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "write_atomic(pathlib.Path(sys.argv[1]), bytes(1000))\n"

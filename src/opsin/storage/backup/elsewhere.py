@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from opsin.backup.attempts import insist
-from opsin.backup.catalog import INDEX
-from opsin.backup.config import check_place, is_address
-from opsin.backup.places import PlaceError, open_place, read_bytes
-from opsin.backup.restore import restore
 from opsin.errors import ConfigError, RunError
+from opsin.storage.backup.attempts import insist
+from opsin.storage.backup.catalog import INDEX
+from opsin.storage.backup.config import check_place, is_address
+from opsin.storage.backup.open import open_place
+from opsin.storage.backup.restore import restore
+from opsin.storage.backup.store import PlaceError, read_bytes
 
 LOCAL = "~/.cache/opsin/runs"
 """Where such runs are on this machine, in folders by scheme, bucket and path."""

@@ -4,11 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from opsin.backup.catalog import Entry, marked_steps, read_index, read_mark
-from opsin.backup.places import Folder, PlaceError
-from opsin.backup.restore import restore
 from opsin.errors import ConfigError, RunError
-from tests.unit.backup.small_run import Interrupted, content, interrupting, mirror, write_checkpoint, write_run
+from opsin.storage.backup.catalog import Entry, marked_steps, read_index, read_mark
+from opsin.storage.backup.open import Folder
+from opsin.storage.backup.restore import restore
+from opsin.storage.backup.store import PlaceError
+from tests.unit.storage.backup.small_run import (
+    Interrupted,
+    content,
+    interrupting,
+    mirror,
+    write_checkpoint,
+    write_run,
+)
 
 
 def quiet(text: str) -> None:

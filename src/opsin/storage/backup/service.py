@@ -10,15 +10,16 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from opsin.backup.attempts import insist
-from opsin.backup.catalog import INDEX
-from opsin.backup.config import BackupConfig
-from opsin.backup.mirror import Mirror
-from opsin.backup.outgoing import Cancelled, Throttle, Unfit
-from opsin.backup.places import PlaceError, open_place, read_bytes
-from opsin.backup.secrecy import masked
 from opsin.errors import ConfigError, LockLost, RunError
 from opsin.settings.yaml_tree import read_file
+from opsin.storage.backup.attempts import insist
+from opsin.storage.backup.catalog import INDEX
+from opsin.storage.backup.config import BackupConfig
+from opsin.storage.backup.mirror import Mirror
+from opsin.storage.backup.open import open_place
+from opsin.storage.backup.outgoing import Cancelled, Throttle, Unfit
+from opsin.storage.backup.secrecy import masked
+from opsin.storage.backup.store import PlaceError, read_bytes
 
 Say = Callable[[str, str], None]
 """Gets the kind of an event and a sentence; called in any thread."""

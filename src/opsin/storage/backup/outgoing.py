@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from opsin.backup.places import CHUNK
+from opsin.storage.backup.store import CHUNK
 
 
 class Cancelled(Exception):

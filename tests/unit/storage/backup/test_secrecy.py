@@ -1,7 +1,7 @@
 import pytest
 
-from opsin.backup.config import BackupConfig, check_place
-from opsin.backup.secrecy import has_secret, masked
+from opsin.storage.backup.config import BackupConfig, check_place
+from opsin.storage.backup.secrecy import has_secret, masked
 
 SECRETS = ("wJalr", "XUt", "hunter2hunter2", "AKIAQWERTYUIOPASDFGH", "deadbeefsignature")
 

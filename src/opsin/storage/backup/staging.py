@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from opsin.backup.catalog import local_steps
-from opsin.backup.ledger import HIDDEN
+from opsin.storage.backup.catalog import local_steps
+from opsin.storage.backup.ledger import HIDDEN
 
 _LINKLESS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
 _REPLACED = (".safetensors", ".npy", ".npz")  # written anew, never added to: a link is as good as a copy

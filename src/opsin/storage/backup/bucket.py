@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from opsin.backup.places import Absent, PlaceError
-from opsin.backup.secrecy import masked
 from opsin.errors import ConfigError
+from opsin.storage.backup.secrecy import masked
+from opsin.storage.backup.store import Absent, PlaceError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

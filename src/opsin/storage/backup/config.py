@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from opsin.backup.secrecy import has_secret, masked
 from opsin.settings.family import Settings
+from opsin.storage.backup.secrecy import has_secret, masked
 
 SCHEMES = ("s3", "gs", "az")
 """Kinds of object stores, as an address begins: S3 and what speaks like it, Google Cloud Storage, Azure."""
