@@ -18,7 +18,7 @@ from pathlib import Path
 
 from chaos_conditions import clock_jumps, disk_may_fill, files_end_at, syncs_take, writes_fail
 from chaos_runs import STEPS, Case, Training, said
-from opsin.reporting import read_events
+from opsin.reporting.journal import read_events
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from opsin.training.checkpoint import find_checkpoints

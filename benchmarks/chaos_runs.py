@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos_conditions import Condition, Strike, nothing
-from opsin.reporting import read_rows
+from opsin.reporting.journal import read_rows
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from opsin.verify import digest

@@ -19,7 +19,7 @@ from torch import nn
 
 from interleaved import table
 from opsin.clock.timeline import Stage, Timeline
-from opsin.reporting import Fact
+from opsin.reporting.journal import Fact
 from opsin.storage.compression import Compressor
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
 from opsin.training.state import TrainState

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from interleaved import table
 from opsin.recipe import read
-from opsin.reporting import Event, read_events, read_rows
+from opsin.reporting.journal import Event, read_events, read_rows
 from opsin.session import train_recipe
 
 QUIET = (

@@ -32,7 +32,7 @@ from opsin.methods.base import Batch, Clock, Losses, MethodConfig, Views
 from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.recipe import read
-from opsin.reporting import Event, read_events
+from opsin.reporting.journal import Event, read_events
 from opsin.session import train_recipe
 from opsin.storage.directory import RunDirectory
 

@@ -19,7 +19,7 @@ from opsin.data.masks import MaskConfig
 from opsin.evaluation.map_pictures import outlines, shade
 from opsin.methods.hjepa import coarser
 from opsin.methods.ijepa import Cells
-from opsin.pictures import BLUE, GREEN, RED, new_figure, to_png
+from opsin.reporting.style import BLUE, GREEN, RED, new_figure, to_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

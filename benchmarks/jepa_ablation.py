@@ -34,7 +34,7 @@ from opsin.data.loading import EvaluationData
 from opsin.data.sources import Opened, open_sources
 from opsin.evaluation.labelled import LabelledImages
 from opsin.recipe import Recipe, read
-from opsin.reporting import read_rows
+from opsin.reporting.journal import read_rows
 from opsin.results import evaluate_run
 from opsin.session import train_recipe
 from opsin.training.scene import LabelledChoice

@@ -24,12 +24,12 @@ from torch import nn
 
 from interleaved import Timing, table
 from opsin.assembly import assemble
-from opsin.console import Console
 from opsin.data.base import Batch, Data, DataFacts, Detour
 from opsin.methods.base import Method
 from opsin.methods.supervised import Supervised
 from opsin.recipe import Recipe, read
-from opsin.reporting import Journal
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal
 from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run, fit
 

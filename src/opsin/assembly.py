@@ -11,7 +11,6 @@ from opsin.assembly_images import build_scene, open_images, training_data
 from opsin.assembly_numerics import Numerics, choose_numbers, place, settle_numerics
 from opsin.clock.seeding import fold_in
 from opsin.clock.timeline import Timeline
-from opsin.console import Console
 from opsin.data.base import DataFacts
 from opsin.data.loading import TrainingData
 from opsin.distributed import World, join
@@ -22,7 +21,8 @@ from opsin.nn.ema import ModelEma, ema_decay
 from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
 from opsin.recipe import EmaConfig, Recipe
-from opsin.reporting import Fact, Journal
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Fact, Journal
 from opsin.settings.text import to_yaml
 from opsin.stages import announce_stage, plan_stages, plan_time
 from opsin.storage.directory import RunDirectory

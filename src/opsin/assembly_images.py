@@ -7,7 +7,6 @@ from pathlib import Path
 
 from opsin.assembly_numerics import Numerics
 from opsin.clock.timeline import Timeline
-from opsin.console import Console
 from opsin.data.base import DataFacts, Source
 from opsin.data.holdout import hold_out
 from opsin.data.loading import EvaluationData, TrainingData
@@ -18,8 +17,9 @@ from opsin.data.watched import watch
 from opsin.distributed import World
 from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.methods.base import Method
-from opsin.outlets import write_if_possible
 from opsin.recipe import DataConfig, Recipe
+from opsin.reporting.console import Console
+from opsin.reporting.outlets import write_if_possible
 from opsin.storage.directory import RunDirectory
 from opsin.trail import Trail
 from opsin.training import precision

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opsin.console import duration
 from opsin.errors import CheckpointError, RunError
 from opsin.recipe import read
+from opsin.reporting.console import duration
 from opsin.storage.compression import SUFFIX
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import REPLACING, remove_whole

@@ -27,6 +27,7 @@ from opsin.nn.backbone import ModelConfig
 from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
+from opsin.reporting.webhook import check_setting
 from opsin.settings import layers
 from opsin.settings.family import Settings
 from opsin.storage.backup.config import BackupConfig
@@ -37,7 +38,6 @@ from opsin.training.memory import MemoryConfig
 from opsin.training.observe import EvaluatorConfig
 from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig
 from opsin.training.profile import ProfileConfig
-from opsin.webhook import check_setting
 
 __all__ = [
     "SGD",

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from opsin.assembly import assemble, build_method
 from opsin.assembly_images import Images, build_scene, open_images
 from opsin.assembly_numerics import choose_numbers, place, settle_numerics
-from opsin.console import Console, open_console
 from opsin.data.sources import open_sources
 from opsin.errors import CheckpointError, ConfigError, DataError, RunError
 from opsin.evaluation.accuracy import Classifier, evaluate
@@ -38,7 +37,8 @@ from opsin.export import (
 )
 from opsin.methods.base import Method
 from opsin.recipe import Recipe, read
-from opsin.reporting import Journal
+from opsin.reporting.console import Console, open_console
+from opsin.reporting.journal import Journal
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoint import DamagedCheckpoint, find_checkpoints, read_checkpoint
 from opsin.training.scene import Scene

@@ -16,14 +16,15 @@ from typing import Literal
 import torch
 
 from opsin.assembly import assemble
-from opsin.console import Console, describe, duration, open_console
 from opsin.errors import ConfigError, LockLost, RunError, Stopped, TrainingError
 from opsin.export import write_model
 from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
-from opsin.reporting import Journal
+from opsin.reporting.console import Console, describe, duration, open_console
+from opsin.reporting.journal import Journal
+from opsin.reporting.sinks import SinkName, TextLog, open_sinks
+from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.settings.text import diff, flatten, to_yaml
-from opsin.sinks import SinkName, TextLog, open_sinks
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
 from opsin.storage.backup.service import open_backup, refuse_taken
@@ -35,7 +36,6 @@ from opsin.training.observe import AVERAGED
 from opsin.training.precision import choose_device, describe_device, peak_memory_bytes
 from opsin.training.splits import is_out_of_memory
 from opsin.training.state import TrainState
-from opsin.webhook import Webhook, webhook_url
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
 """Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from opsin.clock.timeline import Stage, Timeline
-from opsin.console import Console
 from opsin.data.base import Source
 from opsin.data.order import check_share, class_share, steps_per_epoch
 from opsin.errors import ConfigError
 from opsin.methods.base import Method
 from opsin.recipe import Recipe, StageConfig
-from opsin.reporting import Journal
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal
 from opsin.training.freeze import LayerFreezer
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from opsin.cli import main
 from opsin.recipe import read
-from opsin.reporting import read_events, read_rows
+from opsin.reporting.journal import read_events, read_rows
 from opsin.session import resume_run, train, train_recipe
 from opsin.storage.backup.catalog import marked_steps
 from opsin.storage.backup.config import BackupConfig

@@ -16,7 +16,7 @@ import pytest
 
 from opsin.errors import ConfigError
 from opsin.recipe import read
-from opsin.reporting import Row, read_events, read_rows
+from opsin.reporting.journal import Row, read_events, read_rows
 from opsin.session import train_recipe
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from opsin.recipe import read
-from opsin.reporting import read_events, read_rows
+from opsin.reporting.journal import read_events, read_rows
 from opsin.session import train_recipe
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoint import find_checkpoints

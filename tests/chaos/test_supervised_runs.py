@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.reporting import read_events
+from opsin.reporting.journal import read_events
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from tests.cli.commands import pictures, train

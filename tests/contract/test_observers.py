@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opsin.reporting import read_rows
+from opsin.reporting.journal import read_rows
 from opsin.settings.family import Family
 from opsin.training.alerts import MonitorConfig
 from opsin.training.observe import EvaluatorConfig

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from opsin.recipe import read
-from opsin.reporting import read_rows
+from opsin.reporting.journal import read_rows
 from opsin.session import train_recipe
 
 FILE = Path(__file__).with_name("losses.json")

@@ -7,7 +7,7 @@ import pytest
 
 from opsin.errors import CheckpointError, Stopped
 from opsin.recipe import Recipe, read
-from opsin.reporting import Row, read_events, read_rows
+from opsin.reporting.journal import Row, read_events, read_rows
 from opsin.session import resume_run, train_recipe
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoint import find_checkpoints

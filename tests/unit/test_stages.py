@@ -9,7 +9,7 @@ import torch
 import opsin
 from opsin.errors import ConfigError
 from opsin.recipe import Recipe, read
-from opsin.reporting import read_events, read_rows
+from opsin.reporting.journal import read_events, read_rows
 from opsin.results import evaluate_run
 from opsin.session import resume_run, train_recipe
 from opsin.stages import plan_time

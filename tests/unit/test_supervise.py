@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from opsin.put_aside import Aside, read_aside, write_aside
-from opsin.reporting import read_events
+from opsin.reporting.journal import read_events
 from opsin.supervise import Supervision, supervise
 
 CHILD = """

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from opsin.console import duration
 from opsin.data.base import UnreadableImage
 from opsin.data.quarantine import Failure
 from opsin.datasets.collection import Collection
 from opsin.datasets.encoding import Encoding, find_encoding
 from opsin.datasets.fingerprint import MIN_DETAIL, Fingerprint, fingerprint
 from opsin.errors import DataError
+from opsin.reporting.console import duration
 
 _CHUNK = 64
 _SAY_EVERY_S = 10.0

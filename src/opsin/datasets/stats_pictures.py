@@ -15,7 +15,7 @@ from opsin.data.base import UnreadableImage
 from opsin.datasets.collection import Collection
 from opsin.datasets.duplicates import Groups
 from opsin.datasets.scan import Scan
-from opsin.pictures import BLUE, new_figure, to_png
+from opsin.reporting.style import BLUE, new_figure, to_png
 
 Pixels = NDArray[np.uint8]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.pictures import COLOURS, new_figure, to_png
+from opsin.reporting.style import COLOURS, new_figure, to_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from opsin.clock.timeline import Timeline
-from opsin.reporting import Row
+from opsin.reporting.journal import Row
 from opsin.training.alerts import Finding, Monitor, MonitorConfig
 from opsin.training.state import StepReport, TrainState
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from opsin.clock.cadence import StepEvery, is_due
 from opsin.clock.timeline import Timeline
 from opsin.methods.base import Method
-from opsin.quantiles import GRADIENTS, PERCENTS, quantile_names
+from opsin.reporting.journal import GRADIENTS, PERCENTS, quantile_names
 from opsin.training.alerts import Monitor, MonitorConfig
 from opsin.training.state import StepReport, TrainState
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from opsin.clock.timeline import Timeline
-from opsin.reporting import Row
+from opsin.reporting.journal import Row
 from opsin.training.alerts import Finding, Monitor, MonitorConfig
 
 _HISTORY = 50

@@ -16,9 +16,9 @@ from pydantic import field_validator
 
 from opsin.clock.cadence import StepEvery, longest_gap
 from opsin.clock.timeline import Timeline
-from opsin.console import Console
 from opsin.errors import TrainingError
-from opsin.reporting import Journal, Row
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal, Row
 from opsin.settings.family import Family
 from opsin.training.state import StepReport, TrainState
 

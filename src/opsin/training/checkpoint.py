@@ -12,7 +12,7 @@ from pathlib import Path
 from opsin.clock.cadence import is_due
 from opsin.clock.timeline import Timeline
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
-from opsin.reporting import Fact
+from opsin.reporting.journal import Fact
 from opsin.storage.files import remove_leftovers, rename_over
 from opsin.training.background import Background
 from opsin.training.checkpoint_format import (

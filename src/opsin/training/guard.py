@@ -15,9 +15,9 @@ from pydantic import Field
 
 from opsin.clock.cadence import StepEvery, parse
 from opsin.clock.timeline import Timeline
-from opsin.console import Console
 from opsin.errors import Diverged, LockLost, PassingFault, RunError
-from opsin.reporting import Event, Fact, Journal
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Event, Fact, Journal
 from opsin.settings.family import Settings
 from opsin.training.alerts import RollBack
 from opsin.training.checkpoint import Checkpoints, DamagedCheckpoint, load_into

@@ -17,11 +17,11 @@ import torch
 
 from opsin.clock.cadence import StepEvery, is_due
 from opsin.clock.timeline import Timeline
-from opsin.console import Console
 from opsin.data.base import Batch
 from opsin.errors import Diverged
 from opsin.methods.base import Method
-from opsin.reporting import Journal
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal
 from opsin.settings.family import Family
 from opsin.training.alerts import CANCELLED, Finding, Monitor, RollBack
 from opsin.training.precision import peak_memory_bytes

@@ -18,9 +18,9 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in to
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as Recording
 
-from opsin.console import Console
 from opsin.data.base import Batch
 from opsin.errors import RunError
+from opsin.reporting.console import Console
 from opsin.settings.family import Settings
 from opsin.training.profile_report import Operator, Split, top_operators, write_trace
 from opsin.training.state import TrainState

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in torch's stubs
 from torch.profiler import profile as Recording
 
-from opsin.pictures import BLUE, new_figure, to_png
+from opsin.reporting.style import BLUE, new_figure, to_png
 from opsin.storage.files import write_atomic
 from opsin.training.step_parts import OTHER, Spread
 

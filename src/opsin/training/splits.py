@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from opsin.errors import RunError
-from opsin.reporting import Fact
+from opsin.reporting.journal import Fact
 from opsin.storage.files import write_atomic
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")

@@ -6,9 +6,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from opsin.assembly import assemble
-from opsin.console import Console
 from opsin.recipe import Recipe
-from opsin.reporting import Journal
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal
 from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run
 

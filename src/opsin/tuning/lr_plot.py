@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from opsin.pictures import BLUE, GREEN, RED, new_figure, to_png
+from opsin.reporting.style import BLUE, GREEN, RED, new_figure, to_png
 from opsin.tuning.lr_curve import Reading
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from opsin.methods.ijepa import Cells, IJepa, IJepaConfig, Level, LevelErrors
 from opsin.methods.supervised import SupervisedConfig
 from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.vit import Block
-from opsin.reporting import read_rows
+from opsin.reporting.journal import read_rows
 from opsin.results import evaluate_run
 from tests.digits_run import train_digits
 from tests.unit.evaluation.digits import CPU

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 
 from opsin.clock.timeline import Stage, Timeline
-from opsin.reporting import Row
+from opsin.reporting.journal import Row
 from opsin.training.alerts import Finding, Monitor
 
 TIMELINE = Timeline([Stage(epochs=10, batch_size=48, steps_per_epoch=100)])

@@ -14,9 +14,8 @@ from opsin.data.base import DataFacts
 from opsin.methods.base import Method
 from opsin.monitors import histograms
 from opsin.monitors.histograms import Histograms, HistogramsConfig, parts_by_depth, parts_by_module, quantiles
-from opsin.quantiles import PERCENTS
 from opsin.recipe import DinoConfig, ViTConfig
-from opsin.reporting import read_rows
+from opsin.reporting.journal import PERCENTS, read_rows
 from opsin.training.state import Pace, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
 from tests.digits_run import SMALL_VIT, STEPS_PER_EPOCH, train_digits

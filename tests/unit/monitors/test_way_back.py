@@ -9,12 +9,12 @@ import pytest
 from opsin.assembly_guard import reach
 from opsin.clock.cadence import is_due
 from opsin.clock.timeline import Stage, Timeline
-from opsin.console import Console
 from opsin.monitors.collapse import CollapseConfig
 from opsin.monitors.gradients import GradientsConfig
 from opsin.monitors.loss import LossConfig
 from opsin.recipe import read
-from opsin.reporting import Journal
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal
 from opsin.training.alerts import Alerts, MonitorConfig, RollBack
 from opsin.training.retention import CheckpointConfig, Retention
 from tests.unit.training.tiny_run import fresh

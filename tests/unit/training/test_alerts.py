@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from opsin.clock.timeline import Stage, Timeline
-from opsin.console import Console
 from opsin.errors import Stopped, TrainingError
 from opsin.methods.base import Clock
-from opsin.reporting import Journal, Row, read_events
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal, Row, read_events
 from opsin.training.alerts import CANCELLED, Action, Alerts, Finding, Monitor, RollBack
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.loop import Run, fit

@@ -18,7 +18,7 @@ from opsin.data import base
 from opsin.data.base import Batch
 from opsin.errors import ConfigError, Diverged, PassingFault, Stopped
 from opsin.recipe import read
-from opsin.reporting import Journal, Row, read_events, read_rows
+from opsin.reporting.journal import Journal, Row, read_events, read_rows
 from opsin.training.alerts import Action, Finding, Monitor, RollBack
 from opsin.training.checkpoint import find_checkpoints, read_checkpoint
 from opsin.training.guard import GuardConfig
@@ -199,7 +199,7 @@ def test_a_rollback_that_the_disk_stops_may_be_tried_again(
     if place == "checkpoints":
         monkeypatch.setattr(Path, "rename", broken)
     else:
-        monkeypatch.setattr("opsin.jsonl.write_atomic", broken)
+        monkeypatch.setattr("opsin.reporting.lines.write_atomic", broken)
     with pytest.raises(PassingFault, match=r"large since step 8; a rollback fails: .*Input/output error.*resume"):
         fit(guarded(tmp_path / "run", every="2 steps"))
     monkeypatch.undo()

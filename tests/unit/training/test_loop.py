@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from opsin.clock.timeline import Stage, Timeline
-from opsin.console import Console
 from opsin.data.base import Batch, DataFacts, Detour
 from opsin.errors import DataError, Stopped
 from opsin.methods.base import Clock, Losses, Method
-from opsin.reporting import Journal
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal
 from opsin.storage.directory import RunDirectory
 from opsin.training.alerts import Action, Alerts, Finding, Monitor
 from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from opsin.clock.timeline import Stage, Timeline
-from opsin.console import Console
 from opsin.errors import TrainingError
 from opsin.methods.base import Method
 from opsin.nn.ema import ModelEma
-from opsin.reporting import Journal, read_events
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal, read_events
 from opsin.training.alerts import Monitor
 from opsin.training.observe import Evaluations, Evaluator, Observations
 from opsin.training.state import Pace, StepReport, TrainState

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch.profiler import profile
 
-from opsin.console import Console
 from opsin.data.base import Batch
+from opsin.reporting.console import Console
 from opsin.session import resume_run
 from opsin.training.profile import ProfileConfig, StepProfile
 from opsin.training.profile_report import write_trace

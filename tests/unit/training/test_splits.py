@@ -13,7 +13,7 @@ from torch import nn
 from opsin.clock.schedule import Constant
 from opsin.errors import RunError, TrainingError
 from opsin.nn.heads import Classifier
-from opsin.reporting import Fact, read_events
+from opsin.reporting.journal import Fact, read_events
 from opsin.session import resume_run
 from opsin.training.checkpoint import find_checkpoints
 from opsin.training.optim import SGD, build_optimizer

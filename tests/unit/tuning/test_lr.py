@@ -15,11 +15,11 @@ from torch import Tensor
 from opsin.assembly import assemble
 from opsin.cli import main
 from opsin.clock.schedule import Constant
-from opsin.console import Console, open_console
 from opsin.errors import ConfigError, OpsinError, PassingFault, RunError, TrainingError
 from opsin.lr_search import find_lr, sweep_key
 from opsin.recipe import Recipe, read
-from opsin.reporting import Journal
+from opsin.reporting.console import Console, open_console
+from opsin.reporting.journal import Journal
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 from opsin.trail import VARIABLE, Whereabouts, follow

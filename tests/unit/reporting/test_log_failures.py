@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from opsin.jsonl import LineFile
-from opsin.outlets import write_if_possible
-from opsin.reporting import Journal, Row, read_events, read_rows
-from opsin.sinks import CsvTable, SinkName, TensorBoard, TextLog, open_sinks
+from opsin.reporting.journal import Journal, Row, read_events, read_rows
+from opsin.reporting.lines import LineFile
+from opsin.reporting.outlets import write_if_possible
+from opsin.reporting.sinks import CsvTable, SinkName, TensorBoard, TextLog, open_sinks
 from opsin.training.checkpoint import find_checkpoints
 from tests.digits_run import train_digits
-from tests.unit.test_reporting import Memory
-from tests.unit.test_sinks import scalars, table
+from tests.unit.reporting.test_journal import Memory
+from tests.unit.reporting.test_sinks import scalars, table
 
 MOST = 10_000
 """Entries of a file or sink that wait at most."""

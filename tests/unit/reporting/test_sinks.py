@@ -12,11 +12,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from opsin.errors import LockLost
-from opsin.painter import Plots
-from opsin.plots import draw_run
-from opsin.quantiles import quantile_names
-from opsin.reporting import Journal, read_rows
-from opsin.sinks import CsvTable, SinkName, TensorBoard, open_sinks
+from opsin.reporting.journal import Journal, quantile_names, read_rows
+from opsin.reporting.painter import Plots
+from opsin.reporting.plots import draw_run
+from opsin.reporting.sinks import CsvTable, SinkName, TensorBoard, open_sinks
 
 ALL: tuple[SinkName, ...] = ("csv", "tensorboard", "plots", "text")
 

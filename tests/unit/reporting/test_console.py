@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from opsin.console import Console, LiveConsole, describe, duration, open_console
+from opsin.reporting.console import Console, LiveConsole, describe, duration, open_console
 
 VALUES = {"train/loss": 0.4123, "train/top1": 0.978, "train/images_per_s": 4512.3, "train/lr": 3e-4}
 
@@ -79,9 +79,9 @@ def test_letters_that_the_terminal_lacks_stop_nothing() -> None:
 
 def test_rich_is_imported_on_a_terminal_only(opsin_env: dict[str, str]) -> None:
     program = (
-        "import sys, io; from opsin.console import open_console; c = open_console(stream=io.StringIO());"
+        "import sys, io; from opsin.reporting.console import open_console; c = open_console(stream=io.StringIO());"
         "c.start(total_steps=2, first_step=0, total_epochs=1); c.progress(1, 0.5, {}); c.finish();"
-        "import opsin.reporting, opsin.sinks;"
+        "import opsin.reporting.journal, opsin.reporting.sinks;"
         "print([m for m in ('rich', 'torch', 'tensorboard', 'numpy') if m in sys.modules])"
     )
     command = [sys.executable, "-c", program]

@@ -1,8 +1,8 @@
 """Pictures of a run: accuracy, loss, schedule, speed and gradients, drawn from `metrics.jsonl` and `events.jsonl`.
 
-`draw_run` draws once. While a run trains, the sink of `sinks.py` keeps `python -m opsin.plots DIR` beside it.
+`draw_run` draws once. While a run trains, the sink of `painter.py` keeps `python -m opsin.reporting.plots DIR` beside it.
 
-However long the run, a curve has at most 2,000 points (`curves.py`): rows that share one are drawn as
+However long the run, a curve has at most 2,000 points (`reporting/curves.py`): rows that share one are drawn as
 their mean, inside a light band from the lowest to the highest of them.
 """
 
@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from opsin.curves import EPOCH, HIGH, LOW, MEAN, MINUTES, History, Table
 from opsin.errors import RunError
-from opsin.pictures import COLOURS, new_figure, to_png
-from opsin.quantiles import GRADIENTS, quantile_names
-from opsin.reporting import read_events
+from opsin.reporting.curves import EPOCH, HIGH, LOW, MEAN, MINUTES, History, Table
+from opsin.reporting.journal import GRADIENTS, quantile_names, read_events
+from opsin.reporting.style import COLOURS, new_figure, to_png
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from opsin.errors import LockLost, RunError
-from opsin.reporting import Event, Journal, Row, Sink, read_events, read_rows
+from opsin.reporting.journal import Event, Journal, Row, Sink, read_events, read_rows
 
 
 class Memory:

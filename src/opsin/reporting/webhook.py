@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from opsin.errors import ConfigError
-from opsin.reporting import Event, Fact, Row
+from opsin.reporting.journal import Event, Fact, Row
 
 KINDS = (
     "alert",

@@ -17,9 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from opsin.painter import Plots
-from opsin.quantiles import GRADIENTS, PERCENTS, quantile_names, quantiles_by_part
-from opsin.reporting import Event, Row, Sink, read_rows
+from opsin.reporting.journal import GRADIENTS, PERCENTS, Event, Row, Sink, quantile_names, quantiles_by_part, read_rows
+from opsin.reporting.painter import Plots
 from opsin.storage.files import write_atomic
 
 if TYPE_CHECKING:

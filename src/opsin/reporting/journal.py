@@ -21,8 +21,8 @@ from types import NoneType
 from typing import Any, Protocol, TypeAlias
 
 from opsin.errors import LockLost, RunError
-from opsin.jsonl import LineFile, encode, finite, read_lines
-from opsin.outlets import Outlet
+from opsin.reporting.lines import LineFile, encode, finite, read_lines
+from opsin.reporting.outlets import Outlet
 from opsin.storage.files import sync, write_atomic
 
 Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
@@ -330,3 +330,28 @@ def _is_event(item: Mapping[str, Any]) -> bool:
 def _row_line(row: Row) -> bytes:
     place = {"step": row.step, "epoch": round(row.epoch, 6), "time_s": round(row.time_s, 3)}
     return encode(place | {name: row.values[name] for name in sorted(row.values)})
+
+
+GRADIENTS = "gradients"
+"""How names of quantiles of gradients begin."""
+
+
+PERCENTS = (5, 25, 50, 75, 95, 100)
+"""Of so many percent of the values, the largest is told."""
+
+
+def quantile_names(prefix: str, part: str) -> list[str]:
+    """`gradients/layer_00_q05` and so on, one name for each of `PERCENTS`."""
+    return [f"{prefix}/{part}_q{percent:02}" for percent in PERCENTS]
+
+
+def quantiles_by_part(prefix: str, values: Mapping[str, float]) -> dict[str, Sequence[float]]:
+    """The quantiles of each part whose quantiles are all there and finite, in the order of the parts' names."""
+    ending = f"_q{PERCENTS[0]:02}"
+    parts = sorted(
+        name.removeprefix(f"{prefix}/").removesuffix(ending)
+        for name in values
+        if name.startswith(f"{prefix}/") and name.endswith(ending)
+    )
+    found = {part: [values.get(name, math.nan) for name in quantile_names(prefix, part)] for part in parts}
+    return {part: quantiles for part, quantiles in found.items() if all(map(math.isfinite, quantiles))}

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from opsin.reporting import Event, Row
+from opsin.reporting.journal import Event, Row
 
 
 class Plots:
-    """`plots/`: pictures of the curves, drawn by `plots.py` in a process of its own, and whole at the end.
+    """`plots/`: pictures of the curves, drawn by `reporting/plots.py` in a process of its own, and whole at the end.
 
     A process, because a thread that draws keeps the interpreter from training. It is asked for new
     pictures when an evaluation has scored, or after five minutes without one; never while it draws,
@@ -118,7 +118,7 @@ def _start_painter(folder: Path) -> "subprocess.Popen[bytes]":
     path = os.pathsep.join(place for place in sys.path if place)
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "opsin.plots", str(folder)],
+        [sys.executable, "-P", "-m", "opsin.reporting.plots", str(folder)],
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

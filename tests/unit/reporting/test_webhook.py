@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from opsin.errors import ConfigError
-from opsin.reporting import Journal
-from opsin.webhook import Patience, Webhook, check_setting, masked, url_fault, webhook_url
+from opsin.reporting.journal import Journal
+from opsin.reporting.webhook import Patience, Webhook, check_setting, masked, url_fault, webhook_url
 
 QUICK = Patience(answer_s=0.3, first_pause_s=0.02, longest_pause_s=0.05, end_s=5.0)
 

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opsin import curves
-from opsin.curves import EPOCH, HIGH, LOW, MAX_POINTS, MEAN, MINUTES, Curve, History
 from opsin.errors import RunError
-from opsin.plots import RunPlots, draw_run
-from opsin.quantiles import PERCENTS
-from opsin.reporting import Journal
+from opsin.reporting import curves
+from opsin.reporting.curves import EPOCH, HIGH, LOW, MAX_POINTS, MEAN, MINUTES, Curve, History
+from opsin.reporting.journal import PERCENTS, Journal
+from opsin.reporting.plots import RunPlots, draw_run
 from tests.digits_run import train_digits
 
 EVERYTHING = {
@@ -254,7 +253,8 @@ def test_drawing_draws_no_random_numbers_and_leaves_matplotlib_as_it_is(tmp_path
 def test_drawing_needs_neither_torch_nor_pyplot(tmp_path: Path) -> None:
     write_rows(tmp_path, 10)
     program = (
-        f"import sys; sys.path[:] = {sys.path!r}; from pathlib import Path; from opsin.plots import draw_run; "
+        f"import sys; sys.path[:] = {sys.path!r}; from pathlib import Path; "
+        "from opsin.reporting.plots import draw_run; "
         "print(len(draw_run(Path(sys.argv[1])))); print({'torch', 'matplotlib.pyplot'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
