@@ -20,7 +20,7 @@ EMPTY_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|misc|core|stuff|tools?)$
 # Where code may ask for CUDA by name; everything else is handed a device.
 CUDA_FILES = {
     "clock/seeding.py",
-    "distributed.py",
+    "processes/world.py",
     "data/resident.py",
     "monitors/throughput.py",
     "training/memory.py",

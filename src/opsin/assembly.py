@@ -13,13 +13,13 @@ from opsin.clock.seeding import fold_in
 from opsin.clock.timeline import Timeline
 from opsin.data.base import DataFacts
 from opsin.data.loading import TrainingData
-from opsin.distributed import World, join
 from opsin.errors import RunError
 from opsin.export import CARD_FILE, EncoderCard, describe_encoder, write_card
 from opsin.methods.base import Method
 from opsin.nn.ema import ModelEma, ema_decay
 from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
+from opsin.processes.world import World, join
 from opsin.recipe import EmaConfig, Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Fact, Journal

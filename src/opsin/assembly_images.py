@@ -14,14 +14,14 @@ from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
 from opsin.data.sources import Opened, open_sources
 from opsin.data.watched import watch
-from opsin.distributed import World
 from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.methods.base import Method
+from opsin.processes.trail import Trail
+from opsin.processes.world import World
 from opsin.recipe import DataConfig, Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.outlets import write_if_possible
 from opsin.storage.directory import RunDirectory
-from opsin.trail import Trail
 from opsin.training import precision
 from opsin.training.scene import Scene
 

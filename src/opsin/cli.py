@@ -16,7 +16,7 @@ from opsin.cli_backup import add_commands, directory_of_resume, out_of_train, ta
 from opsin.cli_checkpoints import add_checkpoints
 from opsin.cli_supervision import supervised, take_supervision
 from opsin.errors import ConfigError, OpsinError, PassingFault, TrainingError
-from opsin.trail import Trail
+from opsin.processes.trail import Trail
 from opsin.training.stop import SIGNALS, Interrupt
 
 _WEIGHTS = "as trained, or their moving average where the recipe has `ema` (default: raw)"

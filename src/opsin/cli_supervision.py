@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opsin.errors import ConfigError
-from opsin.trail import end_with_supervisor
+from opsin.processes.trail import end_with_supervisor
 
 
 def take_supervision(command: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def supervised(arguments: argparse.Namespace, command: Sequence[str], out: Path,
             raise ConfigError("command line: --quarantine-after goes with --restarts N: without, nothing goes on")
         end_with_supervisor()
         return None
-    from opsin.supervise import Supervision, supervise
+    from opsin.processes.supervisor import Supervision, supervise
 
     settings = Supervision(arguments.restarts, arguments.quarantine_after)
     quiet = ["--quiet"] if arguments.quiet else []

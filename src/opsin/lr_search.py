@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from opsin.errors import ConfigError, OpsinError, PassingFault, Stopped, TrainingError
+from opsin.processes.trail import VARIABLE, follow
 from opsin.recipe import Recipe, read
 from opsin.settings.text import flatten
-from opsin.trail import VARIABLE, follow
 
 RESULT = "lr.json"
 

@@ -21,7 +21,7 @@ from opsin.data.quarantine import Failure, Quarantine
 from opsin.data.resident import Residence, Resident, byte_limit, read_everything
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError
-from opsin.trail import Trail
+from opsin.processes.trail import Trail
 
 
 class TrainingData:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from opsin.data.base import Source, UnreadableImage
 from opsin.errors import DataError, PassingFault, RunError
-from opsin.put_aside import read_aside, write_aside
-from opsin.trail import Trail
+from opsin.processes.excluded import read_aside, write_aside
+from opsin.processes.trail import Trail
 
 
 class Watched:

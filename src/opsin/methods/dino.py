@@ -21,7 +21,6 @@ from opsin.clock.schedule import cosine, linear
 from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, Solarize
 from opsin.data.base import Augment
 from opsin.data.crops import Crop, RandomResizedCrop
-from opsin.distributed import add_over_processes
 from opsin.errors import ConfigError
 from opsin.methods.base import (
     Batch,
@@ -38,6 +37,7 @@ from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.ema import follow
 from opsin.nn.heads import Projector
 from opsin.nn.prototypes import Prototypes, Targets, cross_entropy, teacher_targets
+from opsin.processes.world import add_over_processes
 from opsin.settings.family import Range, Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]

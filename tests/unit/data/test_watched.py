@@ -12,8 +12,8 @@ import torch
 from opsin.data.quarantine import read_or_replace
 from opsin.data.watched import watch
 from opsin.errors import DataError, PassingFault, RunError
-from opsin.put_aside import Aside, read_aside, write_aside
-from opsin.trail import Trail, Whereabouts, follow
+from opsin.processes.excluded import Aside, read_aside, write_aside
+from opsin.processes.trail import Trail, Whereabouts, follow
 from tests.unit.data.test_quarantine import images
 
 

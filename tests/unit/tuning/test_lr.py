@@ -17,12 +17,12 @@ from opsin.cli import main
 from opsin.clock.schedule import Constant
 from opsin.errors import ConfigError, OpsinError, PassingFault, RunError, TrainingError
 from opsin.lr_search import find_lr, sweep_key
+from opsin.processes.trail import VARIABLE, Whereabouts, follow
 from opsin.recipe import Recipe, read
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
-from opsin.trail import VARIABLE, Whereabouts, follow
 from opsin.training.loop import Run
 from opsin.training.state import LossScale, TrainState
 from opsin.tuning.lr import SweepRange, choose_range, rising_losses, run_sweep, scaled_rates, tune_lr

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from opsin.put_aside import Aside, read_aside, write_aside
+from opsin.processes.excluded import Aside, read_aside, write_aside
+from opsin.processes.supervisor import Supervision, supervise
 from opsin.reporting.journal import read_events
-from opsin.supervise import Supervision, supervise
 
 CHILD = """
 import json, os, signal, sys, time
@@ -231,7 +231,7 @@ def test_images_that_could_not_be_put_aside_are_so_after_the_next_crash(
             raise OSError(errno.ENOSPC, "No space left on device")
         write_aside(path, images)
 
-    monkeypatch.setattr("opsin.supervise.write_aside", write)
+    monkeypatch.setattr("opsin.processes.supervisor.write_aside", write)
     life = {"end": -6, "step": 9, "ids": [4, 5]}
     assert run(tmp_path, [life, life, life, {"end": 0}], quarantine_after=2) == 0
     assert [item.index for item in read_aside(tmp_path / "run" / "put_aside.json")] == [4, 5]
@@ -242,5 +242,5 @@ def test_images_that_could_not_be_put_aside_are_so_after_the_next_crash(
 
 
 def test_the_supervisor_does_without_torch() -> None:
-    text = "import sys, opsin.cli, opsin.supervise; assert 'torch' not in sys.modules, 'torch'"
+    text = "import sys, opsin.cli, opsin.processes.supervisor; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", text], check=True)

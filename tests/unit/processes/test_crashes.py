@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from opsin.crashes import Crash, OomKills, describe, last_words, listed
-from opsin.trail import Reading, Whereabouts
+from opsin.processes.crashes import Crash, OomKills, describe, last_words, listed
+from opsin.processes.trail import Reading, Whereabouts
 
 TRACEBACK = """Traceback (most recent call last):
   File "x.py", line 3, in f

@@ -1,7 +1,7 @@
 import pytest
 
-from opsin.distributed import World, join
 from opsin.errors import ConfigError
+from opsin.processes.world import World, join
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

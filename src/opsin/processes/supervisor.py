@@ -19,16 +19,16 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from opsin.crashes import Crash, OomKills, describe, listed
 from opsin.errors import OpsinError, RunError
-from opsin.put_aside import Aside, read_aside, write_aside
+from opsin.processes.crashes import Crash, OomKills, describe, listed
+from opsin.processes.excluded import Aside, read_aside, write_aside
+from opsin.processes.trail import SUPERVISOR, VARIABLE, Whereabouts, follow
 from opsin.reporting.console import Console, duration, open_console
 from opsin.reporting.journal import Fact, Journal, Sink
 from opsin.reporting.sinks import TextLog
 from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.settings.yaml_tree import read_file
 from opsin.storage.directory import RunDirectory
-from opsin.trail import SUPERVISOR, VARIABLE, Whereabouts, follow
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FINAL = (0, 2, 3)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsin.trail import Reading, Whereabouts
+from opsin.processes.trail import Reading, Whereabouts
 
 _SIGNALS = {
     signal.SIGSEGV: "a segmentation fault in native code, of a decoder or a driver, say",
