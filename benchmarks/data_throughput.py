@@ -30,7 +30,7 @@ from opsin.data.base import DataFacts
 from opsin.data.loading import TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
-from opsin.data.sources import open_sources
+from opsin.data.sources.open import open_sources
 from opsin.methods.supervised import SupervisedViews
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opsin.data.base import DataFacts, Source
 from opsin.data.loading import EvaluationData
-from opsin.data.sources import open_sources
+from opsin.data.sources.open import open_sources
 from opsin.evaluation.features import FeatureNetwork, extract
 from opsin.evaluation.knn import score_neighbours
 from opsin.evaluation.labelled import LabelledImages

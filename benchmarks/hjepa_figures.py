@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from opsin.data.masks import MaskConfig
+from opsin.data.views.masks import MaskConfig
 from opsin.evaluation.map_pictures import outlines, shade
 from opsin.methods.hjepa import coarser
 from opsin.methods.ijepa import Cells

@@ -31,7 +31,8 @@ from opsin.assembly_images import open_images
 from opsin.clock.schedule import Cosine
 from opsin.data.base import Source
 from opsin.data.loading import EvaluationData
-from opsin.data.sources import Opened, open_sources
+from opsin.data.sources.labels import Opened
+from opsin.data.sources.open import open_sources
 from opsin.evaluation.labelled import LabelledImages
 from opsin.recipe import Recipe, read
 from opsin.reporting.journal import read_rows

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opsin.data.base import Batch, DataFacts
-from opsin.data.masks import MaskConfig
+from opsin.data.views.masks import MaskConfig
 from opsin.methods.hjepa import HJepaConfig
 from opsin.methods.ijepa import IJepaConfig
 from opsin.nn.vit import ViTConfig

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from interleaved import table, take_turns
-from opsin.data.masks import BlockMasks, MaskConfig, PublishedMasks
+from opsin.data.views.masks import BlockMasks, MaskConfig, PublishedMasks
 
 BATCH = 128
 SIDES = (8, 14, 16, 24)

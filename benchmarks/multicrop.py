@@ -28,12 +28,12 @@ from torch import Tensor
 from torchvision import transforms
 
 from interleaved import table, take_turns
-from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, Normalize, Solarize, num_cached
 from opsin.data.base import Augment, DataFacts, Views
-from opsin.data.crops import Crop, RandomResizedCrop
 from opsin.data.decode import decode
 from opsin.data.loading import _Finish
 from opsin.data.resident import Resident
+from opsin.data.views.colour import ColorJitter, GaussianBlur, Grayscale, Normalize, Solarize, num_cached
+from opsin.data.views.crops import Crop, RandomResizedCrop
 from opsin.data.workers import RawBatch, Reader, Task
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,17 +8,18 @@ from pathlib import Path
 from opsin.assembly_numerics import Numerics
 from opsin.clock.timeline import Timeline
 from opsin.data.base import DataFacts, Source
+from opsin.data.config import DataConfig
 from opsin.data.holdout import hold_out
 from opsin.data.loading import EvaluationData, TrainingData
 from opsin.data.order import Order
-from opsin.data.quarantine import Quarantine
-from opsin.data.sources import Opened, open_sources
-from opsin.data.watched import watch
+from opsin.data.quarantine import Quarantine, watch
+from opsin.data.sources.labels import Opened
+from opsin.data.sources.open import open_sources
 from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.methods.base import Method
 from opsin.processes.trail import Trail
 from opsin.processes.world import World
-from opsin.recipe import DataConfig, Recipe
+from opsin.recipe import Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.outlets import write_if_possible
 from opsin.storage.directory import RunDirectory

@@ -313,9 +313,9 @@ def _tune_loader(arguments: argparse.Namespace) -> int:
 
 def _data_split(arguments: argparse.Namespace) -> int:
     with _signals_interrupt():
-        from opsin.datasets.assignment import Fractions
-        from opsin.datasets.collection import open_collection
-        from opsin.datasets.split import SplitSettings, split
+        from opsin.data.curation.assignment import Fractions
+        from opsin.data.curation.collection import open_collection
+        from opsin.data.curation.split import SplitSettings, split
 
         settings = SplitSettings(
             Fractions(arguments.val, arguments.test),
@@ -335,8 +335,8 @@ def _data_split(arguments: argparse.Namespace) -> int:
 
 def _data_stats(arguments: argparse.Namespace) -> int:
     with _signals_interrupt():
-        from opsin.datasets.collection import open_collection
-        from opsin.datasets.stats_page import report_stats
+        from opsin.data.curation.collection import open_collection
+        from opsin.data.curation.stats_page import report_stats
 
         columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
         collection = open_collection(arguments.path, labels=arguments.labels, **columns)

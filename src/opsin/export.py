@@ -19,9 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import opsin.recipe  # noqa: F401  it knows every model that `encoder.json` may name
-from opsin.data.augment import Normalize
 from opsin.data.base import DataFacts
-from opsin.data.crops import CenterCrop, cut_batch
+from opsin.data.views.colour import Normalize
+from opsin.data.views.crops import CenterCrop, cut_batch
 from opsin.errors import CheckpointError, ConfigError, DataError
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
 from opsin.nn.heads import Classifier

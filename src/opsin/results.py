@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from opsin.assembly import assemble, build_method
 from opsin.assembly_images import Images, build_scene, open_images
 from opsin.assembly_numerics import choose_numbers, place, settle_numerics
-from opsin.data.sources import open_sources
+from opsin.data.sources.open import open_sources
 from opsin.errors import CheckpointError, ConfigError, DataError, RunError
 from opsin.evaluation.accuracy import Classifier, evaluate
 from opsin.evaluation.knn import KnnConfig

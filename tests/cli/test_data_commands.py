@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.cli.commands import TINY, deviation, run_several
 from tests.conftest import RunOpsin
-from tests.unit.datasets.scenes import classes, fill
+from tests.unit.data.curation.scenes import classes, fill
 
 
 def test_pictures_are_split_measured_and_trained(tmp_path: Path, opsin_env: dict[str, str]) -> None:

@@ -14,10 +14,10 @@ import opsin.methods
 from opsin.clock.seeding import uniform
 from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch, DataFacts
-from opsin.data.digits import load_digits
 from opsin.data.loading import TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
+from opsin.data.sources.digits import load_digits
 from opsin.methods.base import Method, MethodConfig
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.vit import ViTConfig

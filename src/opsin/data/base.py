@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from opsin.data.crops import Crop
-from opsin.data.mix import Mix
+from opsin.data.views.crops import Crop
+from opsin.data.views.mix import Mix
 from opsin.errors import PassingFault
 
 _NETWORK = "ESTALE ETIMEDOUT ENOTCONN ECONNABORTED ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from opsin.clock import seeding
-from opsin.data.augment import Normalize, num_cached
 from opsin.data.base import Augment, Batch, Blend, DataFacts, Detour, Source, Views
-from opsin.data.crops import CenterCrop
-from opsin.data.mix import Mix
 from opsin.data.order import Order, share
 from opsin.data.quarantine import Failure, Quarantine
 from opsin.data.resident import Residence, Resident, byte_limit, read_everything
+from opsin.data.views.colour import Normalize, num_cached
+from opsin.data.views.crops import CenterCrop
+from opsin.data.views.mix import Mix
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError
 from opsin.processes.trail import Trail

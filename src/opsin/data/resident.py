@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from opsin.data.base import Source
-from opsin.data.crops import boxes_for, cut_batch
 from opsin.data.quarantine import Failure, Quarantine, read_or_replace
+from opsin.data.views.crops import boxes_for, cut_batch
 from opsin.data.workers import RawBatch, Reader, Task
 from opsin.errors import ConfigError
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from opsin.data.base import Source, UnreadableImage
-from opsin.data.crops import Crop, boxes_for, cut
 from opsin.data.quarantine import Failure, Read, read_or_replace
+from opsin.data.views.crops import Crop, boxes_for, cut
 from opsin.errors import OpsinError, PassingFault, WorkerEnded
 
 _GROUP_BYTES = 64 << 20

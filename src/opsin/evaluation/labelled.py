@@ -11,7 +11,7 @@ from torch import Tensor
 from opsin.clock import seeding
 from opsin.data.base import Source
 from opsin.data.holdout import Subset, hold_out
-from opsin.data.sources import Opened
+from opsin.data.sources.labels import Opened
 from opsin.errors import ConfigError, DataError
 from opsin.training.scene import Labelled, LabelledChoice, StillData
 

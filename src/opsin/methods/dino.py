@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from opsin.clock.schedule import cosine, linear
-from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, Solarize
 from opsin.data.base import Augment
-from opsin.data.crops import Crop, RandomResizedCrop
+from opsin.data.views.colour import ColorJitter, GaussianBlur, Grayscale, Solarize
+from opsin.data.views.crops import Crop, RandomResizedCrop
 from opsin.errors import ConfigError
 from opsin.methods.base import (
     Batch,

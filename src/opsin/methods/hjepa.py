@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from opsin.clock.schedule import OneCycle, Schedule
-from opsin.data.masks import MaskConfig
+from opsin.data.views.masks import MaskConfig
 from opsin.errors import ConfigError
 from opsin.methods.base import Batch, Clock, DataFacts, Losses, ParamGroup, Views, split_by_decay
 from opsin.methods.ijepa import Cells, IJepa, IJepaConfig, Level, encoder_config, pooled

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from opsin.clock.schedule import cosine, linear
-from opsin.data.crops import RandomResizedCrop
-from opsin.data.masks import MaskConfig
+from opsin.data.views.crops import RandomResizedCrop
+from opsin.data.views.masks import MaskConfig
 from opsin.errors import ConfigError
 from opsin.methods.base import (
     Batch,

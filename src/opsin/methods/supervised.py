@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
 from opsin.data.base import Augment
-from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop, WindowCrop
-from opsin.data.mix import Mix
-from opsin.data.randaugment import RandAugment
+from opsin.data.views.colour import ColorJitter, Cutout, Grayscale, RandomErasing
+from opsin.data.views.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop, WindowCrop
+from opsin.data.views.mix import Mix
+from opsin.data.views.randaugment import RandAugment
 from opsin.errors import ConfigError
 from opsin.methods.base import (
     Batch,

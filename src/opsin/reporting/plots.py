@@ -1,6 +1,6 @@
 """Pictures of a run: accuracy, loss, schedule, speed and gradients, drawn from `metrics.jsonl` and `events.jsonl`.
 
-`draw_run` draws once. While a run trains, the sink of `painter.py` keeps `python -m opsin.reporting.plots DIR` beside it.
+`draw_run` draws once. While a run trains, `painter.py` keeps `python -m opsin.reporting.plots DIR` beside it.
 
 However long the run, a curve has at most 2,000 points (`reporting/curves.py`): rows that share one are drawn as
 their mean, inside a light band from the lowest to the highest of them.

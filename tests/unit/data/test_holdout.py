@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsin.data.digits import load_digits
-from opsin.data.files import Files, label_files
 from opsin.data.holdout import Subset, hold_out
+from opsin.data.sources.digits import load_digits
+from opsin.data.sources.files import Files, label_files
 from opsin.errors import DataError
 
 

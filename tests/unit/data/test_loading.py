@@ -7,16 +7,16 @@ from torch import Tensor
 
 from opsin.clock import seeding
 from opsin.clock.timeline import Stage, Timeline
-from opsin.data.augment import ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize
 from opsin.data.base import Batch, DataFacts, Source, Views
-from opsin.data.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop
-from opsin.data.digits import load_digits
-from opsin.data.folder import open_folder
 from opsin.data.loading import EvaluationData, TrainingData
-from opsin.data.mix import Mix
 from opsin.data.order import Order, steps_per_epoch
 from opsin.data.quarantine import Quarantine
 from opsin.data.resident import Residence
+from opsin.data.sources.digits import load_digits
+from opsin.data.sources.folder import open_folder
+from opsin.data.views.colour import ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize
+from opsin.data.views.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop
+from opsin.data.views.mix import Mix
 from opsin.data.workers import Reader
 from opsin.errors import DataError
 from tests.unit.data.pictures import fill

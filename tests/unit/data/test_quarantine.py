@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from opsin.clock.seeding import fold_in
-from opsin.data.files import Files, label_files
 from opsin.data.quarantine import Quarantine, read_or_replace
+from opsin.data.sources.files import Files, label_files
 from opsin.errors import DataError
 from tests.unit.data.pictures import fill
 

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from opsin.data.base import Source
-from opsin.data.crops import Crop, PadCrop, RandomResizedCrop
-from opsin.data.folder import open_folder
 from opsin.data.quarantine import Quarantine
 from opsin.data.resident import Residence, Resident, read_everything
+from opsin.data.sources.folder import open_folder
+from opsin.data.views.crops import Crop, PadCrop, RandomResizedCrop
 from opsin.data.workers import Reader, Task
 from opsin.errors import ConfigError, DataError
 from tests.unit.data.pictures import fill

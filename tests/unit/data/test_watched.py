@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsin.data.quarantine import read_or_replace
-from opsin.data.watched import watch
+from opsin.data.quarantine import read_or_replace, watch
 from opsin.errors import DataError, PassingFault, RunError
 from opsin.processes.excluded import Aside, read_aside, write_aside
 from opsin.processes.trail import Trail, Whereabouts, follow

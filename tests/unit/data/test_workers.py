@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opsin.data.base import UnreadableImage
-from opsin.data.crops import RandomResizedCrop
+from opsin.data.views.crops import RandomResizedCrop
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError, PassingFault
 

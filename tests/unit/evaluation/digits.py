@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from opsin.data.base import DataFacts, Source
-from opsin.data.digits import Digits, load_digits
 from opsin.data.loading import EvaluationData
-from opsin.data.sources import open_sources
+from opsin.data.sources.digits import Digits, load_digits
+from opsin.data.sources.open import open_sources
 from opsin.evaluation.features import Features, FeatureScore, Score, extract
 from opsin.evaluation.labelled import LabelledImages
 from opsin.nn.backbone import Tokens

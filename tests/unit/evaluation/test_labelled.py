@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opsin.data.labels import no_labels
+from opsin.data.sources.labels import no_labels
 from opsin.errors import ConfigError
 from opsin.evaluation.labelled import spread_classes
 from opsin.training.scene import LabelledChoice, StillData

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.data.base import Views
-from opsin.data.digits import load_digits
 from opsin.data.loading import EvaluationData
-from opsin.data.masks import MaskConfig
+from opsin.data.sources.digits import load_digits
+from opsin.data.views.masks import MaskConfig
 from opsin.errors import ConfigError
 from opsin.evaluation.labelled import spread_evenly
 from opsin.evaluation.map_pictures import heat, outlines, shade

@@ -10,7 +10,7 @@ import torch
 
 from opsin.clock.schedule import Constant, Linear, OneCycle
 from opsin.data.base import Batch
-from opsin.data.masks import MaskConfig, PublishedMasks
+from opsin.data.views.masks import MaskConfig, PublishedMasks
 from opsin.errors import ConfigError
 from opsin.methods.hjepa import HJepa, coarser, value_above
 from opsin.methods.ijepa import Cells, IJepa, pooled

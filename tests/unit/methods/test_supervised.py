@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opsin.clock.timeline import Stage, Timeline
-from opsin.data.augment import ColorJitter, Cutout, Grayscale, RandomErasing
 from opsin.data.base import Batch, Blend, DataFacts
-from opsin.data.crops import CenterCrop, PadCrop, RandomResizedCrop
-from opsin.data.randaugment import RandAugment
+from opsin.data.views.colour import ColorJitter, Cutout, Grayscale, RandomErasing
+from opsin.data.views.crops import CenterCrop, PadCrop, RandomResizedCrop
+from opsin.data.views.randaugment import RandAugment
 from opsin.errors import ConfigError
 from opsin.methods.supervised import Supervised, SupervisedConfig, SupervisedViews
 from opsin.nn.convnet import ConvNetConfig

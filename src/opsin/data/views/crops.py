@@ -1,0 +1,351 @@
+"""Geometry: which rectangle of an image a view shows, and cutting it out.
+
+A crop turns random numbers into boxes (vectorised over a batch); `cut` takes one box out of one
+image, `cut_batch` a box out of each image of a batch, with equal pixels. So worker processes and
+resident images give the same views. Boxes live on the CPU whatever the device of the images is:
+their floating-point steps then give the same integers everywhere, and no check waits for a GPU.
+
+Shapes: B images, C channels, H and W sides of the source, S side of the crop, all in pixels.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opsin.clock import seeding
+
+_SMALL_PIXELS = 64 * 64  # up to this size a CPU resizes images faster together
+
+
+class Box(NamedTuple):
+    """One of `Boxes`."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Rectangles in pixels of the source image, int64 [B] each; may reach over the border."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+    """bool [B]: mirror left to right after cutting."""
+
+    def one_by_one(self) -> Iterator[Box]:
+        """Each of them as plain numbers."""
+        columns = (self.top, self.left, self.height, self.width, self.flip)
+        return map(Box, *(column.tolist() for column in columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop(ABC):
+    """A rule for boxes. The cut is resized to `size` x `size` with antialiasing."""
+
+    size: int
+    count: int = 1
+    """How many independent crops of each image."""
+    flip: Literal["none", "random", "alternate"] = "random"
+    """`alternate` mirrors each image in every second epoch, beginning at random."""
+    padding: Literal["zero", "reflect"] = "zero"
+    """What a box that reaches over the border shows there."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    num_draws: ClassVar[int] = 0
+
+    @abstractmethod
+    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+        """Boxes without flip for images of the given sizes.
+
+        `heights`, `widths` are int64 [B]; `draws` is float32 [B, num_draws] in [0, 1).
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadCrop(Crop):
+    """A square as wide as the shorter side, anywhere over the image and a padded border.
+
+    He et al. 2016, section 4.2. `padding_px` is measured in the crop: an image whose shorter side is
+    not `size` is scaled to it, border included.
+    """
+
+    padding_px: int = 4
+    num_draws: ClassVar[int] = 2
+
+    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+        side = torch.minimum(heights, widths)
+        border = torch.round(side.double() * self.padding_px / self.size).long()
+        top = _below(heights - side + 2 * border + 1, draws[:, 0]) - border
+        left = _below(widths - side + 2 * border + 1, draws[:, 1]) - border
+        return _unflipped(top, left, side, side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowCrop(Crop):
+    """A square of `size` pixels of the image, not resized, anywhere over the image and a padded border.
+
+    An image of `size` pixels is cut as by `PadCrop`; of a larger one a part is seen, at the scale that it has.
+    """
+
+    padding_px: int = 0
+    num_draws: ClassVar[int] = 2
+
+    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+        side = torch.full_like(heights, self.size)
+        top = _window_start(heights, self, draws[:, 0])
+        left = _window_start(widths, self, draws[:, 1])
+        return _unflipped(top, left, side, side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop(Crop):
+    """A rectangle of random area and shape inside the image; Szegedy et al. 2015, section 6.
+
+    `scale` is its share of the image's area, `ratio` its width over its height, drawn evenly on a
+    logarithmic scale. The first of ten proposals that fits is taken, else the largest centred
+    rectangle whose ratio is allowed.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    num_draws: ClassVar[int] = 22
+
+    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+        height, width = rectangles(heights, widths, draws[:, 2:], scale=self.scale, ratio=self.ratio)
+        found = height > 0
+        largest_h = torch.round(widths.double() / self.ratio[0]).long().clamp(min=1)
+        largest_w = torch.round(heights.double() * self.ratio[1]).long().clamp(min=1)
+        height = torch.where(found, height, torch.minimum(heights, largest_h))
+        width = torch.where(found, width, torch.minimum(widths, largest_w))
+        top = torch.where(found, _below(heights - height + 1, draws[:, 0]), (heights - height) // 2)
+        left = torch.where(found, _below(widths - width + 1, draws[:, 1]), (widths - width) // 2)
+        return _unflipped(top, left, height, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterCrop(Crop):
+    """The central square that is `size` wide once the shorter side is scaled to `resize`."""
+
+    resize: int
+
+    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+        shorter = torch.minimum(heights, widths)
+        side = torch.round(shorter.double() * self.size / self.resize).long().clamp(min=1)
+        return _unflipped((heights - side) // 2, (widths - side) // 2, side, side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Squash(Crop):
+    """The whole image, whatever its shape."""
+
+    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+        return _unflipped(torch.zeros_like(heights), torch.zeros_like(widths), heights, widths)
+
+
+def boxes_for(
+    crop: Crop, heights: Tensor, widths: Tensor, *, seed: int, epoch: int, ids: Tensor, view: str, copy: int
+) -> Boxes:
+    """The boxes of one copy of a view: a function of these arguments and nothing else.
+
+    `heights`, `widths`, `ids` are int64 [B] on the CPU.
+    """
+    stream = f"{view}.{copy}"
+    boxes = crop.place(heights, widths, seeding.uniform(seed, epoch, ids, f"{stream}.crop", crop.num_draws))
+    if crop.flip == "none":
+        return boxes
+    # Epoch 0 stands for all epochs where mirroring alternates: the first turn is drawn once per image.
+    drawn = seeding.uniform(seed, epoch if crop.flip == "random" else 0, ids, f"{stream}.flip", 1)[:, 0] < 0.5
+    flip = drawn if crop.flip == "random" else drawn ^ (epoch % 2 == 1)
+    return Boxes(boxes.top, boxes.left, boxes.height, boxes.width, flip)
+
+
+def rectangles(
+    heights: Tensor, widths: Tensor, draws: Tensor, *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Height and width, int64 [B], of the first of ten random rectangles that fits; 0 where none fits.
+
+    `draws` is [B, 20] in [0, 1); `scale` and `ratio` as in `RandomResizedCrop`.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[:, :10].double())
+    shape = torch.exp(low + (high - low) * draws[:, 10:].double())
+    height = torch.round(torch.sqrt(area / shape)).long()  # [B, 10]
+    width = torch.round(torch.sqrt(area * shape)).long()
+    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    found = fits.any(1)
+    return torch.where(found, height.gather(1, first)[:, 0], 0), torch.where(found, width.gather(1, first)[:, 0], 0)
+
+
+def cut(image: Tensor, box: Box, crop: Crop, *, interleaved: bool = False) -> Tensor:
+    """`box` out of `image` uint8 [C, H, W], resized and mirrored as asked: uint8 [C, S, S].
+
+    `interleaved` asks for the colours of a pixel side by side in memory: the kernel that resizes works that way, and
+    would put them apart at almost the price of the resize.
+    """
+    top, left, height, width, flip = box
+    if top >= 0 and left >= 0 and top + height <= image.shape[1] and left + width <= image.shape[2]:
+        region = image[:, top : top + height, left : left + width]
+    else:
+        rows, row_inside = _indices(torch.tensor([top]), height, image.shape[1])
+        columns, column_inside = _indices(torch.tensor([left]), width, image.shape[2])
+        region = image[:, rows[0].to(image.device)][:, :, columns[0].to(image.device)]
+        if crop.padding == "zero":
+            region = region * (row_inside.T & column_inside).to(image.device)
+    if (height, width) != (crop.size, crop.size):
+        region = region[None].contiguous(memory_format=torch.channels_last) if interleaved else region[None]
+        region = _resize(region, crop.size, crop.size, crop)[0]
+    return region.flip(-1) if flip else region
+
+
+def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
+    """Box i out of image i of `images` uint8 [B, C, H, W], for every i: uint8 [B, C, S, S].
+
+    On the CPU equal to `cut` on each image: tests/unit/data/views/test_crops.py::test_both_executors_agree.
+    On a GPU resized boxes are computed in float: pixels may differ by one, more where bicubic filters overshoot.
+    """
+    height, width = int(boxes.height[0]), int(boxes.width[0])
+    alike = bool(((boxes.height == height) & (boxes.width == width)).all())
+    if alike and height == width == crop.size:
+        return _windows(images, boxes, height, width, crop)
+    if images.device.type != "cpu":
+        return _resample(images, boxes, crop)
+    if alike:
+        return _resize(_windows(images, boxes, height, width, crop), crop.size, crop.size, crop)
+    tall, wide = images.shape[2:]
+    inside = (
+        (boxes.top >= 0) & (boxes.top + boxes.height <= tall) & (boxes.left >= 0) & (boxes.left + boxes.width <= wide)
+    )
+    if tall * wide > _SMALL_PIXELS or not bool(inside.all()):
+        return torch.stack([cut(image, box, crop) for image, box in zip(images, boxes.one_by_one(), strict=True)])
+    # Columns, then rows, is what a resize of both does.
+    pixels = images.permute(0, 2, 3, 1).contiguous()
+    pixels = _resize_pieces(pixels, boxes.left, boxes.width, crop, axis="columns")
+    pixels = _resize_pieces(pixels, boxes.top, boxes.height, crop, axis="rows")
+    pixels = torch.where(boxes.flip[:, None, None, None], pixels.flip(2), pixels)
+    return pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def _windows(images: Tensor, boxes: Boxes, height: int, width: int, crop: Crop) -> Tensor:
+    """Boxes of one size [h, w] as they are, mirrored as asked: uint8 [B, C, h, w]."""
+    count, channels, tall, wide = images.shape
+    device = images.device
+    rows, row_inside = _indices(boxes.top, height, tall)  # [B, h]
+    columns, column_inside = _indices(boxes.left, width, wide)
+    flat, row_starts = images.flatten(2), rows * wide
+    over = crop.padding == "zero" and not bool(row_inside.all() & column_inside.all())
+    if over:
+        flat = F.pad(flat, (0, 1))  # one black pixel behind each image, for all that lies outside
+        row_starts = torch.where(row_inside, row_starts, tall * wide)
+        columns = torch.where(column_inside, columns, tall * wide)
+    columns = torch.where(boxes.flip[:, None], columns.flip(1), columns)
+    pixels = row_starts.to(device)[:, :, None] + columns.to(device)[:, None, :]  # [B, h, w]
+    if over:
+        pixels.clamp_(max=tall * wide)
+    return flat.gather(2, pixels.view(count, 1, -1).expand(-1, channels, -1)).view(count, channels, height, width)
+
+
+def _window_start(sides: Tensor, crop: WindowCrop, draws: Tensor) -> Tensor:
+    """Where the window begins along one axis; an image that is too small for it lies in its middle."""
+    room = sides + 2 * crop.padding_px - crop.size
+    return torch.where(room >= 0, _below(room + 1, draws) - crop.padding_px, (sides - crop.size) // 2)
+
+
+def _below(limits: Tensor, draws: Tensor) -> Tensor:
+    """Evenly drawn integers from 0 to `limits - 1`."""
+    return (draws.double() * limits).long()
+
+
+def _unflipped(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Boxes:
+    return Boxes(top, left, height, width, torch.zeros(len(top), dtype=torch.bool))
+
+
+def _indices(starts: Tensor, length: int, side: int) -> tuple[Tensor, Tensor]:
+    """Source pixels [B, length] along one axis, mirrored at both borders, and which of them lie inside."""
+    wanted = starts[:, None] + torch.arange(length, device=starts.device)
+    period = max(2 * (side - 1), 1)
+    folded = wanted.remainder(period)
+    return torch.minimum(folded, period - folded).clamp(max=side - 1), (wanted >= 0) & (wanted < side)
+
+
+def _resize_pieces(
+    pixels: Tensor, starts: Tensor, lengths: Tensor, crop: Crop, *, axis: Literal["columns", "rows"]
+) -> Tensor:
+    """The piece of each image [B, H, W, C] along one axis that begins at `starts` [B], resized to S pixels.
+
+    Pieces of one length go together: a resize costs more to begin than to do where images are small, and there
+    are fewer lengths than pairs of height and width.
+    """
+    count, tall, wide, channels = pixels.shape
+    if axis == "columns":
+        step, shape = channels, (tall, crop.size)
+        firsts = (torch.arange(count * tall) * wide).view(count, tall) + starts[:, None]
+    else:
+        step, shape = wide * channels, (crop.size, wide)
+        firsts = (torch.arange(count) * tall + starts)[:, None]
+    resized = pixels.new_empty(count, *shape, channels)
+    for length in lengths.unique().tolist():
+        index = (lengths == length).nonzero()[:, 0]
+        # Every piece of this length in memory, one beginning at each step.
+        pieces = pixels.as_strided((pixels.numel() // step - length + 1, length * step), (step, 1))
+        found = pieces[firsts[index].flatten()]
+        regions = found.view(len(index), -1, length if axis == "columns" else wide, channels)
+        if length != crop.size:
+            regions = _resize(regions.permute(0, 3, 1, 2), *shape, crop).permute(0, 2, 3, 1)
+        resized[index] = regions
+    return resized
+
+
+def _resize(regions: Tensor, height: int, width: int, crop: Crop) -> Tensor:
+    """uint8 [B, C, h, w] to [B, C, height, width]."""
+    # The uint8 kernel of the CPU computes in integers: the same pixels for any number of threads.
+    pixels = regions if regions.device.type == "cpu" else regions.float()
+    size = (height, width)
+    resized = F.interpolate(pixels, size, mode=crop.interpolation, align_corners=False, antialias=True)
+    return resized if resized.dtype == torch.uint8 else _to_bytes(resized)
+
+
+def _resample(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
+    """`cut_batch` as products with matrices of filter weights: image after image would leave a GPU idle."""
+    rows = _filters(boxes.top.to(images.device), boxes.height, images.shape[2], crop)
+    columns = _filters(boxes.left.to(images.device), boxes.width, images.shape[3], crop)
+    columns = torch.where(boxes.flip.to(images.device)[:, None, None], columns.flip(1), columns)
+    return _to_bytes(rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3))
+
+
+def _filters(starts: Tensor, lengths: Tensor, side: int, crop: Crop) -> Tensor:
+    """Weights [B, S, side] of the source pixels along one axis, as in antialiased interpolation."""
+    longest = int(lengths.max())
+    lengths = lengths.to(starts.device)[:, None, None]
+    scale = lengths / crop.size  # source pixels per pixel of the crop
+    centers = (torch.arange(crop.size, device=starts.device)[:, None] + 0.5) * scale - 0.5  # [B, S, 1]
+    pixels = torch.arange(longest, device=starts.device)
+    away = ((pixels - centers) / scale.clamp(min=1)).abs()  # [B, S, longest]
+    if crop.interpolation == "bilinear":
+        weights = (1 - away).clamp_(min=0)
+    else:
+        # Keys' cubic with a = -0.5, as Pillow and torch use where they antialias.
+        near, far = (1.5 * away - 2.5) * away**2 + 1, ((2.5 - 0.5 * away) * away - 4) * away + 2
+        weights = torch.where(away < 1, near, torch.where(away < 2, far, 0.0))
+    weights = torch.where(pixels < lengths, weights, 0.0)
+    weights = weights / weights.sum(2, keepdim=True)
+    sources, inside = _indices(starts, longest, side)
+    if crop.padding == "zero":
+        weights = weights * inside[:, None]
+    empty = torch.zeros(len(starts), crop.size, side, device=starts.device)
+    return empty.scatter_add_(2, sources[:, None].expand(-1, crop.size, -1), weights)
+
+
+def _to_bytes(pixels: Tensor) -> Tensor:
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,97 @@
+"""Mixup and CutMix: every image of a batch mixed with another one, by draws of its own.
+
+Shapes: B images, C channels, S side in pixels.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NODES = 2049  # of the table of a beta distribution, on each axis
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """A mixed batch. The target of image i is `shares[i]` of its label and the rest of `partners[i]`'s."""
+
+    images: Tensor
+    """[B, C, S, S]"""
+    partners: Tensor
+    """int64 [B]: which image of the batch was mixed in, a permutation."""
+    shares: Tensor
+    """float32 [B]: how much of the image is its own; 1 where nothing was mixed in."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """An image mixed with its partner, with probability `p`; each image has its own share and box.
+
+    Mixup, Zhang et al. 2018, section 2: both images are averaged, with shares from
+    Beta(`mixup`, `mixup`). CutMix, Yun et al. 2019, section 3: a box with sides S sqrt(1 - share),
+    share from Beta(`cutmix`, `cutmix`), around any pixel shows the partner; what lies outside is cut
+    off, and the share becomes that of the pixels that remain. As in the published code, sides are
+    rounded down to an even number. A parameter of 0 turns its kind off; where both are on,
+    `cutmix_share` is the probability of CutMix.
+    """
+
+    mixup: float
+    cutmix: float
+    p: float = 1.0
+    cutmix_share: float = 0.5
+    num_draws: ClassVar[int] = 6
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Mixed:
+        """Float images [B, C, S, S], normalised or not, with draws [B, num_draws] in [0, 1)."""
+        chosen, kind, level, row, column, order = draws.unbind(1)
+        partners = torch.argsort(order, stable=True)
+        cut = kind < (self.cutmix_share if self.mixup and self.cutmix else float(self.cutmix > 0))
+        shares = torch.where(cut, beta_quantile(self.cutmix, level), beta_quantile(self.mixup, level))
+        shares = torch.where(chosen < self.p, shares, 1.0)
+        outside = _outside_box(images.shape[-1], shares, row, column)  # [B, S, S]
+        weights = torch.where(cut[:, None, None], outside, shares[:, None, None])
+        shares = torch.where(cut, outside.mean((1, 2)), shares)
+        # A weight of 1 gives the bits of the image: tests/unit/data/views/test_mix.py.
+        mixed = torch.lerp(images[partners], images, weights[:, None].to(images.dtype))
+        return Mixed(mixed, partners, shares)
+
+
+def beta_quantile(alpha: float, levels: Tensor) -> Tensor:
+    """The number that a draw from Beta(alpha, alpha) stays below with probability `levels`: float32 [B].
+
+    `levels` are float32 [B] in [0, 1). From a table with errors below 1e-5 for alpha from 0.05 to 10;
+    the bits are the same on every device. 1 for alpha 0.
+    """
+    if not alpha:
+        return torch.ones_like(levels)
+    known, values = _beta_table(alpha, levels.device)
+    levels = levels.contiguous()
+    above = torch.searchsorted(known, levels, right=True)
+    below = above - 1
+    return values[below] + (values[above] - values[below]) * (levels - known[below]) / (known[above] - known[below])
+
+
+@cache
+def _beta_table(alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Levels and their quantiles, both from 0 to 1: steps are short in levels and in quantiles."""
+    from scipy import special
+
+    nodes = np.sin(np.linspace(0, np.pi / 2, _NODES)) ** 2  # closer at both ends, where a beta distribution bends
+    levels = np.union1d(nodes.astype(np.float32), special.betainc(alpha, alpha, nodes).astype(np.float32))
+    values = special.betaincinv(alpha, alpha, levels.astype(np.float64))
+    return torch.from_numpy(levels).to(device), torch.from_numpy(values).float().to(device)
+
+
+def _outside_box(side: int, shares: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """1.0 outside a box of each image that covers 1 - share of it, and 0.0 inside: float32 [B, S, S]."""
+    half = (side / 2 * torch.sqrt(1 - shares)).long()[:, None]
+    pixels = torch.arange(side, device=shares.device)
+
+    def inside(draw: Tensor) -> Tensor:
+        centre = (draw * side).long()[:, None]
+        return (pixels >= centre - half) & (pixels < centre + half)  # [B, S]
+
+    return (~(inside(row)[:, :, None] & inside(column)[:, None, :])).float()
