@@ -6,7 +6,7 @@ from opsin.__version__ import __version__ as __version__
 
 if TYPE_CHECKING:
     from opsin.assembly import assemble
-    from opsin.export import Encoder
+    from opsin.export.encoder import Encoder
     from opsin.methods.base import Method, MethodConfig
     from opsin.recipe import Recipe, read
     from opsin.results import load
@@ -18,7 +18,7 @@ __all__ = ["Encoder", "Method", "MethodConfig", "Recipe", "Run", "assemble", "fi
 _HOMES = {
     "assemble": "opsin.assembly",
     "train": "opsin.session",
-    "Encoder": "opsin.export",
+    "Encoder": "opsin.export.encoder",
     "load": "opsin.results",
     "Method": "opsin.methods.base",
     "MethodConfig": "opsin.methods.base",

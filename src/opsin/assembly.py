@@ -14,13 +14,13 @@ from opsin.clock.timeline import Timeline
 from opsin.data.base import DataFacts
 from opsin.data.loading import TrainingData
 from opsin.errors import RunError
-from opsin.export import CARD_FILE, EncoderCard, describe_encoder, write_card
+from opsin.export.encoder import CARD_FILE, EncoderCard, describe_encoder, write_card
 from opsin.methods.base import Method
-from opsin.nn.ema import ModelEma, ema_decay
+from opsin.nn.ema import EmaConfig, ModelEma, ema_decay
 from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
 from opsin.processes.world import World, join
-from opsin.recipe import EmaConfig, Recipe
+from opsin.recipe import Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Fact, Journal
 from opsin.settings.text import to_yaml

@@ -25,10 +25,9 @@ from opsin.monitors.memory import MemoryCreepConfig
 from opsin.monitors.starvation import StarvationConfig
 from opsin.monitors.throughput import ThroughputConfig
 from opsin.nn.backbone import ModelConfig
-from opsin.nn.convnet import ConvNetConfig
-from opsin.nn.timm_backbone import TimmConfig
-from opsin.nn.vit import ViTConfig
-from opsin.reporting.webhook import check_setting
+from opsin.nn.ema import EmaConfig
+from opsin.nn.models import MODELS
+from opsin.reporting.webhook import AlertsConfig
 from opsin.settings import layers
 from opsin.settings.family import Settings
 from opsin.storage.backup.config import BackupConfig
@@ -40,24 +39,15 @@ from opsin.training.observe import EvaluatorConfig
 from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig
 from opsin.training.profile import ProfileConfig
 
-__all__ = [
-    "SGD",
-    "ConvNetConfig",
-    "DataConfig",
-    "DinoConfig",
-    "HJepaConfig",
-    "HistogramsConfig",
-    "IJepaConfig",
-    "KnnConfig",
-    "LinearConfig",
-    "MapsConfig",
-    "MuonConfig",
-    "Recipe",
-    "TimmConfig",
-    "ViTConfig",
-    "read",
-    "shipped",
-]
+_KNOWN = (
+    *MODELS,
+    *(SupervisedConfig, DinoConfig, IJepaConfig, HJepaConfig),
+    *(SGD, AdamW, MuonConfig),
+    *(AccuracyConfig, KnnConfig, LinearConfig, MapsConfig),
+    *(CollapseConfig, GradientsConfig, HistogramsConfig, LossConfig, MemoryCreepConfig),
+    *(StarvationConfig, ThroughputConfig),
+)
+"""What a recipe can name; a family knows each member once its file is imported."""
 
 shipped = Path(__file__).parent / "recipes"
 """The folder of the recipes that come with the package."""
@@ -105,15 +95,6 @@ class StageConfig(Settings):
     """Patterns of the parameters that learn (`head.*`, `backbone.blocks.1*`); the others are frozen."""
 
 
-class EmaConfig(Settings):
-    """A moving average of the weights, scored beside them."""
-
-    decay: float = Field(0.999, gt=0, lt=1)
-    """What is kept of the average at each update."""
-    warmup: bool = True
-    """Begin with a smaller decay, (1 + step) / (10 + step), so that the first weights are soon forgotten."""
-
-
 class LogConfig(Settings):
     """What is written while training."""
 
@@ -125,13 +106,6 @@ class LogConfig(Settings):
     """Keep log.csv beside metrics.jsonl."""
     plots: bool = True
     """Draw curves into plots/ while training."""
-
-
-class AlertsConfig(Settings):
-    """Who is told of alerts, rollbacks and the end of a run, besides the console and the logs."""
-
-    webhook: Annotated[str, AfterValidator(check_setting)] | None = None
-    """A URL that gets them as JSON by POST; `env:NAME` takes it from an environment variable, where it is a secret."""
 
 
 class Recipe(Settings):

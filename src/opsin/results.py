@@ -26,7 +26,7 @@ from opsin.evaluation.accuracy import Classifier, evaluate
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.linear import LinearConfig
 from opsin.evaluation.maps import MapsConfig
-from opsin.export import (
+from opsin.export.encoder import (
     BACKBONE_FILE,
     CARD_FILE,
     Encoder,

@@ -17,7 +17,7 @@ import torch
 
 from opsin.assembly import assemble
 from opsin.errors import ConfigError, LockLost, RunError, Stopped, TrainingError
-from opsin.export import write_model
+from opsin.export.encoder import write_model
 from opsin.lr_search import find_lr
 from opsin.recipe import Recipe, read
 from opsin.reporting.console import Console, describe, duration, open_console

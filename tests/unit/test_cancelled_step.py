@@ -8,7 +8,7 @@ import pytest
 
 from opsin.assembly import assemble
 from opsin.cli import main
-from opsin.export import write_model
+from opsin.export.encoder import write_model
 from opsin.methods.base import Batch, Clock, DataFacts, Losses
 from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.backbone import ModelConfig

@@ -7,7 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+
+from opsin.settings.family import Settings
+
+
+class EmaConfig(Settings):
+    """A moving average of the weights, scored beside them."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    """What is kept of the average at each update."""
+    warmup: bool = True
+    """Begin with a smaller decay, (1 + step) / (10 + step), so that the first weights are soon forgotten."""
 
 
 class ModelEma:

@@ -19,10 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import unquote, urlsplit
+
+from pydantic import AfterValidator
 
 from opsin.errors import ConfigError
 from opsin.reporting.journal import Event, Fact, Row
+from opsin.settings.family import Settings
 
 KINDS = (
     "alert",
@@ -78,6 +82,13 @@ def check_setting(setting: str) -> str:
     if not is_plain or any(map(_TOKEN.fullmatch, re.split(r"[/.~]", parts.path))):
         raise ValueError(f"{masked(setting)} holds what looks like a token, and recipes are copied; {way_out}")
     return setting
+
+
+class AlertsConfig(Settings):
+    """Who is told of alerts, rollbacks and the end of a run, besides the console and the logs."""
+
+    webhook: Annotated[str, AfterValidator(check_setting)] | None = None
+    """A URL that gets them as JSON by POST; `env:NAME` takes it from an environment variable, where it is a secret."""
 
 
 def url_fault(url: str) -> str | None:

@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from opsin.data.base import DataFacts
 from opsin.methods.base import Method
+from opsin.methods.dino import DinoConfig
 from opsin.monitors import histograms
 from opsin.monitors.histograms import Histograms, HistogramsConfig, parts_by_depth, parts_by_module, quantiles
-from opsin.recipe import DinoConfig, ViTConfig
+from opsin.nn.vit import ViTConfig
 from opsin.reporting.journal import PERCENTS, read_rows
 from opsin.training.state import Pace, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch

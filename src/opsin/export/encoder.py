@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-import opsin.recipe  # noqa: F401  it knows every model that `encoder.json` may name
+import opsin.nn.models  # noqa: F401  encoder.json may name each of them
 from opsin.data.base import DataFacts
 from opsin.data.views.colour import Normalize
 from opsin.data.views.crops import CenterCrop, cut_batch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opsin.data.base import DataFacts
 from opsin.errors import CheckpointError, ConfigError, DataError
-from opsin.export import FORMAT, Encoder, describe_encoder, export_encoder, load_export, write_model
+from opsin.export.encoder import FORMAT, Encoder, describe_encoder, export_encoder, load_export, write_model
 from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.heads import Classifier
 from opsin.nn.timm_backbone import TimmConfig
