@@ -21,7 +21,7 @@ from chaos_runs import STEPS, Case, Training, said
 from opsin.reporting.journal import read_events
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
 from opsin.verify import digest, train_killed
 from tests.chaos.killed_runs import descendants
 from tests.s3_server import BUCKET, S3Server

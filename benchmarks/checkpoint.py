@@ -21,7 +21,9 @@ from interleaved import table
 from opsin.clock.timeline import Stage, Timeline
 from opsin.reporting.journal import Fact
 from opsin.storage.compression import Compressor
-from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
+from opsin.training.checkpoints.checkpoints import Checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
+from opsin.training.checkpoints.retention import CheckpointConfig
 from opsin.training.state import TrainState
 
 WAYS = {

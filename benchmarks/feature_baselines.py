@@ -23,7 +23,7 @@ from opsin.evaluation.labelled import LabelledImages
 from opsin.evaluation.linear import score_linear
 from opsin.nn.backbone import Backbone, Tokens
 from opsin.nn.vit import ViTConfig
-from opsin.training.scene import Labelled, LabelledChoice
+from opsin.training.evaluator import Labelled, LabelledChoice
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -38,7 +38,7 @@ from opsin.recipe import Recipe, read
 from opsin.reporting.journal import read_rows
 from opsin.results import evaluate_run
 from opsin.session import train_recipe
-from opsin.training.scene import LabelledChoice
+from opsin.training.evaluator import LabelledChoice
 
 QUIET = (
     "log.tensorboard=false",

@@ -24,21 +24,22 @@ from opsin.recipe import Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Fact, Journal
 from opsin.settings.text import to_yaml
-from opsin.stages import announce_stage, plan_stages, plan_time
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
 from opsin.training import precision
-from opsin.training.alerts import Monitor
-from opsin.training.checkpoint import Checkpoints, find_checkpoints
+from opsin.training.checkpoints.checkpoints import Checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
+from opsin.training.evaluations import Evaluations
+from opsin.training.evaluator import Evaluator, EvaluatorConfig, Scene
 from opsin.training.freeze import LayerFreezer
 from opsin.training.guard import Guard
 from opsin.training.loop import Run
-from opsin.training.memory import save_memory
-from opsin.training.observe import Evaluations, Evaluator, EvaluatorConfig, Observations
+from opsin.training.memory import Splits, save_memory, uses_batch_statistics
+from opsin.training.monitor import Monitor
+from opsin.training.observe import Observations
 from opsin.training.optim import build_optimizer, pace_setter
-from opsin.training.profile import Profile, StepProfile
-from opsin.training.scene import Scene
-from opsin.training.splits import Splits, uses_batch_statistics
+from opsin.training.profile.profile import Profile, StepProfile
+from opsin.training.stages import announce_stage, plan_stages, plan_time
 from opsin.training.state import GradientViewer, LossScale, StepPlan, TrainState
 from opsin.training.stop import Stop
 
@@ -68,7 +69,7 @@ def assemble(
     images = open_images(recipe, console.notice)
     timeline = plan_time(recipe, images.train, console.notice)
     method = build_method(recipe, images.facts)
-    freezer = plan_stages(recipe, timeline, method)
+    freezer = plan_stages(recipe.optim.schedule, timeline, method)
     numerics = settle_numerics(recipe, method, device, number_format, console.notice)
     save_memory(recipe.memory, method)
     method = place(method, numerics)

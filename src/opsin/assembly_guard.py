@@ -7,7 +7,8 @@ from opsin.clock.timeline import Timeline
 from opsin.recipe import Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
-from opsin.training.alerts import Alerts, Finding, Monitor
+from opsin.training.alerts import Alerts
+from opsin.training.monitor import Finding, Monitor
 
 
 def build_alerts(

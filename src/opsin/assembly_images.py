@@ -24,7 +24,7 @@ from opsin.reporting.console import Console
 from opsin.reporting.outlets import write_if_possible
 from opsin.storage.directory import RunDirectory
 from opsin.training import precision
-from opsin.training.scene import Scene
+from opsin.training.evaluator import Scene
 
 Say = Callable[[str], None]
 

@@ -12,8 +12,8 @@ from opsin.reporting.console import duration
 from opsin.storage.compression import SUFFIX
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import REPLACING, remove_whole
-from opsin.training.checkpoint_format import DamagedCheckpoint, find_checkpoints, name_of, read_manifest, verify
-from opsin.training.retention import UNHEALTHY, CheckpointConfig, Retention, read_best
+from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, name_of, read_manifest, verify
+from opsin.training.checkpoints.retention import UNHEALTHY, CheckpointConfig, Retention, read_best
 
 LATER = "later-"
 """Before the name of a checkpoint after the one that was restored: never loaded, kept until it is pruned."""

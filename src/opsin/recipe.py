@@ -31,13 +31,14 @@ from opsin.reporting.webhook import AlertsConfig
 from opsin.settings import layers
 from opsin.settings.family import Settings
 from opsin.storage.backup.config import BackupConfig
-from opsin.training.alerts import MonitorConfig
-from opsin.training.checkpoint import CheckpointConfig
+from opsin.training.checkpoints.retention import CheckpointConfig
+from opsin.training.evaluator import EvaluatorConfig
 from opsin.training.guard import GuardConfig
 from opsin.training.memory import MemoryConfig
-from opsin.training.observe import EvaluatorConfig
+from opsin.training.monitor import MonitorConfig
 from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig
-from opsin.training.profile import ProfileConfig
+from opsin.training.profile.profile import ProfileConfig
+from opsin.training.stages import StageConfig
 
 _KNOWN = (
     *MODELS,
@@ -70,29 +71,6 @@ class LimitsConfig(Settings):
     """End the run after this many steps, without changing its schedules."""
     cancelled_in_a_row: int = Field(20, gt=0)
     """Updates with a non-finite loss or gradient, one after another, before the run fails."""
-
-
-class StageConfig(Settings):
-    """A stretch of the run with settings of its own; what it leaves out is as in the recipe."""
-
-    name: str | None = None
-    """What logs and plots call it."""
-    epochs: float = Field(gt=0)
-    """Passes over the images of this stage."""
-    image_size: int | None = Field(None, gt=0)
-    """Side of its training images in pixels; scores are always taken at `data.image_size`."""
-    batch_size: int | None = Field(None, gt=0)
-    """Images per update."""
-    data_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the images of each class; those of a smaller share are part of a larger one."""
-    lr_scale: float = Field(1.0, gt=0)
-    """Factor on every learning rate."""
-    mix: bool = True
-    """Whether images are mixed where `method.mix` says so."""
-    label_smoothing: float | None = Field(None, ge=0, lt=1)
-    """Takes the place of `method.label_smoothing`."""
-    train: tuple[str, ...] = ("*",)
-    """Patterns of the parameters that learn (`head.*`, `backbone.blocks.1*`); the others are frozen."""
 
 
 class LogConfig(Settings):

@@ -40,8 +40,8 @@ from opsin.recipe import Recipe, read
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
 from opsin.storage.directory import RunDirectory
-from opsin.training.checkpoint import DamagedCheckpoint, find_checkpoints, read_checkpoint
-from opsin.training.scene import Scene
+from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, read_checkpoint
+from opsin.training.evaluator import Scene
 
 Weights = Literal["raw", "ema"]
 """Those that were trained, or their moving average."""

@@ -30,11 +30,11 @@ from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
 from opsin.storage.backup.service import open_backup, refuse_taken
 from opsin.storage.directory import RunDirectory, spelled_out
 from opsin.storage.files import write_atomic
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
+from opsin.training.evaluations import AVERAGED
 from opsin.training.loop import Run, fit
-from opsin.training.observe import AVERAGED
+from opsin.training.memory import is_out_of_memory
 from opsin.training.precision import choose_device, describe_device, peak_memory_bytes
-from opsin.training.splits import is_out_of_memory
 from opsin.training.state import TrainState
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")

@@ -19,7 +19,7 @@ from opsin.session import settle_rates
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
 
 _PAUSE_S = 0.002
 _STEPS_PER_KILL = 20

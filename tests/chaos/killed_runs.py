@@ -20,8 +20,7 @@ from typing import Any, Literal, Self
 
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
-from opsin.training.observe import EvaluatorConfig
-from opsin.training.scene import Scene
+from opsin.training.evaluator import EvaluatorConfig, Scene
 from opsin.verify import train_killed
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -17,7 +17,9 @@ from torch import nn
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.errors import CheckpointError
-from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints, read_checkpoint
+from opsin.training.checkpoints.checkpoints import Checkpoints
+from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
+from opsin.training.checkpoints.retention import CheckpointConfig
 from opsin.training.state import TrainState
 
 pytestmark = pytest.mark.chaos

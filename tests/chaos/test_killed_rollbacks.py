@@ -11,7 +11,7 @@ from opsin.recipe import read
 from opsin.reporting.journal import read_events, read_rows
 from opsin.session import train_recipe
 from opsin.storage.directory import RunDirectory
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
 from opsin.verify import digest
 from tests.chaos import poisoned  # noqa: F401  # makes its method known
 from tests.chaos.killed_runs import ROOT, Killer

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from opsin.reporting.journal import read_rows
 from opsin.settings.family import Family
-from opsin.training.alerts import MonitorConfig
-from opsin.training.observe import EvaluatorConfig
+from opsin.training.evaluator import EvaluatorConfig
+from opsin.training.monitor import MonitorConfig
 from tests.digits_run import SMALL_VIT, train_digits
 
 for _package in ("opsin.evaluation", "opsin.monitors"):

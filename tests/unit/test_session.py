@@ -21,7 +21,7 @@ from opsin.storage import lock as runlock
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
 from opsin.storage.listing import last_step
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.precision import configure
 from tests.digits_run import STEPS_PER_EPOCH, digits_recipe, train_digits
 

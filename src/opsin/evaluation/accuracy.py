@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from opsin.errors import ConfigError, DataError
 from opsin.methods.base import Method
 from opsin.storage.files import write_whole
-from opsin.training.observe import EvaluatorConfig
-from opsin.training.scene import Scene, StillData, untouched
+from opsin.training.evaluator import EvaluatorConfig, Scene, StillData, untouched
 
 
 class AccuracyConfig(EvaluatorConfig):

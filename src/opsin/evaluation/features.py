@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from opsin.errors import ConfigError, DataError
 from opsin.methods.base import Method
 from opsin.nn.backbone import Tokens
-from opsin.training.observe import EvaluatorConfig
+from opsin.training.evaluator import EvaluatorConfig, Labelled, LabelledChoice, SameWeights, Scene, StillData, untouched
 from opsin.training.precision import exact_products
-from opsin.training.scene import Labelled, LabelledChoice, SameWeights, Scene, StillData, untouched
 
 TOPS = (1, 5)
 _FEATURES_SHARE = 0.6

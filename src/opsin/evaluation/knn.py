@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opsin.clock.cadence import StepEvery
 from opsin.evaluation.features import Features, FeatureScore, FeatureScoreConfig, Hits, count_hits, kept_tops
-from opsin.training.scene import Scene
+from opsin.training.evaluator import Scene
 
 _QUERY_CHUNK, _BANK_CHUNK = 1024, 16384
 """Cosines in memory at a time: 64 MiB of them."""

@@ -13,7 +13,7 @@ from opsin.data.base import Source
 from opsin.data.holdout import Subset, hold_out
 from opsin.data.sources.labels import Opened
 from opsin.errors import ConfigError, DataError
-from opsin.training.scene import Labelled, LabelledChoice, StillData
+from opsin.training.evaluator import Labelled, LabelledChoice, StillData
 
 
 class LabelledImages:

@@ -19,7 +19,7 @@ from torch import Tensor
 from opsin.clock.cadence import StepEvery
 from opsin.evaluation.features import Features, FeatureScore, FeatureScoreConfig, Hits, count_hits, kept_tops
 from opsin.evaluation.logistic import class_scores, fit_logistic
-from opsin.training.scene import Scene
+from opsin.training.evaluator import Scene
 
 _CHOICE_PARTS = 10
 """One of so many parts of the bank chooses the penalty."""

@@ -23,8 +23,7 @@ from opsin.evaluation.map_pictures import Blocks, draw_attention, draw_predictio
 from opsin.methods.base import Method
 from opsin.nn.vit import VisionTransformer
 from opsin.storage.files import write_whole
-from opsin.training.observe import EvaluatorConfig
-from opsin.training.scene import Scene, StillData, untouched
+from opsin.training.evaluator import EvaluatorConfig, Scene, StillData, untouched
 
 _PATIENCE = 1000  # masks without use in a row, after which the other patches count as never hidden
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opsin.clock.timeline import Timeline
 from opsin.reporting.journal import Row
-from opsin.training.alerts import Finding, Monitor, MonitorConfig
+from opsin.training.monitor import Finding, Monitor, MonitorConfig
 from opsin.training.state import StepReport, TrainState
 
 _FEWEST = 8

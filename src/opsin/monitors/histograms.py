@@ -14,7 +14,7 @@ from opsin.clock.cadence import StepEvery, is_due
 from opsin.clock.timeline import Timeline
 from opsin.methods.base import Method
 from opsin.reporting.journal import GRADIENTS, PERCENTS, quantile_names
-from opsin.training.alerts import Monitor, MonitorConfig
+from opsin.training.monitor import Monitor, MonitorConfig
 from opsin.training.state import StepReport, TrainState
 
 _MOST = 2**18

@@ -16,7 +16,7 @@ from pydantic import Field
 from opsin.clock.cadence import StepEvery
 from opsin.clock.timeline import Timeline
 from opsin.reporting.journal import Row
-from opsin.training.alerts import Finding, Monitor, MonitorConfig
+from opsin.training.monitor import Finding, Monitor, MonitorConfig
 from opsin.training.state import StepReport, TrainState
 
 _GIB = 2**30

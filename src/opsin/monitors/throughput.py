@@ -10,7 +10,7 @@ from pydantic import Field
 
 from opsin.clock.timeline import Timeline
 from opsin.reporting.journal import Row
-from opsin.training.alerts import Finding, Monitor, MonitorConfig
+from opsin.training.monitor import Finding, Monitor, MonitorConfig
 
 
 class ThroughputConfig(MonitorConfig):

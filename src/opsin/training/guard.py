@@ -19,8 +19,9 @@ from opsin.errors import Diverged, LockLost, PassingFault, RunError
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Event, Fact, Journal
 from opsin.settings.family import Settings
-from opsin.training.alerts import RollBack
-from opsin.training.checkpoint import Checkpoints, DamagedCheckpoint, load_into
+from opsin.training.checkpoints.checkpoints import Checkpoints
+from opsin.training.checkpoints.format import DamagedCheckpoint, load_into
+from opsin.training.monitor import RollBack
 from opsin.training.state import Detour, TrainState
 
 _MARGIN = 100

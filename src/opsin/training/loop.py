@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from opsin.data.base import Data
 from opsin.errors import Stopped
 from opsin.storage.directory import RunDirectory
-from opsin.training.alerts import Alerts, RollBack
-from opsin.training.checkpoint import Checkpoints
+from opsin.training.alerts import Alerts
+from opsin.training.checkpoints.checkpoints import Checkpoints
+from opsin.training.evaluations import Evaluations
 from opsin.training.guard import Guard
-from opsin.training.observe import Evaluations, Observations
-from opsin.training.profile import Profile
+from opsin.training.monitor import RollBack
+from opsin.training.observe import Observations
+from opsin.training.profile.profile import Profile
 from opsin.training.state import StepPlan, TrainState
 from opsin.training.step import train_step
 from opsin.training.stop import Stop

@@ -6,72 +6,22 @@ all or none of it the weights are the same bits.
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
 
 import torch
 
-from opsin.clock.cadence import StepEvery, is_due
+from opsin.clock.cadence import is_due
 from opsin.clock.timeline import Timeline
 from opsin.data.base import Batch
 from opsin.errors import Diverged
-from opsin.methods.base import Method
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
-from opsin.settings.family import Family
-from opsin.training.alerts import CANCELLED, Finding, Monitor, RollBack
+from opsin.training.monitor import CANCELLED, Finding, Monitor, RollBack
 from opsin.training.precision import peak_memory_bytes
-from opsin.training.scene import Scene
 from opsin.training.state import StepReport, TrainState
-
-AVERAGED = "_ema"
-"""Behind the prefix of a score: it is one of the averaged weights."""
-
-_SUMMARY = ("train/loss", "train/top1", "train/images_per_s")
-_HIDDEN = ("train/", "loss/", "time/", "collapse/", "system/", "gradients/")
-
-
-class Evaluator(Protocol):
-    """Scores of a method."""
-
-    def evaluate(self, method: Method) -> Mapping[str, float]:
-        """Scores by short name (`top1`). Must leave weights, modes and random numbers as they are."""
-        ...
-
-
-@runtime_checkable
-class StepEvaluator(Evaluator, Protocol):
-    """An evaluator that also leaves files for each step."""
-
-    step: int
-    """How many updates the weights have seen; set before each call of `evaluate`."""
-
-
-class EvaluatorConfig(Family, ABC):
-    """An evaluator in a recipe; the key it stands under is the prefix of its scores."""
-
-    every: StepEvery = "1 epoch"
-    """How often it runs. The end of the run is always evaluated."""
-
-    @abstractmethod
-    def build(self, scene: Scene, prefix: str) -> Evaluator:
-        """The evaluator; `prefix` is the key it stands under.
-
-        Raises:
-            ConfigError: the scene lacks what it needs (validation images, say).
-        """
-
-    def check(self, method: Method, prefix: str) -> None:
-        """See that the evaluator can score `method`.
-
-        Raises:
-            ConfigError: it cannot.
-        """
-        return
 
 
 class Observations:
@@ -258,84 +208,6 @@ class Observations:
             f"{text}. The weights are those of step {since - 1}. Lower optim.lr, set optim.clip_norm, or try "
             "precision=fp32"
         )
-
-
-class Evaluations:
-    """Runs evaluators when they are due, writes their scores, and tells which state is the best."""
-
-    def __init__(
-        self,
-        journal: Journal,
-        timeline: Timeline,
-        evaluators: Mapping[str, tuple[str, Evaluator]],
-        *,
-        console: Console,
-        last_step: int,
-        observations: Observations,
-        on_scores: Callable[[TrainState, Mapping[str, float]], None],
-        same_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        """`same_weights` is entered around all evaluators that see the same weights, and left before these change."""
-        self._journal = journal
-        self._timeline = timeline
-        self._evaluators = evaluators
-        self._console = console
-        self._last_step = last_step
-        self._observations = observations
-        self._on_scores = on_scores
-        self._same_weights = same_weights
-
-    def is_due(self, step: int) -> bool:
-        """Whether any evaluator runs after `step` updates."""
-        return any(self._runs(every, step) for every, _ in self._evaluators.values())
-
-    def run_if_due(self, state: TrainState) -> None:
-        """Evaluate what is due at this step and has no score yet."""
-        with self._observations.paused():
-            scores = self._score(state)
-            if scores:
-                epoch = self._timeline.epoch(state.step)
-                # The best state is marked before the score is written: a run killed in between scores again.
-                self._on_scores(state, scores)
-                self._journal.log(state.step, epoch, scores, time_s=state.elapsed_s)
-            if self._timeline.ends_epoch(state.step) or scores:
-                self._summarise_epoch(state)
-
-    def _score(self, state: TrainState) -> dict[str, float]:
-        """What the evaluators say that are due and have no score in the journal, by full name."""
-        known = self._journal.row(state.step)
-        wanted = {
-            prefix: evaluator
-            for prefix, (every, evaluator) in self._evaluators.items()
-            if self._runs(every, state.step) and not any(name.startswith(f"{prefix}/") for name in known)
-        }
-        for evaluator in wanted.values():
-            if isinstance(evaluator, StepEvaluator):
-                evaluator.step = state.step
-        averaged: Mapping[str, Mapping[str, float]] = {}
-        if state.ema is not None and wanted:
-            # First, so that what an evaluator leaves in a file is of the weights that train.
-            with state.ema.in_place(), self._same_weights():
-                averaged = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
-        with self._same_weights():
-            trained = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
-        return {
-            f"{prefix}{suffix}/{name}": value
-            for prefix in wanted
-            for suffix, scores in ((AVERAGED, averaged), ("", trained))
-            for name, value in scores.get(prefix, {}).items()
-        }
-
-    def _runs(self, every: str, step: int) -> bool:
-        return step == self._last_step or is_due(every, self._timeline, step)
-
-    def _summarise_epoch(self, state: TrainState) -> None:
-        row = self._journal.row(state.step)
-        shown = {name: row[name] for name in row if name in _SUMMARY or not name.startswith(_HIDDEN)}
-        scores = [name for name in shown if name.endswith("/top1") and name not in _SUMMARY]
-        best = {name: value for name in scores if (value := self._journal.best(name)) is not None}
-        epoch = round(self._timeline.epoch(state.step), 2)
-        self._console.epoch(epoch, shown, seconds=state.elapsed_s, best=best)
 
 
 def _means(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
 from opsin.methods.base import Losses, Method
 from opsin.nn.ema import ModelEma
-from opsin.training.splits import Splits
+from opsin.training.memory import Splits
 from opsin.training.stopwatch import Stopwatch
 
 

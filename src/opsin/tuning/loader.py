@@ -24,9 +24,9 @@ from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import ConfigError
 from opsin.recipe import Recipe
 from opsin.reporting.console import Console
-from opsin.stages import plan_time
 from opsin.training.loop import Run
 from opsin.training.precision import choose_device
+from opsin.training.stages import plan_time
 from opsin.training.state import TrainState
 from opsin.training.step import train_step
 from opsin.tuning.aside import assembled_aside

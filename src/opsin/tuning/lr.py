@@ -21,7 +21,7 @@ from opsin.clock.schedule import Constant
 from opsin.clock.timeline import Clock
 from opsin.errors import ConfigError, RunError, TrainingError
 from opsin.lr_search import RESULT, sweep_key
-from opsin.recipe import Recipe, StageConfig, read, shipped
+from opsin.recipe import Recipe, read, shipped
 from opsin.reporting.console import Console, open_console
 from opsin.session import in_words
 from opsin.settings.text import shipped_recipes
@@ -29,6 +29,7 @@ from opsin.settings.yaml_tree import read_overrides
 from opsin.storage.files import write_atomic
 from opsin.training.loop import Run
 from opsin.training.optim import AdamW
+from opsin.training.stages import StageConfig
 from opsin.training.state import Pace
 from opsin.training.step import train_step
 from opsin.tuning.aside import assembled_aside

@@ -14,7 +14,7 @@ from opsin.data.sources.open import open_sources
 from opsin.evaluation.features import Features, FeatureScore, Score, extract
 from opsin.evaluation.labelled import LabelledImages
 from opsin.nn.backbone import Tokens
-from opsin.training.scene import Labelled, LabelledChoice, Scene
+from opsin.training.evaluator import Labelled, LabelledChoice, Scene
 
 CPU = torch.device("cpu")
 

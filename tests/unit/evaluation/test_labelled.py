@@ -12,7 +12,7 @@ from torch import Tensor
 from opsin.data.sources.labels import no_labels
 from opsin.errors import ConfigError
 from opsin.evaluation.labelled import spread_classes
-from opsin.training.scene import LabelledChoice, StillData
+from opsin.training.evaluator import LabelledChoice, StillData
 from tests.unit.data.pictures import fill
 from tests.unit.evaluation.digits import digits_at, images_of
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.reporting.journal import Row
-from opsin.training.alerts import Finding, Monitor
+from opsin.training.monitor import Finding, Monitor
 
 TIMELINE = Timeline([Stage(epochs=10, batch_size=48, steps_per_epoch=100)])
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 from opsin.monitors.gradients import GradientsConfig
-from opsin.training.alerts import Finding
+from opsin.training.monitor import Finding
 from tests.unit.monitors.synthetic import TIMELINE, judged
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.loss import LossConfig
-from opsin.training.alerts import Finding
+from opsin.training.monitor import Finding
 from tests.unit.monitors.synthetic import TIMELINE, judged
 
 

@@ -6,7 +6,7 @@ import torch
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.memory import MemoryCreepConfig
-from opsin.training.alerts import Finding
+from opsin.training.monitor import Finding
 from opsin.training.state import Pace, StepReport
 from opsin.training.stopwatch import Stopwatch
 from tests.unit.monitors.synthetic import judged

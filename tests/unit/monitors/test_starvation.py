@@ -1,7 +1,7 @@
 """Waiting for data is told where it is long, lasts and matters."""
 
 from opsin.monitors.starvation import StarvationConfig
-from opsin.training.alerts import Finding
+from opsin.training.monitor import Finding
 from tests.unit.monitors.synthetic import TIMELINE, judged
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.throughput import ThroughputConfig
-from opsin.training.alerts import Finding
+from opsin.training.monitor import Finding
 from tests.unit.monitors.synthetic import TIMELINE, judged
 
 USUAL = 1000.0

@@ -15,8 +15,9 @@ from opsin.monitors.loss import LossConfig
 from opsin.recipe import read
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
-from opsin.training.alerts import Alerts, MonitorConfig, RollBack
-from opsin.training.retention import CheckpointConfig, Retention
+from opsin.training.alerts import Alerts
+from opsin.training.checkpoints.retention import CheckpointConfig, Retention
+from opsin.training.monitor import MonitorConfig, RollBack
 from tests.unit.training.tiny_run import fresh
 
 TIMELINE = Timeline([Stage(epochs=100, batch_size=64, steps_per_epoch=22)])

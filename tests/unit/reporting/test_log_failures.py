@@ -14,7 +14,7 @@ from opsin.reporting.journal import Journal, Row, read_events, read_rows
 from opsin.reporting.lines import LineFile
 from opsin.reporting.outlets import write_if_possible
 from opsin.reporting.sinks import CsvTable, SinkName, TensorBoard, TextLog, open_sinks
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
 from tests.digits_run import train_digits
 from tests.unit.reporting.test_journal import Memory
 from tests.unit.reporting.test_sinks import scalars, table

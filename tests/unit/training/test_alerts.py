@@ -17,9 +17,10 @@ from opsin.errors import Stopped, TrainingError
 from opsin.methods.base import Clock
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal, Row, read_events
-from opsin.training.alerts import CANCELLED, Action, Alerts, Finding, Monitor, RollBack
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.alerts import Alerts
+from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.loop import Run, fit
+from opsin.training.monitor import CANCELLED, Action, Finding, Monitor, RollBack
 from tests.unit.training.test_loop import Numbers, run_in
 from tests.unit.training.tiny_run import Tiny, equal
 from tests.unit.training.tiny_run import fresh as fresh_state

@@ -19,10 +19,10 @@ from opsin.data.base import Batch
 from opsin.errors import ConfigError, Diverged, PassingFault, Stopped
 from opsin.recipe import read
 from opsin.reporting.journal import Journal, Row, read_events, read_rows
-from opsin.training.alerts import Action, Finding, Monitor, RollBack
-from opsin.training.checkpoint import find_checkpoints, read_checkpoint
+from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
 from opsin.training.guard import GuardConfig
 from opsin.training.loop import Run, fit
+from opsin.training.monitor import Action, Finding, Monitor, RollBack
 from opsin.training.state import Detour
 from tests.unit.training.test_loop import LAST, TIMELINE, Numbers, run_in
 from tests.unit.training.tiny_run import equal, flip_byte, fresh

@@ -21,11 +21,16 @@ from opsin.methods.base import Clock, Losses, Method
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
 from opsin.storage.directory import RunDirectory
-from opsin.training.alerts import Action, Alerts, Finding, Monitor
-from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
+from opsin.training.alerts import Alerts
+from opsin.training.checkpoints.checkpoints import Checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
+from opsin.training.checkpoints.retention import CheckpointConfig
+from opsin.training.evaluations import Evaluations
+from opsin.training.evaluator import Evaluator
 from opsin.training.guard import Guard, GuardConfig
 from opsin.training.loop import Run, fit
-from opsin.training.observe import Evaluations, Evaluator, Observations
+from opsin.training.monitor import Action, Finding, Monitor
+from opsin.training.observe import Observations
 from opsin.training.state import Pace, StepPlan, TrainState
 from opsin.training.stop import Stop
 from tests.unit.training.tiny_run import Tiny, equal

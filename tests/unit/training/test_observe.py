@@ -20,8 +20,10 @@ from opsin.methods.base import Method
 from opsin.nn.ema import ModelEma
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal, read_events
-from opsin.training.alerts import Monitor
-from opsin.training.observe import Evaluations, Evaluator, Observations
+from opsin.training.evaluations import Evaluations
+from opsin.training.evaluator import Evaluator
+from opsin.training.monitor import Monitor
+from opsin.training.observe import Observations
 from opsin.training.state import Pace, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
 from tests.unit.training.tiny_run import fresh

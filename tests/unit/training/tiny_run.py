@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.methods.base import Batch, Clock, Losses, Method, ParamGroup, Views
-from opsin.training.checkpoint import CheckpointConfig, Checkpoints, find_checkpoints
+from opsin.training.checkpoints.checkpoints import Checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
+from opsin.training.checkpoints.retention import CheckpointConfig
 from opsin.training.state import LossScale, TrainState
 
 TIMELINE = Timeline([Stage(epochs=10, batch_size=4, steps_per_epoch=5)])

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from opsin.errors import Diverged, LockLost, RunError, TrainingError
-from opsin.training.checkpoint import best_checkpoint, read_checkpoint
+from opsin.training.checkpoints.format import read_checkpoint
+from opsin.training.checkpoints.retention import best_checkpoint
 from opsin.training.state import TrainState
 from tests.conftest import RunOnSmallDisk
 from tests.unit.training.tiny_run import Story, bits, equal, flip_byte, fresh, train

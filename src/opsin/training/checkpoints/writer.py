@@ -19,8 +19,8 @@ import torch
 from opsin.__version__ import __version__
 from opsin.storage.compression import SUFFIX, Compressor
 from opsin.storage.files import put_in_place, sync
-from opsin.training.checkpoint_format import MANIFEST, STATE, digest, name_of
-from opsin.training.snapshot import Snapshot
+from opsin.training.checkpoints.format import MANIFEST, STATE, digest, name_of
+from opsin.training.checkpoints.snapshot import Snapshot
 
 _MIB = 2**20
 _GATHERED = 2**18

@@ -2,7 +2,7 @@
 
 import torch
 
-from opsin.training.gradients import scale
+from opsin.training.step import scale
 
 
 def test_all_take_one_factor() -> None:

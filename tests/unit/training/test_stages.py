@@ -12,8 +12,8 @@ from opsin.recipe import Recipe, read
 from opsin.reporting.journal import read_events, read_rows
 from opsin.results import evaluate_run
 from opsin.session import resume_run, train_recipe
-from opsin.stages import plan_time
-from opsin.training.checkpoint import find_checkpoints, read_checkpoint
+from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
+from opsin.training.stages import plan_time
 from tests.digits_run import digits_recipe, train_digits
 
 pytestmark = pytest.mark.usefixtures("torch_switches")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opsin.errors import CheckpointError, RunError
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.state import TrainState
 from tests.unit.training.tiny_run import Story, bits, equal, flip_byte, fresh, train
 
@@ -64,7 +64,7 @@ def test_a_disk_that_fails_is_told_with_a_way_out(story: Story, monkeypatch: pyt
         def full(path: Path, data: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr("opsin.training.retention.write_atomic", full)
+        monkeypatch.setattr("opsin.training.checkpoints.retention.write_atomic", full)
     with pytest.raises(RunError, match=r"checkpoints: cannot be written: .*; make room, or choose another --out"):
         Story(story.folder).checkpoints.restore(fresh())
 

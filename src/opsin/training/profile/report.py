@@ -11,7 +11,7 @@ from torch.profiler import profile as Recording
 
 from opsin.reporting.style import BLUE, new_figure, to_png
 from opsin.storage.files import write_atomic
-from opsin.training.step_parts import OTHER, Spread
+from opsin.training.profile.parts import OTHER, Spread
 
 _OPERATORS = 20
 _GREY, _PALE = "#606060", "#9A9A9A"

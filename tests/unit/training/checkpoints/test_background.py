@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from opsin.errors import RunError, Stopped, TrainingError
-from opsin.training.checkpoint import find_checkpoints, read_checkpoint
-from opsin.training.snapshot import Buffers, take_snapshot
+from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
+from opsin.training.checkpoints.snapshot import Buffers, take_snapshot
 from opsin.training.state import Detour, TrainState
 from tests.unit.training.tiny_run import Story, bits, equal, fresh, train
 

@@ -4,7 +4,7 @@ step-00000123/
 ├── state.pt         weights, optimizer state and loss scale: plain tensors and numbers (state.pt.zst: compressed)
 └── manifest.json    format, step, training time, versions, and the sha256 of every file and of itself
 
-Whatever has such a name is complete: `training/checkpoint_writer.py` writes under a hidden name and renames.
+Whatever has such a name is complete: `training/checkpoints/writer.py` writes under a hidden name and renames.
 """
 
 import hashlib

@@ -15,9 +15,9 @@ from opsin.errors import RunError, TrainingError
 from opsin.nn.heads import Classifier
 from opsin.reporting.journal import Fact, read_events
 from opsin.session import resume_run
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
+from opsin.training.memory import Splits
 from opsin.training.optim import SGD, build_optimizer
-from opsin.training.splits import Splits
 from opsin.training.state import TrainState
 from opsin.training.step import train_step
 from tests.digits_run import CONVNET, SMALL_VIT, STEPS_PER_EPOCH, train_digits

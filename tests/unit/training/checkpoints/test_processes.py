@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.training.checkpoint import read_checkpoint
+from opsin.training.checkpoints.format import read_checkpoint
 from tests.unit.training.tiny_run import Story, equal, fresh, train
 
 MEMORY = """

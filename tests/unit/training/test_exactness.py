@@ -10,7 +10,7 @@ from opsin.recipe import Recipe, read
 from opsin.reporting.journal import Row, read_events, read_rows
 from opsin.session import resume_run, train_recipe
 from opsin.storage.directory import RunDirectory
-from opsin.training.checkpoint import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
 from opsin.verify import digest
 from tests.digits_run import BROKEN_UP, CONVNET, OF_THE_MACHINE, VIT
 from tests.unit.data.pictures import fill

@@ -22,9 +22,7 @@ from opsin.data.base import Batch
 from opsin.errors import RunError
 from opsin.reporting.console import Console
 from opsin.settings.family import Settings
-from opsin.training.profile_report import Operator, Split, top_operators, write_trace
-from opsin.training.state import TrainState
-from opsin.training.step_parts import (
+from opsin.training.profile.parts import (
     DATA,
     PARTS,
     STEP,
@@ -36,6 +34,8 @@ from opsin.training.step_parts import (
     host_times,
     summarise,
 )
+from opsin.training.profile.report import Operator, Split, top_operators, write_trace
+from opsin.training.state import TrainState
 
 _TRACED = 3
 """Steps in the trace, and in the list of operators."""

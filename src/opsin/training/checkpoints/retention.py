@@ -13,7 +13,7 @@ from opsin.clock.cadence import Every, StepEvery
 from opsin.errors import RunError
 from opsin.settings.family import Settings
 from opsin.storage.files import remove_whole, rename_over, write_atomic
-from opsin.training.checkpoint_format import find_checkpoints
+from opsin.training.checkpoints.format import find_checkpoints
 
 BEST = "best.json"
 UNHEALTHY = "unhealthy-"

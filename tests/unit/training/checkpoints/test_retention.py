@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opsin.training.checkpoint import best_checkpoint, find_checkpoints
-from opsin.training.retention import CheckpointConfig, Retention, Scored, among_best
+from opsin.training.checkpoints.format import find_checkpoints
+from opsin.training.checkpoints.retention import CheckpointConfig, Retention, Scored, among_best, best_checkpoint
 from tests.conftest import RunOnSmallDisk
 from tests.unit.training.tiny_run import Story, equal, flip_byte, fresh, train
 

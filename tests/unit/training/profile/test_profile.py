@@ -16,9 +16,9 @@ from torch.profiler import profile
 from opsin.data.base import Batch
 from opsin.reporting.console import Console
 from opsin.session import resume_run
-from opsin.training.profile import ProfileConfig, StepProfile
-from opsin.training.profile_report import write_trace
-from opsin.training.step_parts import OTHER, STEP, Kernel, Span, device_times, host_times, span
+from opsin.training.profile.parts import OTHER, STEP, Kernel, Span, device_times, host_times, span
+from opsin.training.profile.profile import ProfileConfig, StepProfile
+from opsin.training.profile.report import write_trace
 from tests.digits_run import STEPS_PER_EPOCH, train_digits
 from tests.unit.training.tiny_run import fresh
 

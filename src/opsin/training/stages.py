@@ -1,20 +1,70 @@
 """From the stages of a recipe to those of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Protocol
 
+from pydantic import Field
+
+from opsin.clock.schedule import Schedule
 from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Source
+from opsin.data.config import DataConfig
 from opsin.data.order import check_share, class_share, steps_per_epoch
 from opsin.errors import ConfigError
 from opsin.methods.base import Method
-from opsin.recipe import Recipe, StageConfig
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
+from opsin.settings.family import Settings
 from opsin.training.freeze import LayerFreezer
 
 
-def plan_time(recipe: Recipe, source: Source, say: Callable[[str], None]) -> Timeline:
+class StageConfig(Settings):
+    """A stretch of the run with settings of its own; what it leaves out is as in the recipe."""
+
+    name: str | None = None
+    """What logs and plots call it."""
+    epochs: float = Field(gt=0)
+    """Passes over the images of this stage."""
+    image_size: int | None = Field(None, gt=0)
+    """Side of its training images in pixels; scores are always taken at `data.image_size`."""
+    batch_size: int | None = Field(None, gt=0)
+    """Images per update."""
+    data_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the images of each class; those of a smaller share are part of a larger one."""
+    lr_scale: float = Field(1.0, gt=0)
+    """Factor on every learning rate."""
+    mix: bool = True
+    """Whether images are mixed where `method.mix` says so."""
+    label_smoothing: float | None = Field(None, ge=0, lt=1)
+    """Takes the place of `method.label_smoothing`."""
+    train: tuple[str, ...] = ("*",)
+    """Patterns of the parameters that learn (`head.*`, `backbone.blocks.1*`); the others are frozen."""
+
+
+class Timed(Protocol):
+    """The part of a recipe that says how long it trains, and on how much at a time."""
+
+    @property
+    def stages(self) -> Sequence[StageConfig]: ...
+
+    @property
+    def epochs(self) -> float | None: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def accumulate(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def data(self) -> DataConfig: ...
+
+
+def plan_time(recipe: Timed, source: Source, say: Callable[[str], None]) -> Timeline:
     """The stages of the run, and with them its steps.
 
     Raises:
@@ -31,7 +81,7 @@ def plan_time(recipe: Recipe, source: Source, say: Callable[[str], None]) -> Tim
     return Timeline([_stage(recipe, number, stage, stretch, source) for number, stage in enumerate(wanted)])
 
 
-def _stage(recipe: Recipe, number: int, wanted: StageConfig, stretch: float, source: Source) -> Stage:
+def _stage(recipe: Timed, number: int, wanted: StageConfig, stretch: float, source: Source) -> Stage:
     place = f"stages.{number}." if recipe.stages else ""
     batch_size = wanted.batch_size or recipe.batch_size
     size_key = f"{place if wanted.batch_size else ''}batch_size"
@@ -60,14 +110,14 @@ def _stage(recipe: Recipe, number: int, wanted: StageConfig, stretch: float, sou
     )
 
 
-def plan_stages(recipe: Recipe, timeline: Timeline, method: Method) -> LayerFreezer:
-    """What freezes the layers of each stage.
+def plan_stages(schedule: Schedule, timeline: Timeline, method: Method) -> LayerFreezer:
+    """What freezes the layers of each stage; `schedule` is that of the optimizer.
 
     Raises:
         ConfigError: the network cannot take a stage's images, or a pattern matches no layer.
     """
     freezer = LayerFreezer(method)
-    schedules = {"optim.schedule": recipe.optim.schedule, **method.schedules()}
+    schedules = {"optim.schedule": schedule, **method.schedules()}
     for number, stage in enumerate(timeline.stages):
         for key, schedule in schedules.items():
             if schedule.over == "stage" and schedule.warmup_epochs >= stage.passes:

@@ -1,15 +1,19 @@
 """What evaluators may look at, and how they leave it."""
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from opsin.clock.cadence import StepEvery
 from opsin.data.base import Batch, DataFacts
+from opsin.methods.base import Method
+from opsin.settings.family import Family
 from opsin.storage.files import write_whole
 
 
@@ -124,3 +128,42 @@ def untouched(network: Network, device: torch.device) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+class Evaluator(Protocol):
+    """Scores of a method."""
+
+    def evaluate(self, method: Method) -> Mapping[str, float]:
+        """Scores by short name (`top1`). Must leave weights, modes and random numbers as they are."""
+        ...
+
+
+@runtime_checkable
+class StepEvaluator(Evaluator, Protocol):
+    """An evaluator that also leaves files for each step."""
+
+    step: int
+    """How many updates the weights have seen; set before each call of `evaluate`."""
+
+
+class EvaluatorConfig(Family, ABC):
+    """An evaluator in a recipe; the key it stands under is the prefix of its scores."""
+
+    every: StepEvery = "1 epoch"
+    """How often it runs. The end of the run is always evaluated."""
+
+    @abstractmethod
+    def build(self, scene: Scene, prefix: str) -> Evaluator:
+        """The evaluator; `prefix` is the key it stands under.
+
+        Raises:
+            ConfigError: the scene lacks what it needs (validation images, say).
+        """
+
+    def check(self, method: Method, prefix: str) -> None:
+        """See that the evaluator can score `method`.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        return

@@ -14,41 +14,25 @@ from opsin.clock.timeline import Timeline
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
 from opsin.reporting.journal import Fact
 from opsin.storage.files import remove_leftovers, rename_over
-from opsin.training.background import Background
-from opsin.training.checkpoint_format import (
-    Checkpoint,
-    DamagedCheckpoint,
+from opsin.training.checkpoints.background import Background
+from opsin.training.checkpoints.format import (
     find_checkpoints,
-    load_into,
     load_newest,
     name_of,
-    read_checkpoint,
 )
-from opsin.training.checkpoint_writer import reason_of, room, write_checkpoint
-from opsin.training.retention import (
+from opsin.training.checkpoints.retention import (
     BEST,
     CheckpointConfig,
     DamagedMarks,
     Retention,
     Scored,
     among_best,
-    best_checkpoint,
     read_best,
     write_best,
 )
-from opsin.training.snapshot import Snapshot, Snapshots
+from opsin.training.checkpoints.snapshot import Snapshot, Snapshots
+from opsin.training.checkpoints.writer import reason_of, room, write_checkpoint
 from opsin.training.state import Detour, TrainState
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointConfig",
-    "Checkpoints",
-    "DamagedCheckpoint",
-    "best_checkpoint",
-    "find_checkpoints",
-    "load_into",
-    "read_checkpoint",
-]
 
 
 class Checkpoints:

@@ -1,0 +1,99 @@
+"""Evaluations of a run: evaluators run when they are due, and their scores are written."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+from opsin.clock.cadence import is_due
+from opsin.clock.timeline import Timeline
+from opsin.reporting.console import Console
+from opsin.reporting.journal import Journal
+from opsin.training.evaluator import Evaluator, StepEvaluator
+from opsin.training.observe import Observations
+from opsin.training.state import TrainState
+
+AVERAGED = "_ema"
+"""Behind the prefix of a score: it is one of the averaged weights."""
+
+
+_SUMMARY = ("train/loss", "train/top1", "train/images_per_s")
+
+
+_HIDDEN = ("train/", "loss/", "time/", "collapse/", "system/", "gradients/")
+
+
+class Evaluations:
+    """Runs evaluators when they are due, writes their scores, and tells which state is the best."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        timeline: Timeline,
+        evaluators: Mapping[str, tuple[str, Evaluator]],
+        *,
+        console: Console,
+        last_step: int,
+        observations: Observations,
+        on_scores: Callable[[TrainState, Mapping[str, float]], None],
+        same_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`same_weights` is entered around all evaluators that see the same weights, and left before these change."""
+        self._journal = journal
+        self._timeline = timeline
+        self._evaluators = evaluators
+        self._console = console
+        self._last_step = last_step
+        self._observations = observations
+        self._on_scores = on_scores
+        self._same_weights = same_weights
+
+    def is_due(self, step: int) -> bool:
+        """Whether any evaluator runs after `step` updates."""
+        return any(self._runs(every, step) for every, _ in self._evaluators.values())
+
+    def run_if_due(self, state: TrainState) -> None:
+        """Evaluate what is due at this step and has no score yet."""
+        with self._observations.paused():
+            scores = self._score(state)
+            if scores:
+                epoch = self._timeline.epoch(state.step)
+                # The best state is marked before the score is written: a run killed in between scores again.
+                self._on_scores(state, scores)
+                self._journal.log(state.step, epoch, scores, time_s=state.elapsed_s)
+            if self._timeline.ends_epoch(state.step) or scores:
+                self._summarise_epoch(state)
+
+    def _score(self, state: TrainState) -> dict[str, float]:
+        """What the evaluators say that are due and have no score in the journal, by full name."""
+        known = self._journal.row(state.step)
+        wanted = {
+            prefix: evaluator
+            for prefix, (every, evaluator) in self._evaluators.items()
+            if self._runs(every, state.step) and not any(name.startswith(f"{prefix}/") for name in known)
+        }
+        for evaluator in wanted.values():
+            if isinstance(evaluator, StepEvaluator):
+                evaluator.step = state.step
+        averaged: Mapping[str, Mapping[str, float]] = {}
+        if state.ema is not None and wanted:
+            # First, so that what an evaluator leaves in a file is of the weights that train.
+            with state.ema.in_place(), self._same_weights():
+                averaged = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
+        with self._same_weights():
+            trained = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
+        return {
+            f"{prefix}{suffix}/{name}": value
+            for prefix in wanted
+            for suffix, scores in ((AVERAGED, averaged), ("", trained))
+            for name, value in scores.get(prefix, {}).items()
+        }
+
+    def _runs(self, every: str, step: int) -> bool:
+        return step == self._last_step or is_due(every, self._timeline, step)
+
+    def _summarise_epoch(self, state: TrainState) -> None:
+        row = self._journal.row(state.step)
+        shown = {name: row[name] for name in row if name in _SUMMARY or not name.startswith(_HIDDEN)}
+        scores = [name for name in shown if name.endswith("/top1") and name not in _SUMMARY]
+        best = {name: value for name in scores if (value := self._journal.best(name)) is not None}
+        epoch = round(self._timeline.epoch(state.step), 2)
+        self._console.epoch(epoch, shown, seconds=state.elapsed_s, best=best)
