@@ -121,7 +121,7 @@ def import_everything() -> None:
     import sklearn.datasets  # noqa: F401
     import torch._dynamo  # noqa: F401
 
-    import opsin.session  # noqa: F401
+    import opsin.run.session  # noqa: F401
     import tests.chaos.poisoned  # noqa: F401  # makes its method known
 
     gc.freeze()

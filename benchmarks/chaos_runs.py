@@ -11,9 +11,9 @@ from pathlib import Path
 
 from chaos_conditions import Condition, Strike, nothing
 from opsin.reporting.journal import read_rows
+from opsin.run.verify import digest
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
-from opsin.verify import digest
 from tests.chaos.killed_runs import Forked
 
 STEPS = 40

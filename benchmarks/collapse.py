@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interleaved import table
-from opsin.recipe import read
 from opsin.reporting.journal import Event, read_events, read_rows
-from opsin.session import train_recipe
+from opsin.run.recipe import read
+from opsin.run.session import train_recipe
 
 QUIET = (
     "log.every=10",

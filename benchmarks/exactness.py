@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 
 from interleaved import table
-from opsin.recipe import read
+from opsin.run.recipe import read
+from opsin.run.verify import Kill, digest, finish, start, train_killed
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
-from opsin.verify import Kill, digest, finish, start, train_killed
 
 SETTINGS = (
     "batch_size=64",

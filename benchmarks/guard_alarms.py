@@ -31,9 +31,9 @@ from opsin.errors import OpsinError
 from opsin.methods.base import Batch, Clock, Losses, MethodConfig, Views
 from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.backbone import ModelConfig
-from opsin.recipe import read
 from opsin.reporting.journal import Event, read_events
-from opsin.session import train_recipe
+from opsin.run.recipe import read
+from opsin.run.session import train_recipe
 from opsin.storage.directory import RunDirectory
 
 Trouble = Literal["nan", "loss", "gradient", "collapse", "slow", "starved", "memory"]

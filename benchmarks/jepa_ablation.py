@@ -27,17 +27,17 @@ from pathlib import Path
 import torch
 
 from feature_baselines import Pixels, scores_of
-from opsin.assembly_images import open_images
 from opsin.clock.schedule import Cosine
 from opsin.data.base import Source
 from opsin.data.loading import EvaluationData
 from opsin.data.sources.labels import Opened
 from opsin.data.sources.open import open_sources
 from opsin.evaluation.labelled import LabelledImages
-from opsin.recipe import Recipe, read
 from opsin.reporting.journal import read_rows
-from opsin.results import evaluate_run
-from opsin.session import train_recipe
+from opsin.run.images import open_images
+from opsin.run.recipe import Recipe, read
+from opsin.run.results import evaluate_run
+from opsin.run.session import train_recipe
 from opsin.training.evaluator import LabelledChoice
 
 QUIET = (

@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 from interleaved import Timing, table
-from opsin.assembly import assemble
 from opsin.data.base import Batch, Data, DataFacts, Detour
 from opsin.methods.base import Method
 from opsin.methods.supervised import Supervised
-from opsin.recipe import Recipe, read
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
+from opsin.run.assemble import assemble
+from opsin.run.recipe import Recipe, read
 from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run, fit
 

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from interleaved import table
 from opsin.errors import TrainingError
-from opsin.recipe import read
 from opsin.reporting.console import open_console
 from opsin.reporting.journal import read_rows
-from opsin.session import train_recipe
+from opsin.run.recipe import read
+from opsin.run.session import train_recipe
 from opsin.tuning.lr import choose_range, run_sweep
 from opsin.tuning.lr_curve import Reading, read_curve
 

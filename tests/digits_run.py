@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from opsin.recipe import Recipe, read
-from opsin.session import train_recipe
+from opsin.run.recipe import Recipe, read
+from opsin.run.session import train_recipe
 from opsin.training.loop import Run
 
 SMALL_VIT = ("model.width=16", "model.depth=1", "model.heads=2", "model.dropout=0")

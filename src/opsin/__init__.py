@@ -5,25 +5,25 @@ from typing import TYPE_CHECKING
 from opsin.__version__ import __version__ as __version__
 
 if TYPE_CHECKING:
-    from opsin.assembly import assemble
     from opsin.export.encoder import Encoder
     from opsin.methods.base import Method, MethodConfig
-    from opsin.recipe import Recipe, read
-    from opsin.results import load
-    from opsin.session import train
+    from opsin.run.assemble import assemble
+    from opsin.run.recipe import Recipe, read
+    from opsin.run.results import load
+    from opsin.run.session import train
     from opsin.training.loop import Run, fit
 
 __all__ = ["Encoder", "Method", "MethodConfig", "Recipe", "Run", "assemble", "fit", "load", "read", "train"]
 
 _HOMES = {
-    "assemble": "opsin.assembly",
-    "train": "opsin.session",
+    "assemble": "opsin.run.assemble",
+    "train": "opsin.run.session",
     "Encoder": "opsin.export.encoder",
-    "load": "opsin.results",
+    "load": "opsin.run.results",
     "Method": "opsin.methods.base",
     "MethodConfig": "opsin.methods.base",
-    "Recipe": "opsin.recipe",
-    "read": "opsin.recipe",
+    "Recipe": "opsin.run.recipe",
+    "read": "opsin.run.recipe",
     "Run": "opsin.training.loop",
     "fit": "opsin.training.loop",
 }

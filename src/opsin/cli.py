@@ -233,8 +233,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if (status := supervised(arguments, command, out, fresh=arguments.fresh)) is not None:
         return status
     with _signals_interrupt():
-        from opsin.recipe import read
-        from opsin.session import train_recipe
+        from opsin.run.recipe import read
+        from opsin.run.session import train_recipe
 
         recipe = read(arguments.recipe, arguments.overrides)
         train_recipe(recipe, out, name=name, fresh=arguments.fresh, quiet=arguments.quiet)
@@ -247,7 +247,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     if (status := supervised(arguments, command, directory)) is not None:
         return status
     with _signals_interrupt():
-        from opsin.session import resume_run
+        from opsin.run.session import resume_run
 
         resume_run(directory, arguments.overrides, quiet=arguments.quiet)
     return 0
@@ -261,7 +261,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
             options = f"{', '.join(known)}{did_you_mean(score, known)}"
             raise ConfigError(f"command line: unknown score {score!r}; known: {options}")
-    from opsin.results import evaluate_run
+    from opsin.run.results import evaluate_run
 
     reports = evaluate_run(
         arguments.directory,
@@ -279,7 +279,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     with _signals_interrupt():
-        from opsin.verify import verify
+        from opsin.run.verify import verify
 
         return verify(arguments.recipe, arguments.overrides, steps=arguments.steps, kills=arguments.kills)
 
@@ -302,7 +302,7 @@ def _tune_lr(arguments: argparse.Namespace) -> int:
 
 def _tune_loader(arguments: argparse.Namespace) -> int:
     with _signals_interrupt():
-        from opsin.recipe import read
+        from opsin.run.recipe import read
         from opsin.tuning.loader import tune_loader
 
         recipe = read(arguments.recipe, arguments.overrides)
@@ -364,7 +364,7 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from opsin.recipe import read
+    from opsin.run.recipe import read
     from opsin.settings.text import to_yaml
 
     print(to_yaml(read(arguments.recipe, arguments.overrides), comments=True), end="")
@@ -372,7 +372,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from opsin.recipe import Recipe
+    from opsin.run.recipe import Recipe
     from opsin.settings.text import json_schema
 
     print(json.dumps(json_schema(Recipe), indent=2))
@@ -392,7 +392,7 @@ def _runs(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from opsin.results import export_run
+    from opsin.run.results import export_run
 
     print(f"wrote {export_run(arguments.directory, arguments.out, weights=arguments.weights)}")
     return 0

@@ -1,4 +1,4 @@
-"""The arguments of `opsin checkpoints`. `checkpoints_command.py` does the work, and is imported for it."""
+"""The arguments of `opsin checkpoints`. `run/checkpoints.py` does the work, and is imported for it."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"command line: {rule}; opsin checkpoints DIR lists them")
     if arguments.keep is not None and arguments.keep < 1:
         raise ConfigError(f"command line: --keep {arguments.keep} does not fit; must be at least 1")
-    from opsin import checkpoints_command
+    from opsin.run import checkpoints as checkpoints_command
 
     if arguments.action == "restore":
         checkpoints_command.restore(arguments.directory, arguments.step, say=print)
@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _prune(directory: Path, keep: int | None, *, yes: bool) -> None:
-    from opsin import checkpoints_command
+    from opsin.run import checkpoints as checkpoints_command
 
     if yes:
         checkpoints_command.prune(directory, keep=keep, say=print)

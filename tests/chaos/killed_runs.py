@@ -18,10 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from opsin.run.verify import train_killed
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from opsin.training.evaluator import EvaluatorConfig, Scene
-from opsin.verify import train_killed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -190,7 +190,7 @@ def main() -> None:
     import sklearn.datasets  # noqa: F401
     import torch._dynamo  # noqa: F401
 
-    import opsin.session  # noqa: F401
+    import opsin.run.session  # noqa: F401
     import tests.chaos.poisoned  # noqa: F401  # makes its method known
 
     gc.freeze()  # children share the memory of what is never collected

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from opsin.cli import main
-from opsin.recipe import read
 from opsin.reporting.journal import read_events, read_rows
-from opsin.session import resume_run, train, train_recipe
+from opsin.run.recipe import read
+from opsin.run.session import resume_run, train, train_recipe
+from opsin.run.verify import digest
 from opsin.storage.backup.catalog import marked_steps
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.open import open_place
@@ -20,7 +21,6 @@ from opsin.storage.backup.restore import restore
 from opsin.storage.backup.service import open_backup
 from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run
-from opsin.verify import digest
 from tests.cli.commands import run_several
 from tests.digits_run import BROKEN_UP, VIT
 from tests.s3_server import KEY, SECRET, S3Server

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from opsin.errors import ConfigError
-from opsin.recipe import read
 from opsin.reporting.journal import Row, read_events, read_rows
-from opsin.session import train_recipe
+from opsin.run.recipe import read
+from opsin.run.session import train_recipe
+from opsin.run.verify import digest, verify
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from opsin.training.checkpoints.format import find_checkpoints
-from opsin.verify import digest, verify
 from tests.chaos.killed_runs import ROOT, Killer, descendants
 from tests.digits_run import BROKEN_UP, CONVNET, OF_THE_MACHINE, VIT, staged
 

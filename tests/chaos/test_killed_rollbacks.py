@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from opsin.recipe import read
 from opsin.reporting.journal import read_events, read_rows
-from opsin.session import train_recipe
+from opsin.run.recipe import read
+from opsin.run.session import train_recipe
+from opsin.run.verify import digest
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoints.format import find_checkpoints
-from opsin.verify import digest
 from tests.chaos import poisoned  # noqa: F401  # makes its method known
 from tests.chaos.killed_runs import ROOT, Killer
 from tests.digits_run import BROKEN_UP, VIT

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from opsin.recipe import read
+from opsin.run.recipe import read
 from tests.cli.commands import deviation, pictures, run_several
 from tests.conftest import RunOpsin
 

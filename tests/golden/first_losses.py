@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from opsin.recipe import read
 from opsin.reporting.journal import read_rows
-from opsin.session import train_recipe
+from opsin.run.recipe import read
+from opsin.run.session import train_recipe
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 10

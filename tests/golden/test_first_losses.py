@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from opsin.recipe import shipped
+from opsin.run.recipe import shipped
 from tests.golden.first_losses import FILE, NEEDS_COLOUR, STEPS, VARIANTS, first_losses
 
 # Ten updates carry the roundings of another chip or build of torch to a few 1e-4 of a loss at most (measured with the

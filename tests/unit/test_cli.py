@@ -9,7 +9,7 @@ import pytest
 
 from opsin.__version__ import __version__
 from opsin.cli import main
-from opsin.recipe import read
+from opsin.run.recipe import read
 from tests.digits_run import OVERRIDES, SMALL_VIT
 
 QUICK = (*OVERRIDES, *SMALL_VIT, "limits.steps=2")

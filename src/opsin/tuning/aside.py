@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from opsin.assembly import assemble
-from opsin.recipe import Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
+from opsin.run.assemble import assemble
+from opsin.run.recipe import Recipe
 from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run
 

@@ -15,15 +15,15 @@ from typing import cast
 
 import torch
 
-from opsin.assembly import build_method
-from opsin.assembly_images import open_images
 from opsin.data.base import Batch, Source
 from opsin.data.quarantine import read_or_replace
 from opsin.data.resident import byte_limit
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import ConfigError
-from opsin.recipe import Recipe
 from opsin.reporting.console import Console
+from opsin.run.assemble import build_method
+from opsin.run.images import open_images
+from opsin.run.recipe import Recipe
 from opsin.training.loop import Run
 from opsin.training.precision import choose_device
 from opsin.training.stages import plan_time

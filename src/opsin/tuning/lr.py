@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from opsin.clock.schedule import Constant
 from opsin.clock.timeline import Clock
 from opsin.errors import ConfigError, RunError, TrainingError
-from opsin.lr_search import RESULT, sweep_key
-from opsin.recipe import Recipe, read, shipped
 from opsin.reporting.console import Console, open_console
-from opsin.session import in_words
+from opsin.run.rates import RESULT, sweep_key
+from opsin.run.recipe import Recipe, read, shipped
+from opsin.run.session import in_words
 from opsin.settings.text import shipped_recipes
 from opsin.settings.yaml_tree import read_overrides
 from opsin.storage.files import write_atomic

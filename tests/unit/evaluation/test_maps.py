@@ -25,7 +25,7 @@ from opsin.methods.supervised import SupervisedConfig
 from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.vit import Block
 from opsin.reporting.journal import read_rows
-from opsin.results import evaluate_run
+from opsin.run.results import evaluate_run
 from tests.digits_run import train_digits
 from tests.unit.evaluation.digits import CPU
 from tests.unit.methods.jepa_parts import FACTS, GRID, SMALL, VIT, batch_of, build_hjepa, build_ijepa

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from opsin.assembly_guard import reach
 from opsin.clock.cadence import is_due
 from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.collapse import CollapseConfig
 from opsin.monitors.gradients import GradientsConfig
 from opsin.monitors.loss import LossConfig
-from opsin.recipe import read
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
+from opsin.run.assemble_guard import reach
+from opsin.run.recipe import read
 from opsin.training.alerts import Alerts
 from opsin.training.checkpoints.retention import CheckpointConfig, Retention
 from opsin.training.monitor import MonitorConfig, RollBack

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opsin.errors import ConfigError
-from opsin.recipe import read as read_recipe
+from opsin.run.recipe import read as read_recipe
 from opsin.settings.layers import read
 from tests.unit.settings.sample_recipe import Bare, Optim, Recipe, faults, load, write
 

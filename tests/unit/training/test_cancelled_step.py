@@ -6,15 +6,15 @@ from typing import Literal
 
 import pytest
 
-from opsin.assembly import assemble
 from opsin.cli import main
 from opsin.export.encoder import write_model
 from opsin.methods.base import Batch, Clock, DataFacts, Losses
 from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.backbone import ModelConfig
-from opsin.recipe import read
 from opsin.reporting.console import open_console
 from opsin.reporting.journal import Journal, read_events, read_rows
+from opsin.run.assemble import assemble
+from opsin.run.recipe import read
 from opsin.storage.directory import RunDirectory
 from opsin.training.step import train_step
 from tests.digits_run import BROKEN_UP, CONVNET, VIT

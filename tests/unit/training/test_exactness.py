@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from opsin.errors import CheckpointError, Stopped
-from opsin.recipe import Recipe, read
 from opsin.reporting.journal import Row, read_events, read_rows
-from opsin.session import resume_run, train_recipe
+from opsin.run.recipe import Recipe, read
+from opsin.run.session import resume_run, train_recipe
+from opsin.run.verify import digest
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoints.format import find_checkpoints
-from opsin.verify import digest
 from tests.digits_run import BROKEN_UP, CONVNET, OF_THE_MACHINE, VIT
 from tests.unit.data.pictures import fill
 

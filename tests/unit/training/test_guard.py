@@ -17,8 +17,8 @@ from opsin.clock.timeline import Stage, Timeline
 from opsin.data import base
 from opsin.data.base import Batch
 from opsin.errors import ConfigError, Diverged, PassingFault, Stopped
-from opsin.recipe import read
 from opsin.reporting.journal import Journal, Row, read_events, read_rows
+from opsin.run.recipe import read
 from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
 from opsin.training.guard import GuardConfig
 from opsin.training.loop import Run, fit

@@ -14,7 +14,7 @@ from opsin.clock.schedule import Constant
 from opsin.errors import RunError, TrainingError
 from opsin.nn.heads import Classifier
 from opsin.reporting.journal import Fact, read_events
-from opsin.session import resume_run
+from opsin.run.session import resume_run
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.memory import Splits
 from opsin.training.optim import SGD, build_optimizer

@@ -8,10 +8,10 @@ import torch
 
 import opsin
 from opsin.errors import ConfigError
-from opsin.recipe import Recipe, read
 from opsin.reporting.journal import read_events, read_rows
-from opsin.results import evaluate_run
-from opsin.session import resume_run, train_recipe
+from opsin.run.recipe import Recipe, read
+from opsin.run.results import evaluate_run
+from opsin.run.session import resume_run, train_recipe
 from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
 from opsin.training.stages import plan_time
 from tests.digits_run import digits_recipe, train_digits

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opsin.errors import ConfigError
-from opsin.recipe import Recipe, read
+from opsin.run.recipe import Recipe, read
 from opsin.tuning.loader import LoaderReport, Rate, Setting, choose_best, measure_copies, tune_loader
 from tests.digits_run import OVERRIDES, SMALL_VIT
 from tests.unit.data.pictures import fill

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsin.assembly import assemble
 from opsin.cli import main
 from opsin.clock.schedule import Constant
 from opsin.errors import ConfigError, OpsinError, PassingFault, RunError, TrainingError
-from opsin.lr_search import find_lr, sweep_key
 from opsin.processes.trail import VARIABLE, Whereabouts, follow
-from opsin.recipe import Recipe, read
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
+from opsin.run.assemble import assemble
+from opsin.run.rates import find_lr, sweep_key
+from opsin.run.recipe import Recipe, read
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run

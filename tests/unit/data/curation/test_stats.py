@@ -16,7 +16,7 @@ from opsin.data.curation.collection import open_collection
 from opsin.data.curation.stats import Stats
 from opsin.data.curation.stats_page import report_stats
 from opsin.errors import DataError
-from opsin.recipe import read
+from opsin.run.recipe import read
 from tests.unit.data.curation.scenes import classes, fill, scene, silent
 
 

@@ -15,7 +15,7 @@ from torch.profiler import profile
 
 from opsin.data.base import Batch
 from opsin.reporting.console import Console
-from opsin.session import resume_run
+from opsin.run.session import resume_run
 from opsin.training.profile.parts import OTHER, STEP, Kernel, Span, device_times, host_times, span
 from opsin.training.profile.profile import ProfileConfig, StepProfile
 from opsin.training.profile.report import write_trace

@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from opsin.errors import ConfigError
-from opsin.recipe import Recipe, read, shipped
+from opsin.run.recipe import Recipe, read, shipped
 from opsin.settings.text import json_schema, to_yaml
 
 SHIPPED = sorted(path.stem for path in shipped.glob("*.yaml"))

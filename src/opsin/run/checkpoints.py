@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opsin.errors import CheckpointError, RunError
-from opsin.recipe import read
 from opsin.reporting.console import duration
+from opsin.run.recipe import read
 from opsin.storage.compression import SUFFIX
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import REPLACING, remove_whole

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 
 from opsin.clock.cadence import is_due
 from opsin.clock.timeline import Timeline
-from opsin.recipe import Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
+from opsin.run.recipe import Recipe
 from opsin.training.alerts import Alerts
 from opsin.training.monitor import Finding, Monitor
 

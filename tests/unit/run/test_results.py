@@ -12,7 +12,7 @@ from torch import Tensor
 from opsin.errors import CheckpointError, ConfigError, RunError
 from opsin.evaluation.accuracy import AccuracyReport
 from opsin.reporting.journal import read_rows
-from opsin.results import ScoreName, Weights, evaluate_run, export_run, load
+from opsin.run.results import ScoreName, Weights, evaluate_run, export_run, load
 from tests.digits_run import CONVNET, STEPS_PER_EPOCH, VIT, train_digits
 from tests.unit.data.pictures import fill
 

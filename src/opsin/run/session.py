@@ -15,15 +15,15 @@ from typing import Literal
 
 import torch
 
-from opsin.assembly import assemble
 from opsin.errors import ConfigError, LockLost, RunError, Stopped, TrainingError
 from opsin.export.encoder import write_model
-from opsin.lr_search import find_lr
-from opsin.recipe import Recipe, read
 from opsin.reporting.console import Console, describe, duration, open_console
 from opsin.reporting.journal import Journal
 from opsin.reporting.sinks import SinkName, TextLog, open_sinks
 from opsin.reporting.webhook import Webhook, webhook_url
+from opsin.run.assemble import assemble
+from opsin.run.rates import find_lr
+from opsin.run.recipe import Recipe, read
 from opsin.settings.text import diff, flatten, to_yaml
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere

@@ -16,7 +16,7 @@ import torch
 import opsin
 from opsin.errors import ConfigError, LockLost, OpsinError, RunError
 from opsin.reporting.journal import read_events, read_rows
-from opsin.session import FIXED, _text_log, fingerprint, in_words, resume_run, train, train_recipe
+from opsin.run.session import FIXED, _text_log, fingerprint, in_words, resume_run, train, train_recipe
 from opsin.storage import lock as runlock
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError
-from opsin.recipe import read
-from opsin.session import settle_rates
+from opsin.run.recipe import read
+from opsin.run.session import settle_rates
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step

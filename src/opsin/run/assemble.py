@@ -6,9 +6,6 @@ from pathlib import Path
 
 import torch
 
-from opsin.assembly_guard import build_alerts, reach, streak_answer
-from opsin.assembly_images import build_scene, open_images, training_data
-from opsin.assembly_numerics import Numerics, choose_numbers, place, settle_numerics
 from opsin.clock.seeding import fold_in
 from opsin.clock.timeline import Timeline
 from opsin.data.base import DataFacts
@@ -20,9 +17,12 @@ from opsin.nn.ema import EmaConfig, ModelEma, ema_decay
 from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
 from opsin.processes.world import World, join
-from opsin.recipe import Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Fact, Journal
+from opsin.run.assemble_guard import build_alerts, reach, streak_answer
+from opsin.run.images import build_scene, open_images, training_data
+from opsin.run.numerics import Numerics, choose_numbers, place, settle_numerics
+from opsin.run.recipe import Recipe
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic

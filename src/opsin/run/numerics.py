@@ -8,7 +8,7 @@ from torch import nn
 
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
-from opsin.recipe import Recipe
+from opsin.run.recipe import Recipe
 from opsin.training import precision
 
 Say = Callable[[str], None]

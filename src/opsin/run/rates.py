@@ -11,7 +11,7 @@ from pathlib import Path
 
 from opsin.errors import ConfigError, OpsinError, PassingFault, Stopped, TrainingError
 from opsin.processes.trail import VARIABLE, follow
-from opsin.recipe import Recipe, read
+from opsin.run.recipe import Recipe, read
 from opsin.settings.text import flatten
 
 RESULT = "lr.json"
@@ -77,7 +77,7 @@ def sweep_key(recipe: Recipe) -> str:
 
 def _environment(trail: str) -> dict[str, str]:
     """The environment of a process that finds this very package, however this process came to it."""
-    places = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    places = [str(Path(__file__).resolve().parent.parent.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), VARIABLE: trail}
 
 

@@ -17,9 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from opsin.assembly import assemble, build_method
-from opsin.assembly_images import Images, build_scene, open_images
-from opsin.assembly_numerics import choose_numbers, place, settle_numerics
 from opsin.data.sources.open import open_sources
 from opsin.errors import CheckpointError, ConfigError, DataError, RunError
 from opsin.evaluation.accuracy import Classifier, evaluate
@@ -36,9 +33,12 @@ from opsin.export.encoder import (
     read_card,
 )
 from opsin.methods.base import Method
-from opsin.recipe import Recipe, read
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
+from opsin.run.assemble import assemble, build_method
+from opsin.run.images import Images, build_scene, open_images
+from opsin.run.numerics import choose_numbers, place, settle_numerics
+from opsin.run.recipe import Recipe, read
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, read_checkpoint
 from opsin.training.evaluator import Scene

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from opsin.assembly_numerics import Numerics
 from opsin.clock.timeline import Timeline
 from opsin.data.base import DataFacts, Source
 from opsin.data.config import DataConfig
@@ -19,9 +18,10 @@ from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.methods.base import Method
 from opsin.processes.trail import Trail
 from opsin.processes.world import World
-from opsin.recipe import Recipe
 from opsin.reporting.console import Console
 from opsin.reporting.outlets import write_if_possible
+from opsin.run.numerics import Numerics
+from opsin.run.recipe import Recipe
 from opsin.storage.directory import RunDirectory
 from opsin.training import precision
 from opsin.training.evaluator import Scene

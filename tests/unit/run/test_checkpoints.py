@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from opsin.cli import main
-from opsin.recipe import read
+from opsin.run.recipe import read
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import remove_whole

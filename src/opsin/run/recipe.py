@@ -50,7 +50,7 @@ _KNOWN = (
 )
 """What a recipe can name; a family knows each member once its file is imported."""
 
-shipped = Path(__file__).parent / "recipes"
+shipped = Path(__file__).parent.parent / "recipes"
 """The folder of the recipes that come with the package."""
 
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
