@@ -76,7 +76,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def part_of(path: Path) -> str:
-    """`data` for data/order.py, `cli` for cli.py: the entry of LAYERS that a file belongs to."""
+    """`data` for data/order.py, `cli` for commands/main.py: the entry of LAYERS that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

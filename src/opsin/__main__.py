@@ -2,7 +2,7 @@
 
 import sys
 
-from opsin.cli import main
+from opsin.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -86,7 +86,7 @@ class Forked:
             status = 1
             try:
                 prepare()
-                from opsin.cli import main
+                from opsin.commands.main import main
 
                 status = main(arguments)
             finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.cli import main
+from opsin.commands.main import main
 from opsin.reporting.journal import read_events, read_rows
 from opsin.run.recipe import read
 from opsin.run.session import resume_run, train, train_recipe

@@ -42,7 +42,7 @@ def test_an_exception_in_training_leaves_a_checkpoint(tmp_path: Path, opsin_env:
     pictures(tmp_path / "pictures")
     program = (
         "import sys\n"
-        "from opsin.cli import main\n"
+        "from opsin.commands.main import main\n"
         "from opsin.methods.supervised import Supervised\n"
         "forward = Supervised.forward\n"
         "def fragile(self, batch, clock):\n"

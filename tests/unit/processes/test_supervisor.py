@@ -242,5 +242,5 @@ def test_images_that_could_not_be_put_aside_are_so_after_the_next_crash(
 
 
 def test_the_supervisor_does_without_torch() -> None:
-    text = "import sys, opsin.cli, opsin.processes.supervisor; assert 'torch' not in sys.modules, 'torch'"
+    text = "import sys, opsin.commands.main, opsin.processes.supervisor; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", text], check=True)

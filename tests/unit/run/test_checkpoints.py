@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.cli import main
+from opsin.commands.main import main
 from opsin.run.recipe import read
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory

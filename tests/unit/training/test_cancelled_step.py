@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from opsin.cli import main
+from opsin.commands.main import main
 from opsin.export.encoder import write_model
 from opsin.methods.base import Batch, Clock, DataFacts, Losses
 from opsin.methods.supervised import Supervised, SupervisedConfig

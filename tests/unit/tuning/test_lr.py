@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsin.cli import main
 from opsin.clock.schedule import Constant
+from opsin.commands.main import main
 from opsin.errors import ConfigError, OpsinError, PassingFault, RunError, TrainingError
 from opsin.processes.trail import VARIABLE, Whereabouts, follow
 from opsin.reporting.console import Console, open_console

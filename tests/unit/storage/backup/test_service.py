@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.cli import main
+from opsin.commands.main import main
 from opsin.errors import ConfigError, RunError
 from opsin.storage.backup.catalog import marked_steps
 from opsin.storage.backup.config import BackupConfig

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from opsin.__version__ import __version__
-from opsin.cli_backup import add_commands, directory_of_resume, out_of_train, take_local
-from opsin.cli_checkpoints import add_checkpoints
-from opsin.cli_supervision import supervised, take_supervision
+from opsin.commands.backup import add_commands, directory_of_resume, out_of_train, take_local
+from opsin.commands.checkpoints import add_checkpoints
+from opsin.commands.supervision import supervised, take_supervision
 from opsin.errors import ConfigError, OpsinError, PassingFault, TrainingError
 from opsin.processes.trail import Trail
 from opsin.training.stop import SIGNALS, Interrupt
@@ -356,7 +356,7 @@ def _aside(text: str) -> None:
 def _recipes(arguments: argparse.Namespace) -> int:
     from opsin.settings.text import shipped_recipes
 
-    found = shipped_recipes(Path(__file__).parent / "recipes")
+    found = shipped_recipes(Path(__file__).parent.parent / "recipes")
     width = max(map(len, found))
     for name, text in found.items():
         print(f"{name:{width}}  {text}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from opsin.__version__ import __version__
-from opsin.cli import main
+from opsin.commands.main import main
 from opsin.run.recipe import read
 from tests.digits_run import OVERRIDES, SMALL_VIT
 
@@ -24,7 +24,7 @@ def run(*arguments: str | Path) -> int:
 )
 def test_quick_answers_do_not_wait_for_torch(arguments: list[str], tmp_path: Path, opsin_env: dict[str, str]) -> None:
     script = (
-        "import sys\nfrom opsin.cli import main\n"
+        "import sys\nfrom opsin.commands.main import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n    assert not {'torch', 'numpy', 'timm'} & set(sys.modules)\n"
     )
@@ -172,5 +172,5 @@ def test_only_a_table_may_end_because_nobody_reads_on(
     def broken(arguments: object) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr(f"opsin.cli._{arguments[0]}", broken)
+    monkeypatch.setattr(f"opsin.commands.main._{arguments[0]}", broken)
     assert main(arguments) == status
