@@ -18,8 +18,8 @@ from pathlib import Path
 
 from chaos_conditions import clock_jumps, disk_may_fill, files_end_at, syncs_take, writes_fail
 from chaos_runs import STEPS, Case, Training, said
+from opsin.commands.verify import digest, train_killed
 from opsin.reporting.journal import read_events
-from opsin.run.verify import digest, train_killed
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from opsin.training.checkpoints.format import find_checkpoints

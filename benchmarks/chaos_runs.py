@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos_conditions import Condition, Strike, nothing
+from opsin.commands.verify import digest
 from opsin.reporting.journal import read_rows
-from opsin.run.verify import digest
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from tests.chaos.killed_runs import Forked

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from interleaved import table
+from opsin.commands.verify import Kill, digest, finish, start, train_killed
 from opsin.run.recipe import read
-from opsin.run.verify import Kill, digest, finish, start, train_killed
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 

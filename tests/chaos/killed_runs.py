@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from opsin.run.verify import train_killed
+from opsin.commands.verify import train_killed
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from opsin.training.evaluator import EvaluatorConfig, Scene

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from opsin.commands.main import main
+from opsin.commands.verify import digest
 from opsin.reporting.journal import read_events, read_rows
 from opsin.run.recipe import read
 from opsin.run.session import resume_run, train, train_recipe
-from opsin.run.verify import digest
 from opsin.storage.backup.catalog import marked_steps
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.open import open_place

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from opsin.commands.verify import digest, verify
 from opsin.errors import ConfigError
 from opsin.reporting.journal import Row, read_events, read_rows
 from opsin.run.recipe import read
 from opsin.run.session import train_recipe
-from opsin.run.verify import digest, verify
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
 from opsin.training.checkpoints.format import find_checkpoints

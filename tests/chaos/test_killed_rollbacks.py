@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from opsin.commands.verify import digest
 from opsin.reporting.journal import read_events, read_rows
 from opsin.run.recipe import read
 from opsin.run.session import train_recipe
-from opsin.run.verify import digest
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoints.format import find_checkpoints
 from tests.chaos import poisoned  # noqa: F401  # makes its method known

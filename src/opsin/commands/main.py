@@ -279,7 +279,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     with _signals_interrupt():
-        from opsin.run.verify import verify
+        from opsin.commands.verify import verify
 
         return verify(arguments.recipe, arguments.overrides, steps=arguments.steps, kills=arguments.kills)
 

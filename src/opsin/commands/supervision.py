@@ -1,6 +1,7 @@
 """What `train` and `resume` take on the command line to be started again after a crash."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def supervised(arguments: argparse.Namespace, command: Sequence[str], out: Path,
         return None
     from opsin.processes.supervisor import Supervision, supervise
 
-    settings = Supervision(arguments.restarts, arguments.quarantine_after)
+    program = (sys.executable, "-P", "-X", "faulthandler", "-m", "opsin")
+    settings = Supervision(program, arguments.restarts, arguments.quarantine_after)
     quiet = ["--quiet"] if arguments.quiet else []
     return supervise([*command, *quiet], out, settings, fresh=fresh, quiet=arguments.quiet)
 

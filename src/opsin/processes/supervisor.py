@@ -40,6 +40,8 @@ _KEPT_BYTES = 1 << 16
 class Supervision:
     """How a run is supervised."""
 
+    program: tuple[str, ...]
+    """What takes the arguments of a command."""
     restarts: int
     """How often it is started again at most."""
     quarantine_after: int | None = None
@@ -47,8 +49,6 @@ class Supervision:
     first_wait_s: float = 2.0
     """Before a restart; doubled with each crash that comes without a new checkpoint in between."""
     longest_wait_s: float = 300.0
-    program: tuple[str, ...] = (sys.executable, "-P", "-X", "faulthandler", "-m", "opsin")
-    """What takes the arguments."""
 
 
 def supervise(

@@ -16,6 +16,7 @@ from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
 from opsin.methods.base import Losses
 from opsin.training.memory import is_out_of_memory
+from opsin.training.optim import scale
 from opsin.training.precision import release_memory
 from opsin.training.profile.parts import span
 from opsin.training.state import Pace, StepPlan, StepReport, TrainState
@@ -158,15 +159,3 @@ def _restore(buffers: list[Tensor], before: list[Tensor]) -> None:
     with torch.no_grad():
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(old)
-
-
-@torch.no_grad()
-def scale(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply all by one factor, a scalar, or each by its own of [len(grads)]."""
-    if factor.device.type == "cpu":
-        # Most are within the clip and stay as they are; on a GPU the host would wait for the numbers.
-        for grad, own in zip(grads, factor.expand(len(grads)).tolist(), strict=True):
-            if own != 1:
-                grad.mul_(own)
-        return
-    torch._foreach_mul_(list(grads), list(factor.unbind()) if factor.ndim else factor)

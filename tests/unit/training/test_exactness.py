@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from opsin.commands.verify import digest
 from opsin.errors import CheckpointError, Stopped
 from opsin.reporting.journal import Row, read_events, read_rows
 from opsin.run.recipe import Recipe, read
 from opsin.run.session import resume_run, train_recipe
-from opsin.run.verify import digest
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoints.format import find_checkpoints
 from tests.digits_run import BROKEN_UP, CONVNET, OF_THE_MACHINE, VIT
