@@ -19,8 +19,8 @@ from torch import nn
 
 from interleaved import table
 from opsin.clock.timeline import Stage, Timeline
-from opsin.reporting.journal import Fact
 from opsin.storage.compression import Compressor
+from opsin.storage.teller import Fact
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.checkpoints.retention import CheckpointConfig

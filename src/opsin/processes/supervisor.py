@@ -24,11 +24,12 @@ from opsin.processes.crashes import Crash, OomKills, describe, listed
 from opsin.processes.excluded import Aside, read_aside, write_aside
 from opsin.processes.trail import SUPERVISOR, VARIABLE, Whereabouts, follow
 from opsin.reporting.console import Console, duration, open_console
-from opsin.reporting.journal import Fact, Journal, Sink
+from opsin.reporting.journal import Journal, Sink
 from opsin.reporting.sinks import TextLog
 from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.settings.yaml_tree import read_file
 from opsin.storage.directory import RunDirectory
+from opsin.storage.teller import Fact
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FINAL = (0, 2, 3)

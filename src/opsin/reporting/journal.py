@@ -18,15 +18,13 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from opsin.errors import LockLost, RunError
 from opsin.reporting.lines import LineFile, encode, finite, read_lines
 from opsin.reporting.outlets import Outlet
 from opsin.storage.files import sync, write_atomic
-
-Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
-"""What JSON can hold."""
+from opsin.storage.teller import Fact
 
 _PLACE = ("step", "epoch", "time_s")
 _HIGHER = ("top1", "top5", "accuracy")

@@ -25,8 +25,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator
 
 from opsin.errors import ConfigError
-from opsin.reporting.journal import Event, Fact, Row
+from opsin.reporting.journal import Event, Row
 from opsin.settings.family import Settings
+from opsin.storage.teller import Fact
 
 KINDS = (
     "alert",

@@ -18,7 +18,7 @@ from opsin.nn.heads import Classifier
 from opsin.nn.weights import initialise
 from opsin.processes.world import World, join
 from opsin.reporting.console import Console
-from opsin.reporting.journal import Fact, Journal
+from opsin.reporting.journal import Journal
 from opsin.run.assemble_guard import build_alerts, reach, streak_answer
 from opsin.run.images import build_scene, open_images, training_data
 from opsin.run.numerics import Numerics, choose_numbers, place, settle_numerics
@@ -26,6 +26,7 @@ from opsin.run.recipe import Recipe
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
+from opsin.storage.teller import Fact
 from opsin.training import precision
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import find_checkpoints

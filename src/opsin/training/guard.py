@@ -17,8 +17,9 @@ from opsin.clock.cadence import StepEvery, parse
 from opsin.clock.timeline import Timeline
 from opsin.errors import Diverged, LockLost, PassingFault, RunError
 from opsin.reporting.console import Console
-from opsin.reporting.journal import Event, Fact, Journal
+from opsin.reporting.journal import Event, Journal
 from opsin.settings.family import Settings
+from opsin.storage.teller import Fact
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import DamagedCheckpoint, load_into
 from opsin.training.monitor import RollBack

@@ -17,9 +17,9 @@ from torch import nn
 
 from opsin.errors import ConfigError, RunError
 from opsin.methods.base import Method
-from opsin.reporting.journal import Fact
 from opsin.settings.family import Settings
 from opsin.storage.files import write_atomic
+from opsin.storage.teller import Fact
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
 """What a plain RuntimeError says of it: torch's on the CPU; the driver's; cuBLAS's, cuDNN's and their kin's, which take

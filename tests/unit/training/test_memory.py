@@ -13,8 +13,9 @@ from torch import nn
 from opsin.clock.schedule import Constant
 from opsin.errors import RunError, TrainingError
 from opsin.nn.heads import Classifier
-from opsin.reporting.journal import Fact, read_events
+from opsin.reporting.journal import read_events
 from opsin.run.session import resume_run
+from opsin.storage.teller import Fact
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.memory import Splits
 from opsin.training.optim import SGD, build_optimizer

@@ -12,8 +12,8 @@ from pathlib import Path
 from opsin.clock.cadence import is_due
 from opsin.clock.timeline import Timeline
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
-from opsin.reporting.journal import Fact
 from opsin.storage.files import remove_leftovers, rename_over
+from opsin.storage.teller import Fact
 from opsin.training.checkpoints.background import Background
 from opsin.training.checkpoints.format import (
     find_checkpoints,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsin.reporting.journal import Fact
+from opsin.storage.teller import Fact
 from opsin.training.state import Detour, TrainState
 
 _SLAB = 2**26  # bytes; pinned memory is taken in pieces of at least this size

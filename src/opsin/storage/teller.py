@@ -1,0 +1,43 @@
+"""The interface of what reports while it works. `reporting/teller.py` has the tellers of runs and of commands."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact] | None"
+"""A value of an event; anything that JSON can hold."""
+
+
+class Teller(Protocol):
+    """Reports lines to people, and records events for programs. Every method may be called in any thread."""
+
+    def notice(self, text: str) -> None:
+        """A line on something worth knowing."""
+        ...
+
+    def warning(self, text: str) -> None:
+        """A line on something that is wrong, while work goes on."""
+        ...
+
+    def tell(
+        self, kind: str, step: int | None = None, *, notice: str | None = None, warn: str | None = None, **facts: Fact
+    ) -> None:
+        """Record an event with its facts; `notice` or `warn` is a line for people with it.
+
+        `step` is that of the newest row of the run if it is None.
+        """
+        ...
+
+
+class Silence:
+    """A teller that reports nothing."""
+
+    def notice(self, text: str) -> None:
+        pass
+
+    def warning(self, text: str) -> None:
+        pass
+
+    def tell(
+        self, kind: str, step: int | None = None, *, notice: str | None = None, warn: str | None = None, **facts: Fact
+    ) -> None:
+        pass
