@@ -25,9 +25,9 @@ class Stage:
     lr_scale: float = 1.0
     """Factor on every learning rate."""
     mix: bool = True
-    """Whether images are mixed where the method does so."""
+    """True if images are mixed by a method that mixes them."""
     label_smoothing: float | None = None
-    """Takes the place of the method's own."""
+    """Label smoothing of this stage instead of the method's own."""
     train: tuple[str, ...] = ("*",)
     """Patterns of the names of the parameters that learn; the others are frozen."""
 
@@ -38,13 +38,13 @@ class Stage:
 
     @property
     def passes(self) -> float:
-        """`epochs` as whole steps make them."""
+        """`epochs`, rounded to whole steps."""
         return self.steps / self.steps_per_epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where a run stands before an update. Epochs count passes over the data, with fraction."""
+    """Time before an update. Epochs count passes over the data, with fraction."""
 
     step: int
     total_steps: int
@@ -56,8 +56,8 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A step, found in its stage: the pass over the data and the batch within the pass."""
+class StepPosition:
+    """Position of a step in its stage: the pass over the data, and the batch within the pass."""
 
     stage: int
     epoch: int
@@ -84,41 +84,37 @@ class Timeline:
 
     def clock(self, step: int) -> Clock:
         """The time before update `step`; `total_steps` gives the time at the end."""
-        index, inside = self._find(step)
+        index = self._stage_of(step)
+        stage = self.stages[index]
+        inside = (step - self._first_step[index]) / stage.steps_per_epoch
         epoch = self._first_epoch[index] + inside
-        return Clock(step, self.total_steps, epoch, self._first_epoch[-1], self.stages[index], inside)
+        return Clock(step, self.total_steps, epoch, self._first_epoch[-1], stage, inside)
 
     def epoch(self, step: int) -> float:
         """Passes over the data finished before update `step`, with fraction."""
-        index, inside = self._find(step)
-        return self._first_epoch[index] + inside
+        return self.clock(step).epoch
 
-    def place(self, step: int) -> Place:
-        """The batch that update `step` trains on."""
+    def position(self, step: int) -> StepPosition:
+        """Position of the batch that update `step` trains on."""
         index = self._stage_of(step)
         stage = self.stages[index]
         passes, batch = divmod(step - self._first_step[index], stage.steps_per_epoch)
         # A pass cut short by the end of its stage is still a pass of its own: no two stages share an order.
         earlier = sum(-(-before.steps // before.steps_per_epoch) for before in self.stages[:index])
-        return Place(index, earlier + passes, batch, stage.batch_size)
+        return StepPosition(index, earlier + passes, batch, stage.batch_size)
 
     def starts_stage(self, step: int) -> int | None:
-        """The number of the stage whose first update comes after `step` updates, if one begins there."""
+        """Number of the stage that begins after `step` updates; None if none begins there."""
         return self._first_step.index(step) if step in self._first_step[:-1] else None
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether `step` updates complete a pass over the data or a stage."""
+        """True if `step` updates complete a pass over the data or a stage."""
         if step <= 0:
             return False
         index = self._stage_of(step - 1)
         inside = step - self._first_step[index]
         stage = self.stages[index]
         return inside % stage.steps_per_epoch == 0 or inside == stage.steps
-
-    def _find(self, step: int) -> tuple[int, float]:
-        """The stage that `step` lies in, and the passes since its beginning."""
-        index = self._stage_of(step)
-        return index, (step - self._first_step[index]) / self.stages[index].steps_per_epoch
 
     def _stage_of(self, step: int) -> int:
         return min(bisect.bisect_right(self._first_step, step), len(self.stages)) - 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opsin.clock import seeding
-from opsin.clock.timeline import Place, Timeline
+from opsin.clock.timeline import StepPosition, Timeline
 from opsin.data.base import Detour
 from opsin.errors import ConfigError
 
@@ -37,44 +37,44 @@ class Order:
         for stage, members in zip(timeline.stages, self._members, strict=True):
             steps_per_epoch(len(members), stage.batch_size, drop_last=drop_last)
 
-    def ids(self, step: int, detours: Sequence[Detour] = ()) -> tuple[Place, Tensor]:
-        """Where `step` lies, and the ids of its batch, int64 [b].
+    def ids(self, step: int, detours: Sequence[Detour] = ()) -> tuple[StepPosition, Tensor]:
+        """The position of `step`, and the ids of its batch, int64 [b].
 
         In a detour (the newest comes last) these are images of the same pass that no step of a detour showed before,
-        as far as the pass has such. The place then has an epoch of its own: all that is drawn for the images differs.
+        as far as the pass has such. The position then has its own epoch: all that is drawn for the images differs.
         """
-        place = self.timeline.place(step)
-        first = place.batch * place.batch_size
-        ids = self._pass(step, place, detours)[first : first + place.batch_size]
+        position = self.timeline.position(step)
+        first = position.batch * position.batch_size
+        ids = self._pass(step, position, detours)[first : first + position.batch_size]
         attempt = max((detour.attempt for detour in detours if detour.first <= step < detour.last), default=0)
-        return replace(place, epoch=place.epoch + attempt * _EPOCHS), ids
+        return replace(position, epoch=position.epoch + attempt * _EPOCHS), ids
 
-    def _pass(self, step: int, place: Place, detours: Sequence[Detour]) -> Tensor:
+    def _pass(self, step: int, position: StepPosition, detours: Sequence[Detour]) -> Tensor:
         """The ids of the pass over the data that `step` lies in, in order, int64 [n]."""
-        start = step - place.batch
-        length = self.timeline.stages[place.stage].steps_per_epoch
+        start = step - position.batch
+        length = self.timeline.stages[position.stage].steps_per_epoch
         inside = tuple(
             (detour.attempt, max(detour.first - start, 0), min(detour.last - start, length))
             for detour in detours
             if detour.first < start + length and start < detour.last
         )
-        key = (place.epoch, inside)
+        key = (position.epoch, inside)
         if key not in self._passes:
             # The end of one pass and the start of the next are asked for in turns by loaders that read ahead.
             for old in list(self._passes)[:-1]:
                 del self._passes[old]
-            self._passes[key] = self._shuffle(place, inside)
+            self._passes[key] = self._shuffle(position, inside)
         return self._passes[key]
 
-    def _shuffle(self, place: Place, detours: Sequence[tuple[int, int, int]]) -> Tensor:
+    def _shuffle(self, position: StepPosition, detours: Sequence[tuple[int, int, int]]) -> Tensor:
         """The ids of a pass; `detours` are attempts with the batches of the pass, from and to, that they replace."""
-        members = self._members[place.stage]
-        number = seeding.permutation(self._seed, place.epoch, len(members))
+        members = self._members[position.stage]
+        number = seeding.permutation(self._seed, position.epoch, len(members))
         left_out = torch.zeros(len(members), dtype=torch.bool)
         for attempt, first, last in detours:
-            batches = slice(first * place.batch_size, last * place.batch_size)
+            batches = slice(first * position.batch_size, last * position.batch_size)
             left_out[number[batches]] = True
-            others = seeding.permutation(seeding.fold_in(self._seed, "detour", attempt), place.epoch, len(members))
+            others = seeding.permutation(seeding.fold_in(self._seed, "detour", attempt), position.epoch, len(members))
             others = others[left_out[others].argsort(stable=True)]
             number[batches] = others[: len(number[batches])]
         return members[number]
@@ -92,8 +92,8 @@ def class_share(labels: Tensor, fraction: float, seed: int) -> Tensor:
     by_class = shuffled[labels[shuffled].argsort(stable=True)]  # class after class, each in random order
     classes = labels[by_class] + 1
     sizes = torch.bincount(classes)
-    place_in_class = ids - (sizes.cumsum(0) - sizes)[classes]
-    kept = place_in_class < torch.floor(sizes * fraction + 0.5)[classes]
+    rank_in_class = ids - (sizes.cumsum(0) - sizes)[classes]
+    kept = rank_in_class < torch.floor(sizes * fraction + 0.5)[classes]
     return by_class[kept].sort().values
 
 

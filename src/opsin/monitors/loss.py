@@ -60,7 +60,7 @@ class Loss(Monitor):
         """The step of the last row within the band."""
 
     def judge(self, row: Row) -> Finding | None:
-        stage = self._timeline.place(row.step - 1).stage
+        stage = self._timeline.position(row.step - 1).stage
         if stage != self._stage:
             self._stage, self._high = stage, []
             self._usual.clear()

@@ -59,7 +59,7 @@ class Throughput(Monitor):
 
     def judge(self, row: Row) -> Finding | None:
         before, self._before = self._before, row
-        stage = self._timeline.place(row.step - 1).stage
+        stage = self._timeline.position(row.step - 1).stage
         if stage != self._stage:
             self._stage, self._first, self._since = stage, [], None
             self._recent.clear()

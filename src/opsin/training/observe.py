@@ -124,7 +124,7 @@ class Observations:
         """Tell the stage that comes next, unless it was told: a resume may have changed the stages."""
         if state.step >= self._last_step:
             return
-        stage = self._timeline.place(state.step).stage
+        stage = self._timeline.position(state.step).stage
         told = self._journal.last_event("stage")
         if told is None or told.facts.get("number") != stage:
             self._on_stage(stage, state.step)

@@ -18,13 +18,13 @@ def test_one_stage_counts_plainly() -> None:
     timeline = Timeline([Stage(epochs=3, batch_size=8, steps_per_epoch=10)])
     assert timeline.total_steps == 30
     assert timeline.clock(15).epoch == 1.5
-    place = timeline.place(25)
-    assert (place.epoch, place.batch) == (2, 5)
+    position = timeline.position(25)
+    assert (position.epoch, position.batch) == (2, 5)
     assert [step for step in range(31) if timeline.ends_epoch(step)] == [10, 20, 30]
 
 
 @given(stages)
-def test_places_agree_with_walking_through_the_run(plan: list[Stage]) -> None:
+def test_positions_agree_with_walking_through_the_run(plan: list[Stage]) -> None:
     timeline = Timeline(plan)
     walked, epoch = [], 0
     for index, stage in enumerate(plan):
@@ -35,7 +35,7 @@ def test_places_agree_with_walking_through_the_run(plan: list[Stage]) -> None:
             walked.append((index, epoch, batch))
             batch += 1
         epoch += 1
-    found = [timeline.place(step) for step in range(timeline.total_steps)]
+    found = [timeline.position(step) for step in range(timeline.total_steps)]
     assert [(p.stage, p.epoch, p.batch) for p in found] == walked
 
 
