@@ -60,7 +60,7 @@ class Pictures:
         stored = self.stored[index]
         return stored if isinstance(stored, Tensor) else decode(stored)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return str(index)
 
 

@@ -8,7 +8,7 @@ OpsinError
 ├── CheckpointError   a checkpoint or a weights file cannot be loaded           exit status 2
 ├── Stopped           a signal or the time limit ended the run, all is saved    exit status 3
 └── TrainingError     training itself failed (Diverged: not finite any more;    exit status 4
-                      PassingFault: something it needs failed, which may pass)
+                      TransientError: something it needs failed, which may pass)
 
 Each fault is one line: the place, the value, the rule, the way out.
 """
@@ -66,9 +66,9 @@ class Diverged(TrainingError):
     """Losses are not finite any more, or rollbacks do not help: the last states are not worth a checkpoint."""
 
 
-class PassingFault(TrainingError):
-    """Something that training needs failed: a disk, a process. Another attempt may succeed, as after no other fault."""
+class TransientError(TrainingError):
+    """Something that training needs failed: a disk, a process. Only here may another attempt succeed."""
 
 
-class WorkerEnded(PassingFault):
+class WorkerEnded(TransientError):
     """A process that reads images ended by itself."""

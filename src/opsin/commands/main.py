@@ -15,7 +15,7 @@ from opsin.__version__ import __version__
 from opsin.commands.backup import add_commands, directory_of_resume, out_of_train, take_local
 from opsin.commands.checkpoints import add_checkpoints
 from opsin.commands.supervision import supervised, take_supervision
-from opsin.errors import ConfigError, OpsinError, PassingFault, TrainingError
+from opsin.errors import ConfigError, OpsinError, TrainingError, TransientError
 from opsin.processes.trail import Trail
 from opsin.training.stop import SIGNALS, Interrupt
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         unread = status
         sys.stdout.flush()
     except OpsinError as error:
-        if isinstance(error, TrainingError) and not isinstance(error, PassingFault):
+        if isinstance(error, TrainingError) and not isinstance(error, TransientError):
             Trail.from_environment().verdict(str(error))
         status = _fail(error.exit_status, *error.faults)
     except KeyboardInterrupt as error:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from opsin.data.views.crops import Crop
 from opsin.data.views.mix import Mix
-from opsin.errors import PassingFault
+from opsin.errors import TransientError
 
 _NETWORK = "ESTALE ETIMEDOUT ENOTCONN ECONNABORTED ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH"
 _MACHINE = "EAGAIN EINTR EMFILE ENFILE ENOBUFS ENOMEM"
-_PASSING = frozenset(getattr(errno, name, -1) for name in f"{_NETWORK} {_MACHINE}".split())
+_TRANSIENT = frozenset(getattr(errno, name, -1) for name in f"{_NETWORK} {_MACHINE}".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,17 @@ class UnreadableImage(Exception):
     """One image cannot be decoded. `str()` is the reason, without the place."""
 
 
-def raise_if_passing(place: str, error: OSError) -> None:
-    """See that it is because of what is stored at `place` that it cannot be read.
+def raise_if_transient(location: str, error: OSError) -> None:
+    """Return if reading `location` failed because of what is stored there, and not for a reason that may pass.
 
     Raises:
-        PassingFault: the network or the machine fails. To replace the image would change what is learned.
+        TransientError: the network or the machine failed. Replacing the image would change what is learned.
     """
-    if error.errno in _PASSING:
+    if error.errno in _TRANSIENT:
         reason = error.strerror or str(error)
-        raise PassingFault(f"{place}: cannot be read: {reason}; the image is not at fault: try again later") from error
+        raise TransientError(
+            f"{location}: cannot be read: {reason}; the image is not at fault: try again later"
+        ) from error
 
 
 class Source(Protocol):
@@ -64,11 +66,11 @@ class Source(Protocol):
 
         Raises:
             UnreadableImage: it cannot be decoded.
-            PassingFault: as `raise_if_passing`.
+            TransientError: as `raise_if_transient`.
         """
         ...
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where the image is stored, for messages: a path, or `file.parquet row 17`."""
         ...
 

@@ -32,9 +32,9 @@ class Subset:
         """The image as uint8 [3, H, W]."""
         return self.source.read(int(self.indices[index]))
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where `source` stores the image."""
-        return self.source.place(int(self.indices[index]))
+        return self.source.location(int(self.indices[index]))
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:

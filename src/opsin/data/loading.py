@@ -73,7 +73,7 @@ class TrainingData:
         Raises:
             DataError: too many images are unreadable.
             ConfigError: `resident` is true and the images have several sizes.
-            PassingFault: a worker process ended by itself, or failed with what says nothing about an image.
+            TransientError: a worker process ended by itself, or failed with what says nothing about an image.
         """
         self._trail.at_step(start)
         tasks = (self._task(step, detours) for step in range(start, stop))
@@ -170,7 +170,7 @@ class EvaluationData:
 
         Raises:
             DataError: no image can be read.
-            PassingFault: a worker process ended by itself, or failed with what says nothing about an image.
+            TransientError: a worker process ended by itself, or failed with what says nothing about an image.
         """
         failures: list[Failure] = []
         images = 0
@@ -201,7 +201,7 @@ class EvaluationData:
         )
 
     def _describe(self, failures: Sequence[Failure]) -> str:
-        listed = ", ".join(f"{failure.place} ({failure.reason})" for failure in failures[:3])
+        listed = ", ".join(f"{failure.location} ({failure.reason})" for failure in failures[:3])
         more = ", ..." if len(failures) > 3 else ""
         return f"{len(failures)} of {len(self._reader.source)} evaluation images are unreadable: {listed}{more}"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opsin.clock.seeding import fold_in
 from opsin.data.base import Source, UnreadableImage
-from opsin.errors import DataError, PassingFault, RunError
+from opsin.errors import DataError, RunError, TransientError
 from opsin.processes.excluded import read_aside, write_aside
 from opsin.processes.trail import Trail
 
@@ -23,7 +23,7 @@ class Failure(NamedTuple):
     """An image that could not be read: its index in the source, where it is stored, why."""
 
     sample: int
-    place: str
+    location: str
     reason: str
 
 
@@ -51,11 +51,11 @@ def read_or_replace(source: Source, index: int, seed: int) -> Read:
             try:
                 return Read(candidate, source.read(candidate), int(source.labels[candidate]), tuple(failures.values()))
             except UnreadableImage as error:
-                failures[candidate] = Failure(candidate, source.place(candidate), str(error))
+                failures[candidate] = Failure(candidate, source.location(candidate), str(error))
         candidate = fold_in(seed, index, attempt) % len(source)
     first = failures[index]
     raise DataError(
-        f"{first.place}: unreadable ({first.reason}), as are all {_REPLACEMENTS} images drawn to replace it "
+        f"{first.location}: unreadable ({first.reason}), as are all {_REPLACEMENTS} images drawn to replace it "
         f"({len(failures)} of the {len(source)} images of {source.name} were tried); check data.path"
     )
 
@@ -113,7 +113,7 @@ class Quarantine:
         )
 
 
-class Watched:
+class ExcludingSource:
     """The images of `source`; what is in `aside`, by index with the reason, counts as unreadable."""
 
     def __init__(self, source: Source, trail: Trail, aside: Mapping[int, str]) -> None:
@@ -130,17 +130,17 @@ class Watched:
     def read(self, index: int) -> Tensor:
         if index in self._aside:
             raise UnreadableImage(self._aside[index])
-        self._trail.begin_reading(index, self._source.place(index))
+        self._trail.begin_reading(index, self._source.location(index))
         try:
             image = self._source.read(index)
-        except (UnreadableImage, PassingFault):  # neither is a crash because of this image
+        except (UnreadableImage, TransientError):  # neither is a crash because of this image
             self._trail.end_reading()
             raise
         self._trail.end_reading()  # not where another exception passes: the trail shall end with this image
         return image
 
-    def place(self, index: int) -> str:
-        return self._source.place(index)
+    def location(self, index: int) -> str:
+        return self._source.location(index)
 
 
 def watch(source: Source, trail: Trail, put_aside: Path) -> Source:
@@ -152,7 +152,7 @@ def watch(source: Source, trail: Trail, put_aside: Path) -> Source:
     """
     listed = read_aside(put_aside)
     for item in listed:
-        place = source.place(item.index) if item.index < len(source) else None
+        place = source.location(item.index) if item.index < len(source) else None
         if place is None or item.place not in (None, place):
             raise DataError(
                 f"{put_aside}: image {item.index} was {item.place or 'there'} and is {place or 'missing'} now: the "
@@ -160,9 +160,9 @@ def watch(source: Source, trail: Trail, put_aside: Path) -> Source:
             )
     if any(item.place is None for item in listed):
         try:
-            write_aside(put_aside, [replace(item, place=source.place(item.index)) for item in listed])
+            write_aside(put_aside, [replace(item, place=source.location(item.index)) for item in listed])
         except OSError as error:
             raise RunError(f"{put_aside}: cannot be written: {error.strerror or error}; make room") from error
     if not listed and trail.folder is None:
         return source
-    return Watched(source, trail, {item.index: item.reason for item in listed})
+    return ExcludingSource(source, trail, {item.index: item.reason for item in listed})

@@ -63,7 +63,7 @@ class Resident:
                 read = read_or_replace(source, index, seed)
                 failures += read.failures
                 if read.image.shape != first.shape:
-                    raise _UnequalSizesError(source.place(read.index), read.image, first)
+                    raise _UnequalSizesError(source.location(read.index), read.image, first)
                 images[index], labels[index] = read.image, read.label
             return failures
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from opsin.data.base import Source, UnreadableImage
 from opsin.data.quarantine import Failure, Read, read_or_replace
 from opsin.data.views.crops import Crop, boxes_for, cut
-from opsin.errors import OpsinError, PassingFault, WorkerEnded
+from opsin.errors import OpsinError, TransientError, WorkerEnded
 
 _GROUP_BYTES = 64 << 20
 
@@ -109,7 +109,7 @@ class Reader:
             try:
                 yield wanted, Read(wanted, self.source.read(wanted), int(self.source.labels[wanted]))
             except UnreadableImage as error:
-                failures.append(Failure(wanted, self.source.place(wanted), str(error)))
+                failures.append(Failure(wanted, self.source.location(wanted), str(error)))
 
     def _cut(self, task: Task, group: list[tuple[int, Read]], views: Mapping[str, Tensor]) -> None:
         """Fill `views`, uint8 [count, b, C, S, S], from the b images of the group."""
@@ -134,7 +134,7 @@ def read_batches(
     SIGINT, SIGTERM and SIGUSR1 to this process and end when it ends, however it does.
 
     Raises:
-        OpsinError: what a worker raised; PassingFault where that was none.
+        OpsinError: what a worker raised; TransientError where that was none.
         WorkerEnded: a worker ended by itself.
     """
     if workers == 0:
@@ -177,7 +177,7 @@ class _Tasks(Dataset[RawBatch | _Fault]):
             return _Fault(type(error), error.faults)
         except Exception as error:
             text = f"data.workers: reading failed in a worker with {type(error).__name__}: {error}"
-            return _Fault(PassingFault, (f"{text}; data.workers=0 shows where",))
+            return _Fault(TransientError, (f"{text}; data.workers=0 shows where",))
 
 
 def _from_workers(

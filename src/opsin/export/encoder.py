@@ -221,7 +221,7 @@ class Encoder:
     def _cut(self, image: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to [B, C, S, S]."""
         heights, widths = (torch.full((len(image),), side) for side in image.shape[-2:])
-        boxes = self._crop.place(heights, widths, torch.zeros(len(image), 0))
+        boxes = self._crop.draw(heights, widths, torch.zeros(len(image), 0))
         return cut_batch(image, boxes, self._crop)
 
 

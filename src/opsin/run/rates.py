@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from opsin.errors import ConfigError, OpsinError, PassingFault, Stopped, TrainingError
+from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError, TransientError
 from opsin.processes.trail import VARIABLE, follow
 from opsin.run.recipe import Recipe, read
 from opsin.settings.text import flatten
@@ -44,7 +44,7 @@ def find_lr(
         ConfigError: the recipe cannot be trained as it is.
         Stopped: the sweep got a signal.
         TrainingError: its curve has no usable slope, or it found another reason that stays.
-        PassingFault: it crashed.
+        TransientError: it crashed.
     """
     known = _read_result(folder, sweep_key(read(str(recipe), overrides)))
     if known is not None:
@@ -61,7 +61,7 @@ def find_lr(
     if done.returncode:
         faults = [line.removeprefix("opsin: ") for line in done.stderr.splitlines() if line.startswith("opsin: ")]
         faults = faults or [f"the sweep ended with exit status {done.returncode}: {done.stderr.strip()[-500:]}"]
-        kind = _KINDS.get(done.returncode, TrainingError if is_verdict else PassingFault)
+        kind = _KINDS.get(done.returncode, TrainingError if is_verdict else TransientError)
         raise kind(*(f"optim.lr=auto: {fault}" for fault in faults))
     found = _read_result(folder, sweep_key(read(str(recipe), overrides)))
     assert found is not None, "the sweep has written what it found"

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from opsin.clock.cadence import StepEvery, parse
 from opsin.clock.timeline import Timeline
-from opsin.errors import Diverged, LockLost, PassingFault, RunError
+from opsin.errors import Diverged, LockLost, RunError, TransientError
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Event, Journal
 from opsin.settings.family import Settings
@@ -95,7 +95,7 @@ class Guard:
         Raises:
             Diverged: there were as many rollbacks as are allowed; says what they have shown. The checkpoints of the
                 trouble are set aside, its rows stay to be looked at: a resume begins before it.
-            PassingFault: the disk fails on the way; training again goes the same way.
+            TransientError: the disk fails on the way; training again goes the same way.
         """
         detour = self._config.detour(trouble, len(state.detours) + 1, self._timeline)
         if detour.attempt > self._config.max_rollbacks:
@@ -172,7 +172,7 @@ def _passing(trouble: RollBack) -> Iterator[None]:
     except LockLost:
         raise
     except (OSError, RunError) as error:  # the latter where the log cannot be written
-        raise PassingFault(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
+        raise TransientError(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
 
 
 def _facts(detour: Detour) -> dict[str, Fact]:

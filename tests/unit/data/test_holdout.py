@@ -60,5 +60,5 @@ def test_a_subset_is_a_source() -> None:
     assert len(subset) == 2
     assert subset.labels.tolist() == digits.labels[[5, 1700]].tolist()
     assert torch.equal(subset.read(1), digits.read(1700))
-    assert subset.place(1) == "scikit-learn digits 1700"
+    assert subset.location(1) == "scikit-learn digits 1700"
     assert torch.equal(pickle.loads(pickle.dumps(subset)).read(0), subset.read(0))

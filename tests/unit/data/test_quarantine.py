@@ -35,7 +35,7 @@ def test_the_replacement_follows_from_seed_and_index(tmp_path: Path) -> None:
         assert read.index == expected
         assert read.label == int(source.labels[expected])
         assert torch.equal(read.image, source.read(expected))
-        assert [(failure.sample, failure.place) for failure in read.failures] == [(4, source.place(4))]
+        assert [(failure.sample, failure.location) for failure in read.failures] == [(4, source.location(4))]
 
 
 def test_unreadable_replacements_are_reported_and_passed_over(tmp_path: Path) -> None:

@@ -82,6 +82,6 @@ def test_everything_is_read_in_order(tmp_path: Path) -> None:
     task = Task(CROPS, 0, torch.arange(80))
     whole = read_everything(reader, task, CPU)
     assert whole.ids.tolist() == [index for index in range(80) if index != 3]
-    assert [failure.place for failure in whole.failures] == [reader.source.place(3)]
+    assert [failure.location for failure in whole.failures] == [reader.source.location(3)]
     expected = reader.read(task)
     assert all(torch.equal(whole.views[name], expected.views[name]) for name in CROPS)

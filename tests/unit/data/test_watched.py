@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opsin.data.quarantine import read_or_replace, watch
-from opsin.errors import DataError, PassingFault, RunError
+from opsin.errors import DataError, RunError, TransientError
 from opsin.processes.excluded import Aside, read_aside, write_aside
 from opsin.processes.trail import Trail, Whereabouts, follow
 from tests.unit.data.test_quarantine import images
@@ -30,9 +30,9 @@ def test_an_image_that_is_put_aside_is_replaced_as_an_unreadable_one(tmp_path: P
     assert read.index == same.index != 4
     assert torch.equal(read.image, same.image)
     (failure,) = read.failures
-    assert (failure.place, failure.reason) == (source.place(4), "training crashed with it")
+    assert (failure.location, failure.reason) == (source.location(4), "training crashed with it")
     (kept,) = read_aside(tmp_path / "put_aside.json")
-    assert kept.place == source.place(4)
+    assert kept.place == source.location(4)
 
 
 def test_images_that_have_changed_are_refused(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ class Fragile:
     def read(self, index: int) -> torch.Tensor:
         raise self.error
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{index}.png"
 
 
@@ -98,8 +98,8 @@ def test_an_image_that_cannot_be_read_is_no_longer_in_hand_and_one_that_fails_ot
     folder.mkdir()
     read_or_replace(watch(source, Trail(folder), tmp_path / "put_aside.json"), 2, seed=0)
     assert follow(folder).reading == ()
-    unreachable = Fragile(PassingFault("5.png: cannot be read: the network is away"))
-    with pytest.raises(PassingFault):
+    unreachable = Fragile(TransientError("5.png: cannot be read: the network is away"))
+    with pytest.raises(TransientError):
         watch(unreachable, Trail(folder), tmp_path / "put_aside.json").read(5)
     assert follow(folder).reading == ()
     with pytest.raises(RuntimeError):

@@ -16,7 +16,7 @@ from torch import Tensor
 from opsin.data.base import UnreadableImage
 from opsin.data.views.crops import RandomResizedCrop
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
-from opsin.errors import DataError, PassingFault
+from opsin.errors import DataError, TransientError
 
 SAMPLES = 40
 
@@ -38,7 +38,7 @@ class Plain:
         generator = torch.Generator().manual_seed(index)
         return torch.randint(0, 256, (3, 12, 10 + index % 2), dtype=torch.uint8, generator=generator)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"image {index}"
 
 
@@ -140,7 +140,7 @@ def test_reading_leaves_the_global_random_numbers_alone(tmp_path: Path) -> None:
     ("source", "what"), [(Broken, "KeyError: 'no such column'"), (Gone, "OSError: [Errno 5] Input/output error")]
 )
 def test_an_error_in_a_worker_arrives_as_one_line_and_may_pass(tmp_path: Path, source: type[Plain], what: str) -> None:
-    with pytest.raises(PassingFault) as caught:
+    with pytest.raises(TransientError) as caught:
         list(batches(source(tmp_path), 1))
     assert str(caught.value) == (f"data.workers: reading failed in a worker with {what}; data.workers=0 shows where")
 
@@ -155,7 +155,7 @@ def test_an_error_for_the_user_arrives_from_a_worker_as_it_is(tmp_path: Path) ->
 
 
 def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(PassingFault, match=r"data.workers=1: a worker process ended by itself .*try .*, or once more"):
+    with pytest.raises(TransientError, match=r"data.workers=1: a worker process ended .* try .*, or once more"):
         list(batches(Fatal(tmp_path), 1))
 
 
@@ -182,7 +182,7 @@ class HangsUp(Reader):
 @pytest.mark.parametrize("reason", ["EOFError", "Connection reset by peer"])
 def test_a_worker_killed_while_it_hands_over_a_batch_is_reported(tmp_path: Path, reason: str) -> None:
     task = Task({}, int(reason != "EOFError"), torch.arange(2))
-    with pytest.raises(PassingFault, match=rf"data.workers=1: a worker process ended by itself .*{reason}.*fewer"):
+    with pytest.raises(TransientError, match=rf"data.workers=1: a worker process ended by itself .*{reason}.*fewer"):
         list(read_batches(HangsUp(Plain(tmp_path), seed=0), [task], workers=1, prefetch=1))
 
 
@@ -194,7 +194,7 @@ def test_a_fork_server_killed_while_it_is_asked_for_a_worker_is_reported_and_rep
     os.kill(server, signal.SIGSTOP)
     timer = threading.Timer(0.5, os.kill, (server, signal.SIGKILL))
     timer.start()
-    with pytest.raises(PassingFault, match=r"data.workers=1: a worker process ended by itself .*try fewer workers"):
+    with pytest.raises(TransientError, match=r"data.workers=1: a worker process ended by itself .*try fewer workers"):
         next(batches(Plain(tmp_path), 1))
     timer.join()
     wait_until(lambda: not is_alive(server))

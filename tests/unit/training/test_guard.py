@@ -16,7 +16,7 @@ import pytest
 from opsin.clock.timeline import Stage, Timeline
 from opsin.data import base
 from opsin.data.base import Batch
-from opsin.errors import ConfigError, Diverged, PassingFault, Stopped
+from opsin.errors import ConfigError, Diverged, Stopped, TransientError
 from opsin.reporting.journal import Journal, Row, read_events, read_rows
 from opsin.run.recipe import read
 from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
@@ -200,7 +200,7 @@ def test_a_rollback_that_the_disk_stops_may_be_tried_again(
         monkeypatch.setattr(Path, "rename", broken)
     else:
         monkeypatch.setattr("opsin.reporting.lines.write_atomic", broken)
-    with pytest.raises(PassingFault, match=r"large since step 8; a rollback fails: .*Input/output error.*resume"):
+    with pytest.raises(TransientError, match=r"large since step 8; a rollback fails: .*Input/output error.*resume"):
         fit(guarded(tmp_path / "run", every="2 steps"))
     monkeypatch.undo()
     assert equal(fit(guarded(tmp_path / "run", every="2 steps")), straight)

@@ -32,7 +32,7 @@ class Pictures:
     def read(self, index: int) -> torch.Tensor:
         raise NotImplementedError
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return str(index)
 
 

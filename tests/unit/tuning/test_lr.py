@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opsin.clock.schedule import Constant
 from opsin.commands.main import main
-from opsin.errors import ConfigError, OpsinError, PassingFault, RunError, TrainingError
+from opsin.errors import ConfigError, OpsinError, RunError, TrainingError, TransientError
 from opsin.processes.trail import VARIABLE, Whereabouts, follow
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
@@ -265,8 +265,8 @@ if "tune" in getattr(sys, "orig_argv", ()):
 @pytest.mark.parametrize(
     ("end", "kind", "is_final"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", PassingFault, False),
-        ("print('opsin: a fault of opsin', file=sys.stderr); sys.stderr.flush(); os._exit(4)", PassingFault, False),
+        ("os.kill(os.getpid(), signal.SIGKILL)", TransientError, False),
+        ("print('opsin: a fault of opsin', file=sys.stderr); sys.stderr.flush(); os._exit(4)", TransientError, False),
         ("Trail.from_environment().verdict('no slope'); os._exit(4)", TrainingError, True),
         ("print('opsin: nowhere', file=sys.stderr); sys.stderr.flush(); os._exit(2)", ConfigError, False),
     ],

@@ -19,7 +19,7 @@ from opsin.data.sources.open import open_sources
 from opsin.errors import DataError
 
 
-class Place(NamedTuple):
+class ImageLocation(NamedTuple):
     """An image as number `inside` of the source that is split number `split`."""
 
     split: int
@@ -48,11 +48,11 @@ class Collection:
         """Which split each image is in: int64 [N]."""
         return torch.repeat_interleave(torch.tensor([len(source) for source in self.sources]))
 
-    def locate(self, index: int) -> Place:
+    def locate(self, index: int) -> ImageLocation:
         """Where image `index` is."""
         for split, source in enumerate(self.sources):
             if index < len(source):
-                return Place(split, source, index)
+                return ImageLocation(split, source, index)
             index -= len(source)
         raise IndexError(index)
 
@@ -61,10 +61,10 @@ class Collection:
         _, source, inside = self.locate(index)
         return source.read(inside)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where the image is stored."""
         _, source, inside = self.locate(index)
-        return source.place(inside)
+        return source.location(inside)
 
     def class_name(self, label: int) -> str:
         """The name of a class; `unlabelled` for -1."""
@@ -73,7 +73,7 @@ class Collection:
     def path(self, index: int) -> Path | None:
         """The file of an image; None where it is no file of its own."""
         _, source, inside = self.locate(index)
-        return Path(source.place(inside)) if isinstance(source, Files) else None
+        return Path(source.location(inside)) if isinstance(source, Files) else None
 
     def check_outside(self, out: Path) -> None:
         """See that what is written into `out` does not become part of these images.

@@ -45,7 +45,7 @@ class Groups:
         largest = max(self.shared, key=len, default=np.zeros(0, dtype=np.int64))
         if len(largest) <= max(_MANY, _LARGE_SHARE * len(self.of_image)):
             return None
-        first, last = collection.place(int(largest[0])), collection.place(int(largest[-1]))
+        first, last = collection.location(int(largest[0])), collection.location(int(largest[-1]))
         return (
             f"the largest group of duplicates has {len(largest):,} images, from {first} to {last}; if these show "
             "different things, lower --near-duplicates (off compares pixels only)"

@@ -36,7 +36,7 @@ def stored_bytes(collection: Collection, index: int) -> bytes | None:
         return source.store.read(inside)
     if isinstance(source, Files):
         try:
-            return Path(source.place(inside)).read_bytes()
+            return Path(source.location(inside)).read_bytes()
         except OSError as error:
             raise UnreadableImage(f"the file cannot be read ({error.strerror})") from error
     return None
@@ -47,7 +47,7 @@ def find_encoding(collection: Collection, index: int) -> Encoding | None:
     _, source, inside = collection.locate(index)
     if isinstance(source, Files):
         try:
-            with Path(source.place(inside)).open("rb") as file:
+            with Path(source.location(inside)).open("rb") as file:
                 return _look(file)
         except OSError:
             return None

@@ -137,7 +137,7 @@ def scan(collection: Collection, *, say: Callable[[str], None]) -> Scan:
     if not found.num_readable:
         first = found.unreadable[0]
         raise DataError(
-            f"{collection.name}: none of its {len(collection)} images can be read ({first.place}: {first.reason}, "
+            f"{collection.name}: none of its {len(collection)} images can be read ({first.location}: {first.reason}, "
             "...); at least one is needed: check the path"
         )
     return found
@@ -167,7 +167,7 @@ def _look(collection: Collection, index: int) -> _Look | Failure:
         image = collection.read(index)
         encoding = find_encoding(collection, index)
     except UnreadableImage as error:
-        return Failure(index, collection.place(index), str(error))
+        return Failure(index, collection.location(index), str(error))
     pixels: NDArray[np.uint8] = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # [H, W, 3]
     height, width, channels = pixels.shape
     flat = pixels.reshape(-1, channels)

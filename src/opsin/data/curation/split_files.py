@@ -143,7 +143,7 @@ def write_lists(collection: Collection, splits: Integers, folder: Path, out: Pat
 
 def write_unreadable(failures: Sequence[Failure], path: Path) -> None:
     """One line `place<TAB>reason` for each image, if there is one."""
-    lines = [f"{failure.place.translate(_ESCAPES)}\t{failure.reason.translate(_ESCAPES)}\n" for failure in failures]
+    lines = [f"{failure.location.translate(_ESCAPES)}\t{failure.reason.translate(_ESCAPES)}\n" for failure in failures]
     if lines:
         path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
@@ -151,7 +151,7 @@ def write_unreadable(failures: Sequence[Failure], path: Path) -> None:
 def write_duplicates(collection: Collection, shared: Sequence[Integers], splits: Sequence[str], path: Path) -> None:
     """One line for each image that has a copy; `splits` has the name of every image's split."""
     rows = [
-        (str(number), splits[index], collection.class_name(int(collection.labels[index])), collection.place(index))
+        (str(number), splits[index], collection.class_name(int(collection.labels[index])), collection.location(index))
         for number, members in enumerate(shared, 1)
         for index in members.tolist()
     ]

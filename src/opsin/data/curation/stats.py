@@ -136,7 +136,7 @@ def summarize(collection: Collection, scan: Scan, groups: Groups) -> Stats:
         name=collection.name,
         counts=counts,
         num_unreadable=len(scan.unreadable),
-        unreadable=tuple((failure.place, failure.reason) for failure in scan.unreadable[:_SHOWN]),
+        unreadable=tuple((failure.location, failure.reason) for failure in scan.unreadable[:_SHOWN]),
         sizes=_sizes(collection, scan),
         mean=scan.mean,
         std=scan.std,
@@ -162,7 +162,7 @@ def _sizes(collection: Collection, scan: Scan) -> Sizes:
     )
     aspect = np.percentile(widths / heights, (5, 50, 95)).tolist()
     distinct = len(np.unique(widths << 32 | heights))
-    first, last = (collection.place(int(row)) for row in ends)
+    first, last = (collection.location(int(row)) for row in ends)
     return Sizes(distinct, smallest, first, largest, last, shorter, longer, tuple(aspect))
 
 
@@ -206,7 +206,7 @@ def _warnings(
     if torn:
         first = torn[0][np.unique(labels[torn[0]], return_index=True)[1]][:2].tolist()
         example = " and ".join(
-            f"{collection.place(index)} ({collection.class_name(int(labels[index]))})" for index in first
+            f"{collection.location(index)} ({collection.class_name(int(labels[index]))})" for index in first
         )
         have = "has" if len(torn) == 1 else "have"
         yield f"{counted(len(torn), 'group')} of duplicates {have} several labels: {example}"

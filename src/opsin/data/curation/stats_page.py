@@ -164,7 +164,7 @@ def _describe(collection: Collection, index: int) -> str:
     known = [split] if len(collection.splits) > 1 else []
     if collection.classes:
         known.append(collection.class_name(int(collection.labels[index])))
-    return " ".join([collection.place(index), *([f"({', '.join(known)})"] if known else [])])
+    return " ".join([collection.location(index), *([f"({', '.join(known)})"] if known else [])])
 
 
 def _list(counts: Mapping[str, int]) -> str:

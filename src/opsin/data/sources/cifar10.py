@@ -65,7 +65,7 @@ class Cifar10:
             self._pixels = read_batches(self.path, self.batches).pixels
         return self._pixels[index]
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`cifar-10-batches-py training image 17`."""
         return f"{self.path} {self.batches[0].split('_')[0]} image {index}"
 

@@ -23,7 +23,7 @@ class Digits:
         """One digit as uint8 [3, 8, 8]."""
         return self.images[index].repeat(3, 1, 1)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`scikit-learn digits 17`."""
         return f"scikit-learn digits {index}"
 

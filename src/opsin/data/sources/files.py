@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from opsin.data.base import UnreadableImage, raise_if_passing
+from opsin.data.base import UnreadableImage, raise_if_transient
 from opsin.data.decode import decode
 from opsin.data.sources.labels import find_classes, index_labels, no_labels
 
@@ -67,13 +67,13 @@ class Files:
     def read(self, index: int) -> Tensor:
         """The image as uint8 [3, H, W]."""
         try:
-            data = Path(self.place(index)).read_bytes()
+            data = Path(self.location(index)).read_bytes()
         except OSError as error:
-            raise_if_passing(self.place(index), error)
+            raise_if_transient(self.location(index), error)
             raise UnreadableImage(f"the file cannot be read ({error.strerror})") from error
         return decode(data)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """The path of the file."""
         return os.path.join(self.root, self.paths[index])
 

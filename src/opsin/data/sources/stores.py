@@ -47,7 +47,7 @@ class RowGroups:
         """Which group holds a row."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """`train.parquet row 17`, counted from 0 in the file."""
         file = self.groups[self.group_of(row)][0]
         first = next(start for start, group in zip(self.starts, self.groups, strict=True) if group[0] == file)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from opsin.data.base import UnreadableImage, raise_if_passing
+from opsin.data.base import UnreadableImage, raise_if_transient
 from opsin.data.decode import decode
 from opsin.data.sources.columns import Columns, find_columns
 from opsin.data.sources.labels import (
@@ -50,15 +50,15 @@ class Table:
             data = self.store.read(index)
         except (OSError, pa.ArrowException) as error:
             if isinstance(error, OSError):
-                raise_if_passing(self.place(index), error)
+                raise_if_transient(self.location(index), error)
             raise UnreadableImage(f"the row cannot be read ({error})") from error
         if not data:
             raise UnreadableImage("the row holds no image bytes")
         return decode(data)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """`train.parquet row 17`, counted from 0 in the file."""
-        return self.rows.place(index)
+        return self.rows.location(index)
 
 
 def find_tables(folder: Path) -> list[Path]:

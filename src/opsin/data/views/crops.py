@@ -65,7 +65,7 @@ class Crop(ABC):
     num_draws: ClassVar[int] = 0
 
     @abstractmethod
-    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+    def draw(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
         """Boxes without flip for images of the given sizes.
 
         `heights`, `widths` are int64 [B]; `draws` is float32 [B, num_draws] in [0, 1).
@@ -83,7 +83,7 @@ class PadCrop(Crop):
     padding_px: int = 4
     num_draws: ClassVar[int] = 2
 
-    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+    def draw(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
         side = torch.minimum(heights, widths)
         border = torch.round(side.double() * self.padding_px / self.size).long()
         top = _below(heights - side + 2 * border + 1, draws[:, 0]) - border
@@ -101,7 +101,7 @@ class WindowCrop(Crop):
     padding_px: int = 0
     num_draws: ClassVar[int] = 2
 
-    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+    def draw(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
         side = torch.full_like(heights, self.size)
         top = _window_start(heights, self, draws[:, 0])
         left = _window_start(widths, self, draws[:, 1])
@@ -121,7 +121,7 @@ class RandomResizedCrop(Crop):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     num_draws: ClassVar[int] = 22
 
-    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+    def draw(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
         height, width = rectangles(heights, widths, draws[:, 2:], scale=self.scale, ratio=self.ratio)
         found = height > 0
         largest_h = torch.round(widths.double() / self.ratio[0]).long().clamp(min=1)
@@ -139,7 +139,7 @@ class CenterCrop(Crop):
 
     resize: int
 
-    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+    def draw(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
         shorter = torch.minimum(heights, widths)
         side = torch.round(shorter.double() * self.size / self.resize).long().clamp(min=1)
         return _unflipped((heights - side) // 2, (widths - side) // 2, side, side)
@@ -149,7 +149,7 @@ class CenterCrop(Crop):
 class Squash(Crop):
     """The whole image, whatever its shape."""
 
-    def place(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
+    def draw(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
         return _unflipped(torch.zeros_like(heights), torch.zeros_like(widths), heights, widths)
 
 
@@ -161,7 +161,7 @@ def boxes_for(
     `heights`, `widths`, `ids` are int64 [B] on the CPU.
     """
     stream = f"{view}.{copy}"
-    boxes = crop.place(heights, widths, seeding.uniform(seed, epoch, ids, f"{stream}.crop", crop.num_draws))
+    boxes = crop.draw(heights, widths, seeding.uniform(seed, epoch, ids, f"{stream}.crop", crop.num_draws))
     if crop.flip == "none":
         return boxes
     # Epoch 0 stands for all epochs where mirroring alternates: the first turn is drawn once per image.

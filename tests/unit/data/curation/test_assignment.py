@@ -17,7 +17,7 @@ def assigned(folder: Path, val: float = 0.1, test: float = 0.1, seed: int = 0) -
     """The split of each image, by its path below the folder."""
     collection, found, groups = looked_at(folder)
     splits = assign(collection, found, groups, Fractions(val, test), seed=seed).tolist()
-    names = [collection.place(index).removeprefix(f"{folder}/") for index in range(len(collection))]
+    names = [collection.location(index).removeprefix(f"{folder}/") for index in range(len(collection))]
     return {name: SPLITS[split] if split != LEFT_OUT else "" for name, split in zip(names, splits, strict=True)}
 
 

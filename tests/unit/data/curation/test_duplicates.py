@@ -80,7 +80,7 @@ def test_copies_are_found_and_flat_images_only_where_their_pixels_are_equal(tmp_
     for name, colour in {"grey": 100, "grey-too": 100, "other-grey": 101}.items():
         Image.new("RGB", (48, 40), (colour,) * 3).save(folder / f"a/{name}.png")
     collection, _, groups = looked_at(folder)
-    named = [{collection.place(i).removeprefix(f"{folder}/") for i in group.tolist()} for group in groups.shared]
+    named = [{collection.location(i).removeprefix(f"{folder}/") for i in group.tolist()} for group in groups.shared]
     expected = [{"a/001.png", "b/same.png"}, {"a/002.png", "b/larger.jpg"}, {"a/grey.png", "a/grey-too.png"}]
     assert sorted(named, key=sorted) == sorted(expected, key=sorted)
     assert groups.num_exact == 2

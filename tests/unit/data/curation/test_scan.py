@@ -60,13 +60,13 @@ def test_unreadable_images_are_listed_with_their_reason(tmp_path: Path) -> None:
     (folder / "a" / "text.jpg").write_text("a thousand words")
     (folder / "b" / "empty.png").write_bytes(b"")
     collection, found, _ = looked_at(folder)
-    assert [(failure.place, failure.reason[:20]) for failure in found.unreadable] == [
+    assert [(failure.location, failure.reason[:20]) for failure in found.unreadable] == [
         (f"{folder}/a/text.jpg", "not an image, it sta"),
         (f"{folder}/b/empty.png", "there are no bytes"),
     ]
     assert found.num_readable == 140
-    assert [collection.place(i) for i in np.flatnonzero(~found.readable).tolist()] == [
-        f.place for f in found.unreadable
+    assert [collection.location(i) for i in np.flatnonzero(~found.readable).tolist()] == [
+        f.location for f in found.unreadable
     ]
 
 
@@ -100,5 +100,5 @@ def test_all_splits_of_a_folder_are_one_collection(tmp_path: Path) -> None:
     assert collection.splits == ("train", "validation", "test")
     assert [collection.class_name(label) for label in collection.labels.tolist()] == ["a", "b", "b", "b", "c"]
     assert collection.split_numbers.tolist() == [0, 0, 1, 2, 2]
-    assert collection.place(4) == f"{tmp_path}/test/c/3.png"
+    assert collection.location(4) == f"{tmp_path}/test/c/3.png"
     assert (collection.read(4).permute(1, 2, 0).numpy() == np.asarray(scene(8))).all()

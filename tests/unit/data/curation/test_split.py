@@ -65,8 +65,8 @@ def test_training_finds_train_and_val_by_itself(tmp_path: Path) -> None:
     listed = open_sources(str(tmp_path / "lists" / "all.csv"), cache=tmp_path)
     assert listed.val is not None
     for folder, listing in ((opened.train, listed.train), (opened.val, listed.val)):
-        assert sorted(Path(folder.place(i)).name for i in range(len(folder))) == sorted(
-            Path(listing.place(i)).name for i in range(len(listing))
+        assert sorted(Path(folder.location(i)).name for i in range(len(folder))) == sorted(
+            Path(listing.location(i)).name for i in range(len(listing))
         )
         assert folder.labels.bincount().tolist() == listing.labels.bincount().tolist()
     alone = open_sources(str(tmp_path / "lists" / "test.csv"), cache=tmp_path)

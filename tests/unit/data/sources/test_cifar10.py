@@ -58,7 +58,7 @@ def test_folder_and_archive_hold_the_same(folder: Path) -> None:
         # Row-major planes of red, green, blue, as the authors describe the files.
         expected = np.random.default_rng(1).integers(0, 256, (2, 3072), dtype=np.uint8)[1].reshape(3, 32, 32)
         assert torch.equal(train.read(3), torch.from_numpy(expected))
-        assert test.place(1) == f"{path} test image 1"
+        assert test.location(1) == f"{path} test image 1"
 
 
 def test_a_pickle_carries_no_pixels(folder: Path) -> None:

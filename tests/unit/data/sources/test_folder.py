@@ -9,14 +9,14 @@ import pytest
 from opsin.data.base import UnreadableImage
 from opsin.data.sources.files import find_images
 from opsin.data.sources.folder import open_folder
-from opsin.errors import DataError, PassingFault
+from opsin.errors import DataError, TransientError
 from tests.unit.data.pictures import fill
 
 
 def test_class_folders(tmp_path: Path) -> None:
     opened = open_folder(fill(tmp_path, "dog/1.png", "cat/2.png", "cat/1.PNG", "cat/notes.txt", "cat/.hidden.png"))
     assert opened.train.classes == ("cat", "dog")
-    assert [opened.train.place(index) for index in range(3)] == [
+    assert [opened.train.location(index) for index in range(3)] == [
         str(tmp_path / name) for name in ("cat/1.PNG", "cat/2.png", "dog/1.png")
     ]
     assert opened.train.labels.tolist() == [0, 0, 1]
@@ -38,7 +38,7 @@ def test_split_folders(tmp_path: Path, name: str) -> None:
 def test_val_comes_before_test_and_what_is_left_is_said(tmp_path: Path) -> None:
     opened = open_folder(fill(tmp_path, "train/a/1.png", "val/a/1.png", "test/a/1.png", "cover.png"))
     assert opened.val is not None
-    assert opened.val.place(0) == str(tmp_path / "val/a/1.png")
+    assert opened.val.location(0) == str(tmp_path / "val/a/1.png")
     assert opened.said.endswith(f"; not used: test, images directly in {tmp_path}")
 
 
@@ -141,7 +141,7 @@ def test_what_the_network_or_the_machine_does_is_not_blamed_on_the_image(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(PassingFault if passes else UnreadableImage) as caught:
+    with pytest.raises(TransientError if passes else UnreadableImage) as caught:
         source.read(0)
     if passes:
         assert str(caught.value).startswith(f"{tmp_path}/a/1.png: cannot be read: {os.strerror(number)}; the image is")

@@ -21,7 +21,7 @@ def test_paths_are_relative_to_the_list(tmp_path: Path) -> None:
     opened = open_list(path)
     assert opened.train.classes == ("cat", "dog")
     assert opened.train.labels.tolist() == [1, 0, -1]
-    assert [opened.train.place(index) for index in (0, 1)] == [str(tmp_path / "sub/b.png"), str(tmp_path / "a.png")]
+    assert [opened.train.location(index) for index in (0, 1)] == [str(tmp_path / "sub/b.png"), str(tmp_path / "a.png")]
     assert opened.train.read(1).shape == (3, 12, 10)
     assert opened.said == f"found 2 classes in {path}: 3 training images, no validation images"
 
@@ -36,7 +36,7 @@ def test_the_split_column(tmp_path: Path) -> None:
     path = write(tmp_path, "path,label,split\na.png,1,train\nsub/b.png,1,test\nc.png,1,VAL\n")
     opened = open_list(path)
     assert opened.val is not None
-    assert opened.val.place(0) == str(tmp_path / "c.png")
+    assert opened.val.location(0) == str(tmp_path / "c.png")
     assert opened.said.endswith("1 training image, 1 validation image; not used: split test")
 
 

@@ -52,7 +52,7 @@ def test_images_labels_and_names(tmp_path: Path, in_memory_bytes: int) -> None:
     for index in (7, 0, 4, 5):
         assert torch.equal(opened.train.read(index), decode(png(index)))
     assert torch.equal(opened.val.read(1), decode(png(9)))
-    assert opened.train.place(6) == f"{folder}/data/train-00001-of-00002.parquet row 1"
+    assert opened.train.location(6) == f"{folder}/data/train-00001-of-00002.parquet row 1"
     assert opened.said.startswith(f"found 2 classes in the parquet files of {folder}: 8 training images, 2 validation")
 
 
@@ -113,7 +113,7 @@ def test_validation_is_preferred_and_the_rest_is_said(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.parquet", hub({"img": images(1), "label": [0]}, NAMED))
     opened = open_tables(tmp_path, cache=tmp_path)
     assert opened.val is not None
-    assert "validation.parquet" in opened.val.place(0)
+    assert "validation.parquet" in opened.val.location(0)
     assert opened.said.endswith("not used: files without a split in their name, test")
 
 
