@@ -47,7 +47,7 @@ def test_every_fault_of_a_command_is_told_at_once_and_nothing_is_written(tmp_pat
             f"{place}epochs: 'ten' is text; must be a number",
             f"{place}data.holdout: 1.5 is out of range; must be less than 1",
             f"{place}precision: 'fp8' is not an option; must be 'auto', 'fp32', 'tf32', 'bf16' or 'fp16'",
-            f"{place}'verbose' is no setting; write key=value, such as data.path=images",
+            f"{place}'verbose' is not a setting; write key=value, such as data.path=images",
             f"{place}checkpoints.every: '3 weeks' does not fit; must be like "
             "'500 steps', '1 epoch', '10 minutes' or 'never'",
             f"{place}method.name: unknown method 'supervize'; known: dino, hjepa, ijepa, supervised; "
@@ -72,11 +72,11 @@ def test_a_recipe_that_cannot_be_read_names_file_and_line(tmp_path: Path, opsin_
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     cases: Cases = {
-        ("train", "syntax.yaml"): ("syntax.yaml:3: is no valid YAML: .*",),
+        ("train", "syntax.yaml"): ("syntax.yaml:3: is not valid YAML: .*",),
         ("train", "twice.yaml"): ("twice.yaml:3: epochs: given twice; the first is at twice.yaml:2",),
         ("train", "text.yaml"): ("text.yaml:1: a recipe must be keys and values",),
-        ("train", "base.yaml"): ("base.yaml:1: extends: nothing: no recipe file and no shipped recipe; shipped: ",),
-        ("train", "circle.yaml"): ("circle.yaml:1: extends: goes in a circle: .*; take one out",),
+        ("train", "base.yaml"): ("base.yaml:1: extends: nothing: is neither a file nor a shipped recipe; shipped: ",),
+        ("train", "circle.yaml"): ("circle.yaml:1: extends: circular: .*; remove one",),
         ("train", "two faults.yaml"): (
             "two faults.yaml:2: epochs: -1 is out of range; must be greater than 0",
             "two faults.yaml:3: optim.rate: unknown key; did you mean optim.",
@@ -85,7 +85,7 @@ def test_a_recipe_that_cannot_be_read_names_file_and_line(tmp_path: Path, opsin_
             "empty.yaml: epochs is missing; give the passes over the images as epochs=VALUE, or stages",
             *(f"empty.yaml: {key}: missing" for key in ("batch_size", "data.path", "data.image_size", "model.name")),
         ),
-        ("train", "nowhere.yaml"): ("command line: nowhere.yaml: no recipe file and no shipped recipe",),
+        ("train", "nowhere.yaml"): ("command line: nowhere.yaml: is neither a file nor a shipped recipe",),
         ("recipes", "show", "quikstart"): ("command line: quikstart: .*; did you mean quickstart[?]",),
     }
     judge(cases, tmp_path, opsin_env)

@@ -1,4 +1,4 @@
-"""Settings as frozen pydantic models, and families of them told apart by `name`."""
+"""Settings as frozen pydantic models, and families of them, chosen by `name`."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 
 
 class Settings(BaseModel):
-    """One group of keys. The docstring under each attribute is its documentation everywhere.
+    """A group of keys. The docstring under each attribute documents the key everywhere.
 
     Text is never taken for a number nor a number for true or false; whole numbers serve as floats; floats are finite.
     """
@@ -45,7 +45,7 @@ class Family(Settings):
     """
 
     name: str
-    """Which one."""
+    """Name of the member."""
 
     @classmethod
     def members(cls) -> "dict[str, type[Self]]":
@@ -73,26 +73,22 @@ class Family(Settings):
 
     @classmethod
     def member(cls, name: object) -> "type[Self] | None":
-        """The member that `name` selects, if any."""
+        """The member that `name` selects; None if it selects none."""
         return cls.members().get(name) or cls.fallback() if isinstance(name, str) else None
 
     @classmethod
     def root(cls) -> type["Family"]:
         """The direct subclass of `Family` at or above this class."""
-        return (
-            cls
-            if cls._is_root()
-            else next(base for base in cls.__mro__ if issubclass(base, Family) and base._is_root())
-        )
+        return next(base for base in cls.__mro__ if issubclass(base, Family) and base._is_root())
 
     @classmethod
     def noun(cls) -> str:
-        """What a member is called in messages: `method` for `MethodConfig`."""
+        """The noun for a member in messages: `method` for `MethodConfig`."""
         return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__.removesuffix("Config")).lower()
 
     @classmethod
     def _is_root(cls) -> bool:
-        # By name: pydantic asks already while `Family` itself is being made.
+        # By name: pydantic asks while `Family` itself is being made.
         return any((base.__module__, base.__qualname__) == (__name__, "Family") for base in cls.__bases__)
 
     @classmethod
@@ -150,7 +146,7 @@ class Family(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a key holds: settings themselves, or a list or a table (a dict with free keys) of something."""
+    """The kind of a key's value: settings, a list, a table (a dict with free keys) or a leaf."""
 
     kind: Literal["settings", "list", "table", "leaf"]
     item: Any

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, in plain words: place, key, value, rule, way out."""
+"""Faults that pydantic finds in a recipe, in plain words: location, key, value, rule, way out."""
 
 import difflib
 import json
@@ -15,19 +15,13 @@ from opsin.settings.yaml_tree import Node
 _SECRET = re.compile(r"(?<=://)\S+(?=@)")  # the user and the password of an address
 
 _RULES: Mapping[str, str] = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
-    "string_type": "text",
-    "path_type": "text",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "set_type": "a list",
-    "frozen_set_type": "a list",
-    "dict_type": "a group of keys",
-    "model_type": "a group of keys",
+    **dict.fromkeys(("string_type", "path_type"), "text"),
+    **dict.fromkeys(("list_type", "tuple_type", "set_type", "frozen_set_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type"), "a group of keys"),
     "group_type": "a group of keys, such as {key}.name={example}",
     "none_required": "null",
     "greater_than": "greater than {gt}",
@@ -43,19 +37,13 @@ _RULES: Mapping[str, str] = {
     "string_pattern_mismatch": "text like {pattern}",
 }
 
-# What is said of the value; for other types of error, what kind of value it is.
+# The fault of a value by the type of the error; for all other types, the message states the kind of the value.
 _FACTS: Mapping[str, str] = {
     "finite_number": "is not finite",
-    "greater_than": "is out of range",
-    "greater_than_equal": "is out of range",
-    "less_than": "is out of range",
-    "less_than_equal": "is out of range",
-    "multiple_of": "does not fit",
-    "too_short": "is too short",
-    "too_long": "is too long",
-    "string_too_short": "is too short",
-    "string_too_long": "is too long",
-    "string_pattern_mismatch": "does not fit",
+    **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), "is out of range"),
+    **dict.fromkeys(("multiple_of", "string_pattern_mismatch"), "does not fit"),
+    **dict.fromkeys(("too_short", "string_too_short"), "is too short"),
+    **dict.fromkeys(("too_long", "string_too_long"), "is too long"),
 }
 
 
@@ -100,7 +88,7 @@ def _line(dotted: str, found: Sequence[tuple[list[Node], ErrorDetails]], model: 
         message = _broken_rule(dotted, nodes[-1], [detail for _, detail in found])
     else:
         message = f"{_shown(nodes[-1].plain())} does not fit: {detail['msg']}"
-    return ": ".join(filter(None, [nodes[-1].place, dotted, message]))
+    return ": ".join(filter(None, [nodes[-1].location, dotted, message]))
 
 
 def _unknown_key(dotted: str, group: type | None, parent: Node, model: type[Settings]) -> str:
@@ -144,22 +132,20 @@ def _broken_rule(dotted: str, node: Node, details: Sequence[ErrorDetails]) -> st
     known = [_FACTS[detail["type"]] for detail in details if detail["type"] in _FACTS]
     if known:
         fact = known[0]
-    elif isinstance(value, str) and options:
-        fact = "is not an option"
+    elif value is None:
+        fact = "is not allowed"
     else:
-        fact = f"is {_kind(value)}"
+        fact = "is not an option" if isinstance(value, str) and options else f"is {_kind(value)}"
     return f"{_shown(value)} {fact}; must be {_either(list(dict.fromkeys(rules)), 'or')}{did_you_mean(value, options)}"
 
 
 def did_you_mean(value: object, options: Sequence[str]) -> str:
-    """`; did you mean X?` where an option is close, else nothing."""
+    """`; did you mean X?` if an option is close, else nothing."""
     close = difflib.get_close_matches(value, options, 1) if isinstance(value, str) else []
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _kind(value: object) -> str:
-    if value is None:
-        return "no value"
     if isinstance(value, bool):
         return "a truth value"
     if isinstance(value, int | float):

@@ -41,7 +41,7 @@ def read(reference: str, overrides: Sequence[str], model: type[S], *, shipped: P
     for layer in layers:
         tree = _lay(shape_of(model), tree, layer, None)
     assert tree is not None
-    tree = _with_required_groups(replace(tree, place=layers[-2].place))
+    tree = _with_required_groups(replace(tree, location=layers[-2].location))
     try:
         settings = model.model_validate_json(json.dumps(tree.plain()))
     except ValidationError as error:
@@ -55,12 +55,12 @@ def _recipe_layers(reference: str, shipped: Path) -> list[Node]:
     """The recipe and all that it extends, the lowest first."""
     layers: list[Node] = []
     seen: list[Path] = []
-    place, folder = COMMAND_LINE, Path()
+    location, folder = COMMAND_LINE, Path()
     while True:
-        path = _find(reference, folder, shipped, place)
+        path = _find(reference, folder, shipped, location)
         if path.resolve() in (known.resolve() for known in seen):
             circle = " -> ".join(known.name for known in [*seen, path])
-            raise ConfigError(f"{place}: goes in a circle: {circle}; take one out")
+            raise ConfigError(f"{location}: circular: {circle}; remove one")
         seen.append(path)
         layer = read_file(path, path.name if path.parent == shipped else str(path))
         assert isinstance(layer.value, dict)
@@ -68,21 +68,22 @@ def _recipe_layers(reference: str, shipped: Path) -> list[Node]:
         base = layer.value.pop("extends", None)
         if base is None:
             return layers
+        location = f"{base.location}: extends"
         if not isinstance(base.value, str):
-            raise ConfigError(f"{base.place}: extends: {base.plain()!r} must be the name of a shipped recipe or a path")
-        reference, place, folder = base.value, f"{base.place}: extends", path.parent
+            raise ConfigError(f"{location}: {base.plain()!r} must be the name of a shipped recipe or a path")
+        reference, folder = base.value, path.parent
 
 
-def _find(reference: str, folder: Path, shipped: Path, place: str) -> Path:
+def _find(reference: str, folder: Path, shipped: Path, location: str) -> Path:
     names = sorted(path.stem for path in shipped.glob("*.yaml"))
     if reference in names:
         return shipped / f"{reference}.yaml"
     path = folder / os.path.expanduser(reference)
     if path.is_file():
         return path
-    known = ", ".join(names) or "none"
     raise ConfigError(
-        f"{place}: {reference}: no recipe file and no shipped recipe; shipped: {known}{did_you_mean(reference, names)}"
+        f"{location}: {reference}: is neither a file nor a shipped recipe; shipped: {', '.join(names) or 'none'}"
+        f"{did_you_mean(reference, names)}"
     )
 
 
@@ -117,9 +118,9 @@ def _lay_group(
         field = group.model_fields.get(key)
         inner = Shape("leaf", None) if field is None else shape_of(field.annotation)
         merged[key] = _lay(inner, below.get(key), node, defaults.get(key))
-    # A key that is missing belongs in a file, not on the command line.
-    place = low.place if low is not None and low is not default and high.place == COMMAND_LINE else high.place
-    return Node(merged, place, group)
+    # A missing key belongs in a file, not on the command line.
+    in_file = low is not None and low is not default and high.location == COMMAND_LINE
+    return Node(merged, low.location if low is not None and in_file else high.location, group)
 
 
 def _lay_entries(shape: Shape, low: Node | None, high: Node, entries: Mapping[str, Node]) -> Node:
@@ -151,7 +152,7 @@ def _namesake(item: Shape, key: str) -> Node | None:
 
 
 def _choose(settings: type[Settings], *nodes: Node | None) -> type[Settings] | None:
-    """The group of settings meant: for a family, the member of the first name given; None if there is no such."""
+    """The settings class of a group: for a family, the member of the first name given; None if that is unknown."""
     if not issubclass(settings, Family) or settings.root() is not settings:
         return settings
     names = (node.child("name") for node in nodes if node is not None)
@@ -159,7 +160,7 @@ def _choose(settings: type[Settings], *nodes: Node | None) -> type[Settings] | N
 
 
 def _defaults(group: type[Settings]) -> dict[str, Node]:
-    """The defaults that a layer can change in part: groups, lists and tables."""
+    """Defaults that a layer can change in part: groups, lists and tables."""
     found: dict[str, Node] = {}
     for key, field in group.model_fields.items():
         shape = shape_of(field.annotation)
@@ -170,7 +171,7 @@ def _defaults(group: type[Settings]) -> dict[str, Node]:
 
 
 def _with_required_groups(node: Node) -> Node:
-    """The tree with an empty group for each one that must be given, so that faults name the keys missing in it."""
+    """The tree with an empty group for each required one, so that faults name its missing keys."""
     if not isinstance(node.value, dict) or node.group is None:
         return node
     assert issubclass(node.group, Settings)
@@ -178,5 +179,5 @@ def _with_required_groups(node: Node) -> Node:
     for key, field in node.group.model_fields.items():
         shape = shape_of(field.annotation)
         if field.is_required() and shape.kind == "settings" and not shape.is_optional and key not in filled:
-            filled[key] = _with_required_groups(_lay(shape, None, Node({}, node.place), None))
+            filled[key] = _with_required_groups(_lay(shape, None, Node({}, node.location), None))
     return replace(node, value=filled)

@@ -16,7 +16,7 @@ _NOT_TEXT = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 def to_yaml(settings: Settings, *, comments: bool, head: str = "") -> str:
-    """The whole recipe as YAML that `read` turns into equal settings.
+    """The whole recipe as YAML; `read` turns it into equal settings.
 
     With `comments`, each key is followed by the first sentence of its documentation; `head` becomes a comment on top.
     """
@@ -27,7 +27,7 @@ def to_yaml(settings: Settings, *, comments: bool, head: str = "") -> str:
 
 
 def diff(before: Settings, after: Settings) -> list[str]:
-    """One line `optim.lr: 0.1 -> 0.2` for each key that differs; `(none)` stands for a key that is not there."""
+    """One line `optim.lr: 0.1 -> 0.2` for each key that differs; `(none)` stands for a missing key."""
     old, new = flatten(before), flatten(after)
     shown = [
         (key, _flow(old[key]) if key in old else "(none)", _flow(new[key]) if key in new else "(none)")
@@ -85,7 +85,8 @@ def _group_lines(settings: Settings, indent: str) -> Iterator[tuple[str, str]]:
     """The lines of a group of keys, each with its comment."""
     for key, field in type(settings).model_fields.items():
         value = getattr(settings, key)
-        comment = _first_sentence(field.description or "")
+        words = " ".join((field.description or "").split())
+        comment = re.split(r"(?<=[.!?])\s", words, maxsplit=1)[0]
         if key == "name" and isinstance(settings, Family) and not comment:
             comment = (
                 f"One of {', '.join(settings.root().members())}{' or others' if settings.root().fallback() else ''}."
@@ -149,8 +150,3 @@ def _text(value: str) -> str:
         return value
     quoted = json.dumps(value, ensure_ascii=False)
     return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in quoted)
-
-
-def _first_sentence(text: str) -> str:
-    words = " ".join(text.split())
-    return re.split(r"(?<=[.!?])\s", words, maxsplit=1)[0]

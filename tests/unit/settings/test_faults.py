@@ -1,4 +1,4 @@
-"""Each fault of a recipe is one line: place, key, value, rule, way out; all of them at once."""
+"""Each fault of a recipe is one line: location, key, value, rule, way out; all of them at once."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tests.unit.settings.sample_recipe import Bare, Optim, Recipe, faults, load,
         ('epochs: "5"', "epochs: '5' is text; must be a whole number"),
         ("epochs: 1.5", "epochs: 1.5 is a fraction; must be a whole number"),
         ("epochs: true", "epochs: true is a truth value; must be a whole number"),
-        ("epochs: null", "epochs: null is no value; must be a whole number"),
+        ("epochs: null", "epochs: null is not allowed; must be a whole number"),
         ("title: 5", "title: 5 is a number; must be text"),
         ("device: gpu", "device: 'gpu' does not fit; must be text like ^(cpu|cuda)$"),
         ("stages: 5", "stages: 5 is a number; must be a list"),
@@ -44,15 +44,15 @@ from tests.unit.settings.sample_recipe import Bare, Optim, Recipe, faults, load,
         ("seed: 13", "13 is unlucky; choose another seed"),
     ],
 )
-def test_a_wrong_value_is_one_line_with_place_key_value_and_rule(tmp_path: Path, text: str, expected: str) -> None:
-    place = "recipe.yaml" if expected.startswith("13") else "recipe.yaml:2"
-    assert faults(write(tmp_path, f"# head\n{text}\n")) == [f"{place}: {expected}"]
+def test_a_wrong_value_is_one_line_with_location_key_value_and_rule(tmp_path: Path, text: str, expected: str) -> None:
+    location = "recipe.yaml" if expected.startswith("13") else "recipe.yaml:2"
+    assert faults(write(tmp_path, f"# head\n{text}\n")) == [f"{location}: {expected}"]
 
 
 def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "epochs: 0\noptim:\n  lr: -1\nstages:\n- epochs: 1\n- epochs: 0\n- train: []\n")
     assert faults(path, "optim.nestrov=true", "seed", "evaluators.knn.every=often") == [
-        "command line: 'seed' is no setting; write key=value, such as data.path=images",
+        "command line: 'seed' is not a setting; write key=value, such as data.path=images",
         "recipe.yaml:1: epochs: 0 is out of range; must be greater than 0",
         "recipe.yaml:3: optim.lr: -1 is out of range; must be greater than 0",
         "command line: optim.nestrov: unknown key; did you mean optim.nesterov?",
@@ -73,7 +73,7 @@ def test_a_required_group_that_is_missing_is_named_key_by_key(tmp_path: Path) ->
     )
 
 
-def test_the_place_is_the_file_that_gives_the_bad_value(tmp_path: Path) -> None:
+def test_the_location_is_the_file_that_gives_the_bad_value(tmp_path: Path) -> None:
     write(tmp_path, "seed: 1\n\nepochs: 0\noptim:\n  lr: 0\n", "shipped/base.yaml")
     path = write(tmp_path, "extends: base\noptim:\n  clip: wide\n")
     assert faults(path) == [
@@ -100,39 +100,39 @@ def test_of_two_equal_overrides_the_last_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed", "'seed' is no setting; write key=value, such as data.path=images"),
-        ("--seed=3", "'--seed=3' is no setting; write key=value, such as data.path=images"),
+        ("seed", "'seed' is not a setting; write key=value, such as data.path=images"),
+        ("--seed=3", "'--seed=3' is not a setting; write key=value, such as data.path=images"),
         ("seed=", "seed: has no value; write seed=null for none or seed='\"\"' for empty text"),
-        ("title=[1", "title: '[1' is no YAML value; quote it: title='\"...\"'"),
-        ("title=*.jpg", "title: '*.jpg' is no YAML value; quote it: title='\"...\"'"),
+        ("title=[1", "title: '[1' is not a YAML value; quote it: title='\"...\"'"),
+        ("title=*.jpg", "title: '*.jpg' is not a YAML value; quote it: title='\"...\"'"),
     ],
 )
-def test_a_malformed_override_is_told_the_form(tmp_path: Path, override: str, expected: str) -> None:
+def test_the_fault_of_a_malformed_override_shows_the_form(tmp_path: Path, override: str, expected: str) -> None:
     assert faults(write(tmp_path, ""), override) == [f"command line: {expected}"]
 
 
-def test_a_missing_recipe_is_told_the_shipped_ones(tmp_path: Path) -> None:
+def test_the_fault_of_a_missing_recipe_lists_the_shipped_ones(tmp_path: Path) -> None:
     for name in ("quickstart", "cifar10-vit"):
         write(tmp_path, "seed: 1\n", f"shipped/{name}.yaml")
     with pytest.raises(ConfigError) as caught:
         read("quickstrt", ["seed"], Recipe, shipped=tmp_path / "shipped")
     assert caught.value.faults == (
-        "command line: quickstrt: no recipe file and no shipped recipe; shipped: cifar10-vit, quickstart; "
+        "command line: quickstrt: is neither a file nor a shipped recipe; shipped: cifar10-vit, quickstart; "
         "did you mean quickstart?",
-        "command line: 'seed' is no setting; write key=value, such as data.path=images",
+        "command line: 'seed' is not a setting; write key=value, such as data.path=images",
     )
 
 
 def test_extends_of_a_missing_recipe_names_its_line(tmp_path: Path) -> None:
     assert faults(write(tmp_path, "seed: 1\nextends: nowhere\n")) == [
-        "recipe.yaml:2: extends: nowhere: no recipe file and no shipped recipe; shipped: none"
+        "recipe.yaml:2: extends: nowhere: is neither a file nor a shipped recipe; shipped: none"
     ]
 
 
 def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "# b\nextends: recipe.yaml\n", "b.yaml")
     assert faults(write(tmp_path, "extends: b.yaml\n")) == [
-        "b.yaml:2: extends: goes in a circle: recipe.yaml -> b.yaml -> recipe.yaml; take one out"
+        "b.yaml:2: extends: circular: recipe.yaml -> b.yaml -> recipe.yaml; remove one"
     ]
 
 
