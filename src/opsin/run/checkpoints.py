@@ -12,6 +12,7 @@ from opsin.run.recipe import read
 from opsin.storage.compression import SUFFIX
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import REPLACING, remove_whole
+from opsin.storage.table import aligned
 from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, name_of, read_manifest, verify
 from opsin.training.checkpoints.retention import UNHEALTHY, CheckpointConfig, Retention, read_best
 
@@ -68,9 +69,7 @@ def list_checkpoints(path: Path, *, content: bool = False) -> list[Stored]:
 def checkpoints_table(stored: Sequence[Stored]) -> list[str]:
     """The checkpoints as lines of aligned columns, with a head."""
     head = ("checkpoint", "epoch", "best", "MiB", "age", "healthy", "compressed", "verified")
-    rows = [head, *(_row(one) for one in stored)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned([head, *(_row(one) for one in stored)])
 
 
 def check(stored: Iterable[Stored]) -> None:

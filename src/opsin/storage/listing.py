@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opsin.storage.directory import RunDirectory
 from opsin.storage.lock import is_held
+from opsin.storage.table import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,7 @@ def runs_table(runs: Sequence[RunSummary]) -> list[str]:
         names = sorted(run.best, key=lambda name: (name.startswith(("train/", "loss/")), name))[:3]
         best = "  ".join(f"{name} {run.best[name]:.4g}" for name in names)
         rows.append((run.name, run.status, run.recipe or "-", "-" if run.step is None else str(run.step), best or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def _summary_of(run: RunDirectory) -> RunSummary:

@@ -24,6 +24,7 @@ from opsin.reporting.console import Console
 from opsin.run.assemble import build_method
 from opsin.run.images import open_images
 from opsin.run.recipe import Recipe
+from opsin.storage.table import aligned
 from opsin.training.loop import Run
 from opsin.training.precision import choose_device
 from opsin.training.stages import plan_time
@@ -112,10 +113,8 @@ class LoaderReport:
             )
             pinned = "yes" if rate.pinned else "no"
             rows.append((*what, pinned, f"{rate.data:,.0f}", f"{rate.training:,.0f}", f"{rate.start_s:.1f} s"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-        where = f"{self.stage}, batches of {self.batch_size} on {self.device}"
-        return [f"images per second in {where}:", *table, f"the step alone: {self.step:,.0f}", *self.verdict()]
+        head = f"images per second in {self.stage}, batches of {self.batch_size} on {self.device}:"
+        return [head, *aligned(rows, 0), f"the step alone: {self.step:,.0f}", *self.verdict()]
 
     @property
     def step(self) -> float:

@@ -28,6 +28,7 @@ from opsin.data.curation.split_files import (
 )
 from opsin.data.sources.labels import counted
 from opsin.errors import DataError
+from opsin.storage.table import aligned
 
 RECORD_FILE = "split.json"
 """How a split was made, and its counts."""
@@ -201,13 +202,7 @@ def _table(counts: dict[str, dict[str, int]], splits: Sequence[str]) -> list[str
     rows = [("", *splits)]
     rows += [(name, *(f"{counts[split][name]:,}" for split in splits)) for name in shown]
     rows.append(("images", *(f"{sum(counts[split].values()):,}" for split in splits)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [f"{row[0]:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    lines = aligned(rows, 1)
     if left_out:
         lines.insert(4, f"... {left_out:,} more classes, all in {RECORD_FILE}")
     return lines
