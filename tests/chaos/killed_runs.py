@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 from opsin.commands.verify import train_killed
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
-from opsin.training.evaluator import EvaluatorConfig, Scene
+from opsin.training.evaluator import EvaluationContext, EvaluatorConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -143,8 +143,8 @@ class FatalConfig(EvaluatorConfig):
 
     name: Literal["fatal"] = "fatal"
 
-    def build(self, scene: Scene, prefix: str) -> "Fatal":
-        return Fatal(scene.folder / "has-killed")
+    def build(self, context: EvaluationContext, prefix: str) -> "Fatal":
+        return Fatal(context.folder / "has-killed")
 
 
 class Fatal:

@@ -1,14 +1,12 @@
-"""How often a classifier is right, and what it takes for what.
+"""Accuracy of a classifier, and its confusions.
 
 Shapes: B images of a batch, C channels, S side in pixels, K classes.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -17,9 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from opsin.errors import ConfigError, DataError
+from opsin.evaluation.features import kept_tops
 from opsin.methods.base import Method
-from opsin.storage.files import write_whole
-from opsin.training.evaluator import EvaluatorConfig, Scene, StillData, untouched
+from opsin.training.evaluator import EvaluationContext, EvaluatorConfig, untouched
 
 
 class AccuracyConfig(EvaluatorConfig):
@@ -32,26 +30,18 @@ class AccuracyConfig(EvaluatorConfig):
     """Views of an image whose probabilities are averaged: 1 is the image, 2 adds its mirror image, 6 both shifted by
     a pixel to either side as well. More views cost as many forward passes; say so beside the score."""
 
-    def build(self, scene: Scene, prefix: str) -> "Accuracy":
-        if scene.validation is None:
+    def build(self, context: EvaluationContext, prefix: str) -> "Accuracy":
+        if context.validation is None:
             raise ConfigError(
                 f"evaluators.{prefix}: there are no validation images to score; set data.holdout above 0, "
                 f"or evaluators.{prefix}=null for no score"
             )
-        if not scene.validation.facts.classes:
+        if not context.validation.facts.classes:
             raise ConfigError(
                 f"evaluators.{prefix}: the validation images have no labels, which the score accuracy needs; "
                 "add labels, or remove this score"
             )
-        return Accuracy(
-            scene.validation,
-            autocast=scene.autocast,
-            device=scene.device,
-            batch_size=self.batch_size,
-            views=self.views,
-            write=scene.write,
-            save_to=scene.folder / ("confusion.json" if prefix == "val" else f"confusion_{prefix}.json"),
-        )
+        return Accuracy(self, context, prefix)
 
     def check(self, method: Method, prefix: str) -> None:
         if not isinstance(method, Classifier):
@@ -120,102 +110,70 @@ class AccuracyReport:
 
     def _mistakes(self) -> list[tuple[int, str, str]]:
         wrong = self.confusion.clone().fill_diagonal_(0)
-        places = [(int(wrong[i, j]), self.classes[i], self.classes[j]) for i, j in wrong.nonzero().tolist()]
-        return sorted(places, key=lambda place: -place[0])
+        counts = [(int(wrong[i, j]), self.classes[i], self.classes[j]) for i, j in wrong.nonzero().tolist()]
+        return sorted(counts, key=lambda count: -count[0])
 
 
 class Accuracy:
-    """Scores a method on validation images each time it is asked."""
+    """Scores a method on the validation images; implements `Evaluator`."""
 
-    def __init__(
-        self,
-        data: StillData,
-        *,
-        autocast: Callable[[], AbstractContextManager[None]],
-        device: torch.device,
-        batch_size: int = 256,
-        views: int = 1,
-        save_to: Path | None = None,
-        write: Callable[[Path, bytes], None] = write_whole,
-    ) -> None:
-        """`save_to` is a JSON file that holds the confusions of the last evaluation."""
-        self._data = data
-        self._autocast = autocast
-        self._device = device
-        self._batch_size = batch_size
-        self._views = views
-        self._save_to = save_to
-        self._write = write
+    def __init__(self, config: AccuracyConfig, context: EvaluationContext, prefix: str = "val") -> None:
+        self._config = config
+        self._context = context
+        self._file = "confusion.json" if prefix == "val" else f"confusion_{prefix}.json"
 
     def evaluate(self, method: Method) -> Mapping[str, float]:
-        """`top1`, `loss`, and `top5` where there are more than five classes.
+        """`top1`, `loss`, and `top5` if there are more than five classes. The run directory gets the confusions.
 
         Raises:
-            DataError: the data does not fit, see `evaluate` of this module.
+            DataError: see `report`.
         """
         assert isinstance(method, Classifier), "checked when the run was assembled"
-        report = evaluate(
-            method,
-            self._data,
-            autocast=self._autocast,
-            device=self._device,
-            batch_size=self._batch_size,
-            views=self._views,
-        )
-        if self._save_to is not None:
-            self._write(self._save_to, confusion_json(report))
+        report = self.report(method)
+        self._context.write(self._context.folder / self._file, confusion_json(report))
         return report.values
 
+    def report(self, method: Classifier) -> AccuracyReport:
+        """The scores on all labelled validation images.
 
-def evaluate(
-    method: Classifier,
-    data: StillData,
-    *,
-    autocast: Callable[[], AbstractContextManager[None]],
-    device: torch.device,
-    top: tuple[int, ...] = (1, 5),
-    batch_size: int = 256,
-    views: int = 1,
-) -> AccuracyReport:
-    """The scores of `method` on all labelled images of `data`, each seen in so many `views`.
+        Weights, train mode and random numbers stay as they are. Nothing is read from the device before the end.
 
-    Leaves weights, train mode and random numbers as they are. Nothing is read from the device before
-    the end. A `top` of K or more is left out, since every guess would be right.
-
-    Raises:
-        DataError: there is no labelled image, or the classes are not those of the network.
-    """
-    classes = data.facts.classes
-    tops = [k for k in top if k < len(classes)]
-    confusion = torch.zeros(len(classes) ** 2, dtype=torch.int64, device=device)
-    hits = torch.zeros(len(tops), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    with untouched(method, device):
-        for batch in data.batches(batch_size):
-            batch = batch.to(device)
-            with autocast():
-                seen = [method.logits(view) for view in show(batch.views["image"][0], views)]
-            logits = mean_scores([logits.float() for logits in seen])  # [B, K]
-            if logits.shape[1] != len(classes):
-                raise DataError(
-                    f"the network tells {logits.shape[1]} classes apart, the data has {len(classes)}; "
-                    "evaluate on data with the classes it was trained on"
-                )
-            known = batch.labels >= 0
-            guesses = logits.topk(max(tops, default=1), dim=1).indices  # [B, max(tops)]
-            right = guesses == batch.labels[:, None]
-            hits += torch.stack([right[:, :k].sum() for k in tops]) if tops else 0
-            cells = batch.labels.clamp(min=0) * len(classes) + guesses[:, 0]
-            confusion.index_add_(0, cells, known.to(torch.int64))
-            loss += F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
-    images = int(confusion.sum())
-    if images == 0:
-        raise DataError(
-            "the validation images have no labels, which the score accuracy needs; add labels or drop the score"
-        )
-    values = {f"top{k}": count / images for k, count in zip(tops, hits.tolist(), strict=True)}
-    table = confusion.view(len(classes), len(classes)).cpu()
-    return AccuracyReport({**values, "loss": loss.item() / images}, table, classes, images)
+        Raises:
+            DataError: there is no labelled image, or the classes are not those of the network.
+        """
+        context, data = self._context, self._context.validation
+        assert data is not None, "checked when the evaluator was built"
+        classes = data.facts.classes
+        tops = kept_tops(len(classes))
+        confusion = torch.zeros(len(classes) ** 2, dtype=torch.int64, device=context.device)
+        hits = torch.zeros(len(tops), dtype=torch.int64, device=context.device)
+        loss = torch.zeros((), dtype=torch.float64, device=context.device)
+        with untouched(method, context.device):
+            for batch in data.batches(self._config.batch_size):
+                batch = batch.to(context.device)
+                with context.autocast():
+                    seen = [method.logits(view) for view in show(batch.views["image"][0], self._config.views)]
+                logits = mean_scores([logits.float() for logits in seen])  # [B, K]
+                if logits.shape[1] != len(classes):
+                    raise DataError(
+                        f"the network distinguishes {logits.shape[1]} classes, the data has {len(classes)}; "
+                        "evaluate on data with the classes it was trained on"
+                    )
+                known = batch.labels >= 0
+                guesses = logits.topk(max(tops, default=1), dim=1).indices  # [B, max(tops)]
+                right = guesses == batch.labels[:, None]
+                hits += torch.stack([right[:, :k].sum() for k in tops]) if tops else 0
+                cells = batch.labels.clamp(min=0) * len(classes) + guesses[:, 0]
+                confusion.index_add_(0, cells, known.to(torch.int64))
+                loss += F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+        images = int(confusion.sum())
+        if images == 0:
+            raise DataError(
+                "the validation images have no labels, which the score accuracy needs; add labels or drop the score"
+            )
+        values = {f"top{k}": count / images for k, count in zip(tops, hits.tolist(), strict=True)}
+        table = confusion.view(len(classes), len(classes)).cpu()
+        return AccuracyReport({**values, "loss": loss.item() / images}, table, classes, images)
 
 
 def show(images: Tensor, views: int) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from opsin.errors import ConfigError, DataError
 from opsin.methods.base import Method
 from opsin.nn.backbone import Tokens
-from opsin.training.evaluator import EvaluatorConfig, Labelled, LabelledChoice, SameWeights, Scene, StillData, untouched
+from opsin.training.evaluator import EvaluationContext, EvaluatorConfig, Labelled, LabelledChoice, StillData, untouched
 from opsin.training.precision import exact_products
 
 TOPS = (1, 5)
@@ -30,41 +30,27 @@ _FEATURES_SHARE = 0.6
 
 
 class FeatureScoreConfig(EvaluatorConfig, ABC):
-    """What every score of features can be told."""
+    """Settings that every score of features has."""
 
     path: str | None = None
     """Labelled images of its own, as `data.path`; null takes the training and validation images of the run."""
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the images at `path` that are scored, where they have no split of their own."""
     bank_images: int | None = Field(None, gt=0)
-    """Learn from at most so many images, all classes in their proportions; null for all."""
+    """The largest number of images to learn from, all classes in their proportions; null for all."""
     query_images: int | None = Field(None, gt=0)
-    """Score at most so many images, all classes in their proportions; null for all."""
+    """The largest number of images to score, all classes in their proportions; null for all."""
     blocks: int = Field(1, ge=1)
-    """Features after each of so many last blocks of a vision transformer, side by side; DINO and I-JEPA publish 4."""
+    """Number of last blocks of a vision transformer whose features are concatenated; DINO and I-JEPA publish 4."""
     seconds: float | None = Field(300.0, gt=0)
-    """Time for one evaluation, after which it goes on with fewer images and tells how many; null for no limit."""
+    """Time for one evaluation, after which it goes on with fewer images and reports their number; null for no limit."""
     batch_size: int = Field(256, gt=0)
     """Images per forward pass; changes speed and memory, not scores."""
 
-    def build_score(self, scene: Scene, prefix: str, *, title: str, score: "Score") -> "FeatureScore":
-        """The evaluator that makes this score of this scene.
-
-        Raises:
-            ConfigError: the labelled images do not allow it.
-        """
-        choice = LabelledChoice(self.path, self.holdout, self.bank_images, self.query_images)
-        return FeatureScore(
-            scene.labelled(choice, f"evaluators.{prefix}"),
-            score,
-            title=title,
-            autocast=scene.autocast,
-            device=scene.device,
-            seconds=self.seconds,
-            batch_size=self.batch_size,
-            blocks=self.blocks,
-            same_weights=scene.same_weights,
-        )
+    @property
+    def choice(self) -> LabelledChoice:
+        """The labelled images that these settings ask for."""
+        return LabelledChoice(self.path, self.holdout, self.bank_images, self.query_images)
 
     def check(self, method: Method, prefix: str) -> None:
         # A method with features of its own says nothing of those of single blocks.
@@ -90,7 +76,7 @@ class FeatureNetwork(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a network makes of labelled images."""
+    """Features of labelled images, and their labels."""
 
     values: Tensor
     """float32 [N, D], on the device of the run."""
@@ -101,19 +87,19 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """How many queries were scored, and how many were right."""
+    """Numbers of queries: scored, and right."""
 
     right: Mapping[int, int]
-    """By k: for how many the true class is among the k best."""
+    """By k: the number of queries whose true class is among the k best."""
     images: int
     facts: Mapping[str, float] = field(default_factory=dict)
-    """What else is worth knowing of how it went."""
+    """Further values of the score, by name."""
     is_cut: bool = False
-    """Whether time was too short to learn all that could be learned from the bank."""
+    """True if time ended the learning from the bank."""
 
 
 Score = Callable[[Features, Features, float], Hits]
-"""From the features of bank and queries, and the time of `time.perf_counter` by which to be done."""
+"""From the features of bank and queries, and the time of `time.perf_counter` at which it must end."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +110,13 @@ class FeatureReport:
     values: Mapping[str, float]
     """`top1`, and `top5` where there are more than five classes: fractions in 0..1."""
     facts: Mapping[str, float]
-    """What else the score says of itself."""
+    """Further values of the score, by name."""
     bank: int
     """Images that were learned from."""
     queries: int
     """Images that were scored."""
     is_cut: bool = False
-    """Whether time was too short to learn all that could be learned from the bank."""
+    """True if time ended the learning from the bank."""
 
     def lines(self) -> list[str]:
         """One line for a reader."""
@@ -146,28 +132,19 @@ class FeatureScore:
     """Scores the features of a method each time it is asked; implements `Evaluator`."""
 
     def __init__(
-        self,
-        labelled: Labelled,
-        score: Score,
-        *,
-        title: str,
-        autocast: Callable[[], AbstractContextManager[None]],
-        device: torch.device,
-        seconds: float | None = None,
-        batch_size: int = 256,
-        blocks: int = 1,
-        same_weights: SameWeights | None = None,
+        self, config: FeatureScoreConfig, context: EvaluationContext, prefix: str, *, title: str, score: Score
     ) -> None:
-        """Features are shared with other scores of the same images through `same_weights`; None for no sharing."""
-        self._labelled = labelled
-        self._score = score
+        """Build the evaluator of `score`, which reports call `title`.
+
+        Raises:
+            ConfigError: the labelled images do not allow it.
+        """
+        self._config = config
+        self._context = context
+        self._labelled = context.labelled(config.choice, f"evaluators.{prefix}")
         self._title = title
-        self._autocast = autocast
-        self._device = device
-        self._seconds = math.inf if seconds is None else seconds
-        self._batch_size = batch_size
-        self._blocks = blocks
-        self._same_weights = same_weights or SameWeights()
+        self._score = score
+        self._seconds = math.inf if config.seconds is None else config.seconds
 
     def evaluate(self, method: FeatureNetwork) -> Mapping[str, float]:
         """`top1`, and `top5` where there are more than five classes.
@@ -195,8 +172,9 @@ class FeatureScore:
         return FeatureReport(self._title, values, hits.facts, len(found.bank.labels), hits.images, hits.is_cut)
 
     def _features(self, method: FeatureNetwork, started: float) -> "_Extracted":
-        """The features of bank and queries, or of their first images: those that another score has, where they do."""
-        kept, wanted = self._same_weights.found, _Wanted(method, self._labelled, self._batch_size, self._blocks)
+        """The features of bank and queries, or of their first images; those of another score if they serve."""
+        cache, config = self._context.features, self._config
+        kept, wanted = cache.kept, _Wanted(method, self._labelled, config.batch_size, config.blocks)
         if isinstance(kept, _Extracted) and kept.serves(wanted, self._seconds):
             return kept
         images = [data.facts.samples for data in (self._labelled.queries, self._labelled.bank)]
@@ -206,42 +184,42 @@ class FeatureScore:
             extract(
                 method,
                 data,
-                autocast=self._autocast,
-                device=self._device,
-                batch_size=self._batch_size,
-                blocks=self._blocks,
+                autocast=self._context.autocast,
+                device=self._context.device,
+                batch_size=config.batch_size,
+                blocks=config.blocks,
                 until_s=until_s,
             )
             for data, until_s in zip((self._labelled.queries, self._labelled.bank), ends, strict=True)
         )
         found = _Extracted(wanted, self._seconds, bank, queries)
-        self._same_weights.keep(found)
+        cache.keep(found)
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What decides on features."""
+    """The settings that features depend on."""
 
     network: FeatureNetwork
     labelled: Labelled
     batch_size: int
-    """Other batches round otherwise: whose features are shared must not be seen in a score."""
+    """Batches of another size round differently, and sharing must not change a score."""
     blocks: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Extracted:
-    """What a network makes of bank and queries, and how it was asked."""
+    """Features of bank and queries, and the settings that they were computed with."""
 
     wanted: _Wanted
     seconds: float
-    """Time for the evaluation; where that was too short, features are fewer than images."""
+    """Time for the evaluation; if it was too short, some images have no features."""
     bank: Features
     queries: Features
 
     def serves(self, wanted: _Wanted, seconds: float) -> bool:
-        """Whether a score with these settings would get the same features, or fewer for want of time."""
+        """True if a score with these settings would get the same features, or has no more time to get more."""
         pairs = ((self.bank, wanted.labelled.bank), (self.queries, wanted.labelled.queries))
         is_whole = all(len(features.labels) == images.facts.samples for features, images in pairs)
         return self.wanted == wanted and (is_whole or seconds <= self.seconds)
@@ -259,7 +237,7 @@ def extract(
 ) -> Features:
     """The pooled features of all images of `data`, or of its first ones, as far as they come by `until_s`.
 
-    They are those after so many last `blocks`, side by side. `until_s` is a time of `time.perf_counter`; one batch is
+    Those of the last `blocks` blocks are concatenated. `until_s` is a time of `time.perf_counter`; one batch is
     always computed. Leaves weights, modes and random numbers as they are.
 
     Raises:
@@ -275,7 +253,7 @@ def extract(
             values.append(pooled.float())  # [B, D], or [B, blocks D]
             labels.append(batch.labels)
             if math.isfinite(until_s):
-                values[-1].sum().item()  # a GPU says only then how far it is
+                values[-1].sum().item()  # waits for the GPU, which runs behind
                 if time.perf_counter() >= until_s:
                     break
     if not values:
@@ -291,7 +269,7 @@ def _pooled(network: FeatureNetwork, images: Tensor, blocks: int) -> Tensor:
 
 
 def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """For how many of the images the true class is among the best: int64, one number for each of `kept_tops`.
+    """Number of images whose true class is among the best: int64, one for each of `kept_tops`.
 
     `scores` is [N, K]. A score that is not finite is no answer.
     """

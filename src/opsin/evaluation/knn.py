@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opsin.clock.cadence import StepEvery
 from opsin.evaluation.features import Features, FeatureScore, FeatureScoreConfig, Hits, count_hits, kept_tops
-from opsin.training.evaluator import Scene
+from opsin.training.evaluator import EvaluationContext
 
 _QUERY_CHUNK, _BANK_CHUNK = 1024, 16384
 """Cosines in memory at a time: 64 MiB of them."""
@@ -28,21 +28,21 @@ class KnnConfig(FeatureScoreConfig):
 
     name: Literal["knn"] = "knn"
     every: StepEvery = "5 epochs"
-    """How often it runs. The end of the run is always evaluated."""
+    """Interval between evaluations. The end of the run is always evaluated."""
     k: int = Field(20, gt=0)
     """Neighbours that vote."""
     temperature: float = Field(0.07, gt=0)
     """A vote weighs exp(cosine / temperature)."""
 
-    def build(self, scene: Scene, prefix: str) -> FeatureScore:
+    def build(self, context: EvaluationContext, prefix: str) -> FeatureScore:
         score = partial(score_neighbours, k=self.k, temperature=self.temperature)
-        return self.build_score(scene, prefix, title=f"k-NN (k {self.k})", score=score)
+        return FeatureScore(self, context, prefix, title=f"k-NN (k {self.k})", score=score)
 
 
 def score_neighbours(
     bank: Features, queries: Features, until_s: float = math.inf, *, k: int = 20, temperature: float = 0.07
 ) -> Hits:
-    """How many queries the votes of their neighbours classify rightly.
+    """The number of queries that the votes of their neighbours classify rightly.
 
     At the time `until_s` of `time.perf_counter` the rest of the queries is left out; the first chunk of them
     is always scored.
@@ -71,15 +71,15 @@ def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
         (queries @ bank.T).topk(k)
     """
     best = queries.new_empty(len(queries), 0)
-    places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), _BANK_CHUNK):
         cosines = queries @ bank[start : start + _BANK_CHUNK].T  # [q, b]
         found = cosines.topk(min(k, cosines.shape[1]), dim=1)
         best = torch.cat([best, found.values], 1)  # the earlier ones first: of equals they stay
-        places = torch.cat([places, found.indices + start], 1)
+        indices = torch.cat([indices, found.indices + start], 1)
         best, kept = best.topk(min(k, best.shape[1]), dim=1)
-        places = places.gather(1, kept)
-    return best, places
+        indices = indices.gather(1, kept)
+    return best, indices
 
 
 def count_votes(cosines: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:

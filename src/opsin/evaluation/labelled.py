@@ -17,7 +17,7 @@ from opsin.training.evaluator import Labelled, LabelledChoice, StillData
 
 
 class LabelledImages:
-    """Opens each choice once; implements `Scene.labelled`.
+    """Opens each choice once; implements `EvaluationContext.labelled`.
 
     Which images these are is the same in every run, whatever its seed.
     """
@@ -95,7 +95,7 @@ def spread(source: Source, limit: int | None = None) -> Subset:
 
 
 def spread_evenly(source: Source, count: int) -> Subset:
-    """So many images at even distances, labelled or not; all of them if there are fewer."""
+    """`count` images at even distances, labelled or not; all of them if there are fewer."""
     count = min(count, len(source))
     return Subset(source.name, source, torch.arange(count) * len(source) // count)
 
@@ -111,5 +111,5 @@ def spread_classes(labels: Tensor) -> Tensor:
     ids = ids[labels[ids].argsort(stable=True)]  # class after class, each in the order of its draws
     counts = torch.bincount(labels[ids])  # [K]
     rank = torch.arange(len(ids)) - (counts.cumsum(0) - counts)[labels[ids]]  # [n], within the class
-    place = (rank + 0.5) / counts[labels[ids]].double()
-    return ids[place.argsort(stable=True)]
+    share = (rank + 0.5) / counts[labels[ids]].double()
+    return ids[share.argsort(stable=True)]

@@ -19,10 +19,10 @@ from torch import Tensor
 from opsin.clock.cadence import StepEvery
 from opsin.evaluation.features import Features, FeatureScore, FeatureScoreConfig, Hits, count_hits, kept_tops
 from opsin.evaluation.logistic import class_scores, fit_logistic
-from opsin.training.evaluator import Scene
+from opsin.training.evaluator import EvaluationContext
 
 _CHOICE_PARTS = 10
-"""One of so many parts of the bank chooses the penalty."""
+"""The penalty is chosen on one of this number of parts of the bank."""
 _CHUNK = 16384
 
 
@@ -37,15 +37,15 @@ class LinearConfig(FeatureScoreConfig):
 
     name: Literal["linear"] = "linear"
     every: StepEvery = "10 epochs"
-    """How often it runs. The end of the run is always evaluated."""
+    """Interval between evaluations. The end of the run is always evaluated."""
     decays: Annotated[tuple[float, ...], AfterValidator(_check_decays)] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     """Weight decays to choose from, by the loss on a tenth of the images that are learned from."""
     iterations: int = Field(200, gt=0)
-    """At most so many iterations of L-BFGS for each of them."""
+    """The largest number of iterations of L-BFGS for each weight decay."""
 
-    def build(self, scene: Scene, prefix: str) -> FeatureScore:
+    def build(self, context: EvaluationContext, prefix: str) -> FeatureScore:
         score = partial(score_linear, decays=self.decays, iterations=self.iterations)
-        return self.build_score(scene, prefix, title="linear probe", score=score)
+        return FeatureScore(self, context, prefix, title="linear probe", score=score)
 
 
 def score_linear(
@@ -56,9 +56,9 @@ def score_linear(
     decays: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
     iterations: int = 200,
 ) -> Hits:
-    """How many queries a linear classifier fitted to the bank classifies rightly; the fact `decay` is the one chosen.
+    """The number of queries that a linear classifier fitted to the bank classifies rightly.
 
-    By the time `until_s` of `time.perf_counter` it takes what it has.
+    The fact `decay` is the penalty that was chosen. The fits end at the time `until_s` of `time.perf_counter`.
     """
     bank, queries = standardise(bank, queries)
     # The last fit is one of len(decays) + 1, and has time of its own.
@@ -88,7 +88,7 @@ class Choice:
     weights: Tensor
     """float32 [D + 1, K]"""
     is_complete: bool
-    """Whether all penalties were tried to their end."""
+    """True if no fit was ended by the clock."""
 
 
 def choose_decay(bank: Features, decays: Sequence[float], *, iterations: int, until_s: float = math.inf) -> Choice:
@@ -117,7 +117,7 @@ def choose_decay(bank: Features, decays: Sequence[float], *, iterations: int, un
 
 
 def count_right(weights: Tensor, data: Features) -> Tensor:
-    """What `count_hits` counts of the class scores, chunk after chunk."""
+    """`count_hits` of the class scores, chunk after chunk."""
     parts = zip(data.values.split(_CHUNK), data.labels.split(_CHUNK), strict=True)
     return torch.stack([count_hits(class_scores(weights, values), labels) for values, labels in parts]).sum(0)
 

@@ -29,7 +29,7 @@ class Fit:
     """float32 [D + 1, K]; the last row is the bias."""
     iterations: int
     is_complete: bool
-    """Whether it ended by itself, not by the clock."""
+    """False if the clock ended it."""
 
 
 def fit_logistic(

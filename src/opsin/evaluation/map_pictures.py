@@ -31,7 +31,7 @@ _UNSEEN, _NOWHERE = 0.85, 0.75
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """What a mask shows and hides of an image."""
+    """The patches that a mask shows, and the blocks that it hides."""
 
     seen: Tensor
     """bool [n, n]: the patches of the context."""
@@ -64,7 +64,7 @@ class Outline:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Panels below each other, one for each image, and what they are."""
+    """A title over panels, one for each image."""
 
     title: str
     panels: Sequence[Panel]
@@ -93,7 +93,7 @@ def draw_attention(images: Tensor, attention: Tensor) -> bytes:
     side = math.isqrt(attention.shape[-1])
     grids = attention.unflatten(2, (side, side))
     for head, found in enumerate(grids.unbind(1)):
-        # Each panel has a scale of its own: heads differ more than places do.
+        # Each panel has a scale of its own: heads differ more than patches do.
         panels = [Panel(heat(grid, 0.0, float(grid.max()))) for grid in found]
         columns.append(Column(f"attention\nhead {head}", panels))
     return draw_columns(columns)

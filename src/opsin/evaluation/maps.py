@@ -1,12 +1,11 @@
-"""Pictures of what a method does with a few images: what it sees and predicts, how far off it is, where it looks.
+"""Pictures of a few images as a method treats them: masks, errors of its predictions, and its attention.
 
 Shapes: B images, C channels, S side in pixels, T target blocks of an image, K cells of a block, n x n cells of a
 grid, N patches, H heads.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,8 +21,7 @@ from opsin.errors import ConfigError
 from opsin.evaluation.map_pictures import Blocks, draw_attention, draw_predictions
 from opsin.methods.base import Method
 from opsin.nn.vit import VisionTransformer
-from opsin.storage.files import write_whole
-from opsin.training.evaluator import EvaluatorConfig, Scene, StillData, untouched
+from opsin.training.evaluator import EvaluationContext, EvaluatorConfig, untouched
 
 _PATIENCE = 1000  # masks without use in a row, after which the other patches count as never hidden
 
@@ -33,21 +31,14 @@ class MapsConfig(EvaluatorConfig):
 
     name: Literal["maps"] = "maps"
     every: StepEvery = "5 epochs"
-    """How often it runs. The end of the run is always evaluated."""
+    """Interval between evaluations. The end of the run is always evaluated."""
     images: int = Field(8, gt=0)
-    """How many images are shown, spread evenly over the validation images, or the training images without these."""
+    """Number of images shown, spread evenly over the validation images, or the training images if there are none."""
     repeats: int = Field(4, gt=0)
-    """How often each patch is predicted at least, from different masks; its error is the mean."""
+    """The least number of predictions of each patch, from different masks; their mean error is shown."""
 
-    def build(self, scene: Scene, prefix: str) -> "Maps":
-        return Maps(
-            scene.sample(self.images),
-            autocast=scene.autocast,
-            device=scene.device,
-            folder=scene.folder / "maps" / ("" if prefix == "maps" else prefix),
-            repeats=self.repeats,
-            write=scene.write,
-        )
+    def build(self, context: EvaluationContext, prefix: str) -> "Maps":
+        return Maps(self, context, prefix)
 
     def check(self, method: Method, prefix: str) -> None:
         if not isinstance(method, Explainer) and not isinstance(method.backbone, VisionTransformer):
@@ -72,7 +63,7 @@ class BlockCells(Protocol):
 
 
 class GridErrors(Protocol):
-    """How far off the predictions of one grid are."""
+    """The errors of the predictions of one grid."""
 
     @property
     def cells(self) -> BlockCells: ...
@@ -101,7 +92,7 @@ class Explainer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MapsReport:
-    """What the maps say in numbers, and where they are."""
+    """The means of the maps, and the paths of the pictures."""
 
     values: Mapping[str, float]
     pictures: Sequence[Path]
@@ -117,26 +108,14 @@ class MapsReport:
 
 
 class Maps:
-    """Draws the same images each time it is asked; implements `StepEvaluator`."""
+    """Draws the same images at each evaluation; implements `StepEvaluator`."""
 
-    def __init__(
-        self,
-        data: StillData,
-        *,
-        autocast: Callable[[], AbstractContextManager[None]],
-        device: torch.device,
-        folder: Path,
-        repeats: int = 4,
-        write: Callable[[Path, bytes], None] = write_whole,
-    ) -> None:
-        """Pictures go into `folder`."""
+    def __init__(self, config: MapsConfig, context: EvaluationContext, prefix: str = "maps") -> None:
         self.step = 0
-        self._data = data
-        self._autocast = autocast
-        self._device = device
-        self._folder = folder
-        self._repeats = repeats
-        self._write = write
+        self._context = context
+        self._data = context.sample(config.images)
+        self._folder = context.folder / "maps" / ("" if prefix == "maps" else prefix)
+        self._repeats = config.repeats
 
     def evaluate(self, method: Method) -> Mapping[str, float]:
         """`error_0`, ... by level, the finest first: the mean over all patches or cells that can be hidden.
@@ -153,7 +132,7 @@ class Maps:
         """
         values: dict[str, float] = {}
         pictures: dict[str, bytes] = {}
-        with untouched(method, self._device):
+        with untouched(method, self._context.device):
             images = self._images()
             shown = self._restored(images)
             if isinstance(method, Explainer):
@@ -166,7 +145,7 @@ class Maps:
                 pictures["attention"] = draw_attention(shown, attention)
         written = {kind: self._folder / f"{name}-{kind}.png" for kind in pictures}
         for kind, path in written.items():
-            self._write(path, pictures[kind])
+            self._context.write(path, pictures[kind])
         return MapsReport(values, list(written.values()))
 
     def errors(self, method: Explainer, images: Tensor) -> tuple[list[Tensor], list[Blocks]]:
@@ -181,19 +160,19 @@ class Maps:
         blocks: list[Blocks] = []
         for masks in covering_masks(sampler, self._repeats):
             everywhere = {
-                name: mask.to(self._device).expand(len(images), *mask.shape[1:]) for name, mask in masks.items()
+                name: mask.to(self._context.device).expand(len(images), *mask.shape[1:]) for name, mask in masks.items()
             }
-            with self._autocast():
+            with self._context.autocast():
                 levels = method.explain(images, everywhere)
             if not sums:
                 sums = [torch.zeros(len(images), level.across**2) for level in levels]
                 counts = [torch.zeros(level.across**2) for level in levels]
             for level, total, times in zip(levels, sums, counts, strict=True):
                 valid = level.cells.valid[0].cpu()
-                places = level.cells.indices[0].cpu()[valid]
-                # On the CPU and over places: the same bits each time.
-                total.index_add_(1, places, level.values.float().cpu()[:, valid])
-                times.index_add_(0, places, torch.ones(len(places)))
+                cells = level.cells.indices[0].cpu()[valid]
+                # On the CPU and one cell after the other: the same bits each time.
+                total.index_add_(1, cells, level.values.float().cpu()[:, valid])
+                times.index_add_(0, cells, torch.ones(len(cells)))
             blocks.append(_blocks(masks, levels))
             if counts[0].min() >= self._repeats:
                 break
@@ -201,18 +180,18 @@ class Maps:
         return [found.unflatten(1, (level, level)) for found, level in zip(maps, blocks[0].across, strict=True)], blocks
 
     def attention(self, backbone: VisionTransformer, images: Tensor) -> Tensor:
-        """How much each head of the last block looks at each patch: [B, H, N], of the sum 1.
+        """The attention of each head of the last block to each patch: [B, H, N], of the sum 1.
 
-        It is the class token that looks, or the mean of all patches where there is none.
+        It is that of the class token, or the mean of all patches if there is none.
         """
-        with self._autocast():
+        with self._context.autocast():
             found = backbone.attention(images).float()  # [B, H, T, T]
         asking = found[:, :, 0, 1:] if backbone.prefix else found.mean(2)
         return (asking / asking.sum(-1, keepdim=True)).cpu()
 
     def _images(self) -> Tensor:
         batches = list(self._data.batches(self._data.facts.samples))
-        return torch.cat([batch.to(self._device).views["image"][0] for batch in batches])
+        return torch.cat([batch.to(self._context.device).views["image"][0] for batch in batches])
 
     def _restored(self, images: Tensor) -> Tensor:
         """Normalised images as they look, [B, C, S, S] in 0..1."""

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from opsin.storage.teller import Fact
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -54,6 +56,15 @@ class Console:
     def warning(self, text: str) -> None:
         """Something is wrong and training goes on; shown even when quiet."""
         self._line(f"warning: {text}", quiet=False)
+
+    def tell(
+        self, kind: str, step: int | None = None, *, notice: str | None = None, warn: str | None = None, **facts: Fact
+    ) -> None:
+        """The line for people that comes with an event, which is not recorded."""
+        if warn is not None:
+            self.warning(warn)
+        if notice is not None:
+            self.notice(notice)
 
     def start(self, *, total_steps: int, first_step: int, total_epochs: float) -> None:
         """Training begins at `first_step`; the time left is counted from here."""

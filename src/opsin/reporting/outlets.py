@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from opsin.storage.files import write_whole
+from opsin.storage.teller import Teller
 
 _MOST_WAITING = 10_000
 _QUICK_S = 0.05
 
 
-def write_if_possible(warn: Callable[[str], None]) -> Callable[[Path, bytes], None]:
-    """`write_whole` for files that a run can do without: for each, the first fault is a warning."""
+def write_if_possible(teller: Teller) -> Callable[[Path, bytes], None]:
+    """`write_whole` for files that a run does not need: for each, the first fault is a warning."""
     warned: set[Path] = set()
 
     def write(path: Path, data: bytes) -> None:
@@ -23,7 +24,7 @@ def write_if_possible(warn: Callable[[str], None]) -> Callable[[Path, bytes], No
         except OSError as error:
             if path not in warned:
                 warned.add(path)
-                warn(f"{path} cannot be written: {_reason(error)}; training goes on without it")
+                teller.warning(f"{path} cannot be written: {_reason(error)}; training goes on without it")
 
     return write
 

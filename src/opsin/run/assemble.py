@@ -20,7 +20,7 @@ from opsin.processes.world import World, join
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
 from opsin.run.assemble_guard import build_alerts, reach, streak_answer
-from opsin.run.images import build_scene, open_images, training_data
+from opsin.run.images import evaluation_context, open_images, training_data
 from opsin.run.numerics import Numerics, choose_numbers, place, settle_numerics
 from opsin.run.recipe import Recipe
 from opsin.settings.text import to_yaml
@@ -31,7 +31,7 @@ from opsin.training import precision
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.evaluations import Evaluations
-from opsin.training.evaluator import Evaluator, EvaluatorConfig, Scene
+from opsin.training.evaluator import EvaluationContext, Evaluator, EvaluatorConfig
 from opsin.training.freeze import LayerFreezer
 from opsin.training.guard import Guard
 from opsin.training.loop import Run
@@ -95,9 +95,9 @@ def assemble(
         on_stage=partial(announce_stage, timeline, freezer, journal, console),
         on_streak=streak_answer(recipe, alerts),
     )
-    scene = build_scene(recipe, images, numerics, console, directory.path)
+    context = evaluation_context(recipe, images, numerics, console, directory.path)
     watchers = (checkpoints, observations)
-    evaluations = _evaluations(recipe, timeline, journal, console, scene, method, *watchers, last_step=steps)
+    evaluations = _evaluations(recipe, timeline, journal, console, context, method, *watchers, last_step=steps)
     resuming = bool(find_checkpoints(directory.checkpoints))
     fresh = partial(_fresh_state, recipe, method, numerics, data, console.notice, resuming=resuming)
     start_over = partial(_start_over, recipe, images.facts, numerics, data, freezer)
@@ -144,7 +144,7 @@ def _evaluations(
     timeline: Timeline,
     journal: Journal,
     console: Console,
-    scene: Scene,
+    context: EvaluationContext,
     method: Method,
     checkpoints: Checkpoints,
     observations: Observations,
@@ -155,18 +155,18 @@ def _evaluations(
     return Evaluations(
         journal,
         timeline,
-        {prefix: (wanted.every, _evaluator(wanted, prefix, scene, method)) for prefix, wanted in scored},
+        {prefix: (wanted.every, _evaluator(wanted, prefix, context, method)) for prefix, wanted in scored},
         console=console,
         observations=observations,
         last_step=last_step,
         on_scores=checkpoints.note_scores,
-        same_weights=scene.same_weights.shown,
+        features=context.features,
     )
 
 
-def _evaluator(wanted: EvaluatorConfig, prefix: str, scene: Scene, method: Method) -> Evaluator:
+def _evaluator(wanted: EvaluatorConfig, prefix: str, context: EvaluationContext, method: Method) -> Evaluator:
     wanted.check(method, prefix)
-    return wanted.build(scene, prefix)
+    return wanted.build(context, prefix)
 
 
 def _go_on(

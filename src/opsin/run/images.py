@@ -24,7 +24,7 @@ from opsin.run.numerics import Numerics
 from opsin.run.recipe import Recipe
 from opsin.storage.directory import RunDirectory
 from opsin.training import precision
-from opsin.training.evaluator import Scene
+from opsin.training.evaluator import EvaluationContext
 
 Say = Callable[[str], None]
 
@@ -78,8 +78,10 @@ def open_images(recipe: Recipe, say: Say) -> Images:
     return Images(train, val, facts)
 
 
-def build_scene(recipe: Recipe, images: Images, numerics: Numerics, console: Console, folder: Path) -> Scene:
-    """What evaluators may look at; `folder` is the run directory."""
+def evaluation_context(
+    recipe: Recipe, images: Images, numerics: Numerics, console: Console, folder: Path
+) -> EvaluationContext:
+    """The context of the evaluators of a recipe; `folder` is the run directory."""
 
     def still(source: Source) -> EvaluationData:
         return still_data(recipe, source, images.facts, numerics, console)
@@ -89,14 +91,14 @@ def build_scene(recipe: Recipe, images: Images, numerics: Numerics, console: Con
         console.notice(f"labelled images: {opened.said}")
         return opened
 
-    return Scene(
+    return EvaluationContext(
         None if images.val is None else still(images.val),
         LabelledImages(images.train, images.val, open_path=open_path, still=still),
         lambda count: still(spread_evenly(images.train if images.val is None else images.val, count)),
         precision.autocast(numerics.device, numerics.precision),
         numerics.device,
         folder,
-        write=write_if_possible(console.warning),
+        write=write_if_possible(console),
     )
 
 

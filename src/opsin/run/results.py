@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from opsin.data.sources.open import open_sources
 from opsin.errors import CheckpointError, ConfigError, DataError, RunError
-from opsin.evaluation.accuracy import Classifier, evaluate
+from opsin.evaluation.accuracy import Accuracy, AccuracyConfig, Classifier
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.linear import LinearConfig
 from opsin.evaluation.maps import MapsConfig
@@ -36,12 +36,12 @@ from opsin.methods.base import Method
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
 from opsin.run.assemble import assemble, build_method
-from opsin.run.images import Images, build_scene, open_images
+from opsin.run.images import Images, evaluation_context, open_images
 from opsin.run.numerics import choose_numbers, place, settle_numerics
 from opsin.run.recipe import Recipe, read
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, read_checkpoint
-from opsin.training.evaluator import Scene
+from opsin.training.evaluator import EvaluationContext
 
 Weights = Literal["raw", "ema"]
 """Those that were trained, or their moving average."""
@@ -118,7 +118,7 @@ def evaluate_run(
     method = place(method, numerics)
     if data is not None:
         images = _with_queries(images, data, recipe)
-    scene = build_scene(recipe, images, numerics, console, run.path)
+    context = evaluation_context(recipe, images, numerics, console, run.path)
     features: tuple[ScoreName, ...] = ("knn", "linear")
     names = scores or (("accuracy",) if isinstance(method, Classifier) else features)
     if blocks is not None and not set(names) & set(features):
@@ -126,37 +126,42 @@ def evaluate_run(
             f"--blocks {blocks}: {' and '.join(names)} cannot use it; name knn or linear, or leave it out"
         )
     reports: dict[ScoreName, Report] = {}
-    with scene.same_weights.shown():
+    with context.features.weights_unchanged():
         for name in names:
             if name == "accuracy":
-                reports[name] = _score_classes(method, scene, images.facts.classes, run.recipe)
+                reports[name] = _score_classes(method, context, images.facts.classes, run.recipe)
             elif name == "maps":
                 stem = (
                     source.name if source.parent == run.checkpoints else "initial" if weights == "initial" else "final"
                 )
-                reports[name] = _draw_maps(method, scene, recipe, f"{stem}-ema" if weights == "ema" else stem)
+                reports[name] = _draw_maps(method, context, recipe, f"{stem}-ema" if weights == "ema" else stem)
             else:
-                reports[name] = _score_features(method, scene, recipe, name, data, blocks)
+                reports[name] = _score_features(method, context, recipe, name, data, blocks)
     return reports
 
 
-def _score_classes(method: Method, scene: Scene, classes: Sequence[str], place: Path) -> Report:
+def _score_classes(method: Method, context: EvaluationContext, classes: Sequence[str], place: Path) -> Report:
     if not isinstance(method, Classifier):
         raise ConfigError(f"{place}: its method gives no class scores, which accuracy needs; take knn and linear")
-    if scene.validation is None:
+    if context.validation is None:
         raise ConfigError(f"{place}: has no validation images; set data.holdout, or give the data a split")
-    found = scene.validation.facts.classes
+    found = context.validation.facts.classes
     if found and found != tuple(classes):
         strange = ", ".join(sorted(set(found) ^ set(classes))[:3])
         raise ConfigError(
             f"--data: these images have {len(found)} classes, the run {len(classes)}, and they differ ({strange}); "
             "accuracy needs equal ones: take knn and linear"
         )
-    return evaluate(method, scene.validation, autocast=scene.autocast, device=scene.device)
+    return Accuracy(AccuracyConfig(), context).report(method)
 
 
 def _score_features(
-    method: Method, scene: Scene, recipe: Recipe, name: Literal["knn", "linear"], data: str | None, blocks: int | None
+    method: Method,
+    context: EvaluationContext,
+    recipe: Recipe,
+    name: Literal["knn", "linear"],
+    data: str | None,
+    blocks: int | None,
 ) -> Report:
     kind = KnnConfig if name == "knn" else LinearConfig
     found = ((key, config) for key, config in recipe.evaluators.items() if isinstance(config, kind))
@@ -165,17 +170,19 @@ def _score_features(
     changed = {"seconds": None} | {name: value for name, value in asked.items() if value is not None}
     wanted = config.model_copy(update=changed)
     wanted.check(method, key)
-    return wanted.build(scene, key).report(method)
+    return wanted.build(context, key).report(method)
 
 
-def _draw_maps(method: Method, scene: Scene, recipe: Recipe, name: str) -> Report:
+def _draw_maps(method: Method, context: EvaluationContext, recipe: Recipe, name: str) -> Report:
     found = ((key, config) for key, config in recipe.evaluators.items() if isinstance(config, MapsConfig))
     key, config = next(found, ("maps", MapsConfig()))
     config.check(method, key)
     try:
-        return config.build(scene, key).report(method, name)
+        return config.build(context, key).report(method, name)
     except OSError as error:
-        raise RunError(f"{scene.folder}/maps: cannot be written: {error.strerror or error}; make room there") from error
+        raise RunError(
+            f"{context.folder}/maps: cannot be written: {error.strerror or error}; make room there"
+        ) from error
 
 
 def _with_queries(images: Images, path: str, recipe: Recipe) -> Images:

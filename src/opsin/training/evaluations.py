@@ -1,13 +1,12 @@
 """Evaluations of a run: evaluators run when they are due, and their scores are written."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 from opsin.clock.cadence import is_due
 from opsin.clock.timeline import Timeline
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
-from opsin.training.evaluator import Evaluator, StepEvaluator
+from opsin.training.evaluator import Evaluator, FeatureCache, StepEvaluator
 from opsin.training.observe import Observations
 from opsin.training.state import TrainState
 
@@ -34,9 +33,9 @@ class Evaluations:
         last_step: int,
         observations: Observations,
         on_scores: Callable[[TrainState, Mapping[str, float]], None],
-        same_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        features: FeatureCache | None = None,
     ) -> None:
-        """`same_weights` is entered around all evaluators that see the same weights, and left before these change."""
+        """`features` is what the evaluators share while the weights are unchanged."""
         self._journal = journal
         self._timeline = timeline
         self._evaluators = evaluators
@@ -44,7 +43,7 @@ class Evaluations:
         self._last_step = last_step
         self._observations = observations
         self._on_scores = on_scores
-        self._same_weights = same_weights
+        self._features = features or FeatureCache()
 
     def is_due(self, step: int) -> bool:
         """Whether any evaluator runs after `step` updates."""
@@ -76,9 +75,9 @@ class Evaluations:
         averaged: Mapping[str, Mapping[str, float]] = {}
         if state.ema is not None and wanted:
             # First, so that what an evaluator leaves in a file is of the weights that train.
-            with state.ema.in_place(), self._same_weights():
+            with state.ema.in_place(), self._features.weights_unchanged():
                 averaged = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
-        with self._same_weights():
+        with self._features.weights_unchanged():
             trained = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
         return {
             f"{prefix}{suffix}/{name}": value

@@ -1,4 +1,4 @@
-"""What evaluators may look at, and how they leave it."""
+"""Evaluators: the interface of scores, the context that they get, and how they leave a network."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -29,16 +29,16 @@ class StillData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LabelledChoice:
-    """Which labelled images a score of features is made from."""
+    """The labelled images that a score of features asks for."""
 
     path: str | None = None
-    """What `data.path` could be; None takes the run's own training and validation images."""
+    """Images as in `data.path`; None takes the run's own training and validation images."""
     holdout: float = 0.2
     """Share of the images at `path` that are scored, where they have no split of their own."""
     bank_images: int | None = None
-    """At most so many to learn from."""
+    """The largest number of images to learn from; None for all."""
     query_images: int | None = None
-    """At most so many to score."""
+    """The largest number of images to score; None for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,67 +49,68 @@ class Labelled:
     """
 
     bank: StillData
-    """What is learned from."""
+    """Images to learn from."""
     queries: StillData
-    """What is scored."""
+    """Images to score."""
 
 
-class SameWeights:
-    """What an evaluator found out about the weights that it was shown, kept for others that are shown the same.
+class FeatureCache:
+    """Features that several evaluators need. Features are reused only while the weights are unchanged.
 
-    Who shows them says so, `with scene.same_weights.shown():`. Outside of that nothing is kept, so that nothing is
-    ever of other weights.
+    The caller of the evaluators guarantees that: `with context.features.weights_unchanged():`. Outside of this block
+    nothing is kept.
     """
 
     def __init__(self) -> None:
-        self._are_shown = False
-        self._found: object = None
+        self._is_open = False
+        self._kept: object = None
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Inside, nobody changes the weights; afterwards what was found is forgotten."""
-        self._are_shown = True
+    def weights_unchanged(self) -> Iterator[None]:
+        """Keep features inside this block, in which the weights stay as they are."""
+        self._is_open = True
         try:
             yield
         finally:
-            self._are_shown, self._found = False, None
+            self._is_open, self._kept = False, None
 
     @property
-    def found(self) -> object:
-        """What was kept last; None before."""
-        return self._found
+    def kept(self) -> object:
+        """The features that were kept last; None if there are none."""
+        return self._kept
 
-    def keep(self, found: object) -> None:
-        """Keep this for the others in the place of what was kept before."""
-        if self._are_shown:
-            self._found = found
+    def keep(self, features: object) -> None:
+        """Replace the features that are kept."""
+        if self._is_open:
+            self._kept = features
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
-    """What evaluators may look at."""
+class EvaluationContext:
+    """The images, the device and the files that evaluators of a run may use."""
 
     validation: StillData | None
     labelled: Callable[[LabelledChoice, str], Labelled]
-    """The chosen labelled images; the text is what faults call the evaluator (`evaluators.knn`).
+    """Return the chosen labelled images; the text names the evaluator in faults (`evaluators.knn`).
 
     Raises:
         ConfigError: there are none, or they do not fit together.
     """
     sample: Callable[[int], StillData]
-    """So many images, evenly from all validation images, or the training images without these; also unlabelled ones."""
+    """Return this number of images at even distances from the validation images, or from the training images if there
+    are none of these; labelled or not."""
     autocast: Callable[[], AbstractContextManager[None]]
     device: torch.device
     folder: Path
     """The run directory."""
     write: Callable[[Path, bytes], None] = write_whole
-    """Puts what an evaluator leaves into a file; no score is worth less because a disk is full."""
-    same_weights: SameWeights = field(default_factory=SameWeights)
-    """What evaluators that see the same weights share."""
+    """Write a file of an evaluator; in a run, a full disk costs the file and not the score."""
+    features: FeatureCache = field(default_factory=FeatureCache)
+    """Features of the current weights, shared by evaluators."""
 
 
 class Network(Protocol):
-    """What `untouched` needs of a network; every `nn.Module` has it."""
+    """The part of `nn.Module` that `untouched` needs."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -143,25 +144,25 @@ class StepEvaluator(Evaluator, Protocol):
     """An evaluator that also leaves files for each step."""
 
     step: int
-    """How many updates the weights have seen; set before each call of `evaluate`."""
+    """Number of updates behind the weights; set before each call of `evaluate`."""
 
 
 class EvaluatorConfig(Family, ABC):
-    """An evaluator in a recipe; the key it stands under is the prefix of its scores."""
+    """An evaluator in a recipe; its key is the prefix of its scores."""
 
     every: StepEvery = "1 epoch"
-    """How often it runs. The end of the run is always evaluated."""
+    """Interval between evaluations. The end of the run is always evaluated."""
 
     @abstractmethod
-    def build(self, scene: Scene, prefix: str) -> Evaluator:
-        """The evaluator; `prefix` is the key it stands under.
+    def build(self, context: EvaluationContext, prefix: str) -> Evaluator:
+        """Return the evaluator; `prefix` is its key in the recipe.
 
         Raises:
-            ConfigError: the scene lacks what it needs (validation images, say).
+            ConfigError: the context lacks what it needs (validation images, say).
         """
 
     def check(self, method: Method, prefix: str) -> None:
-        """See that the evaluator can score `method`.
+        """Refuse a method that the evaluator cannot score.
 
         Raises:
             ConfigError: it cannot.

@@ -12,9 +12,10 @@ from opsin.data.loading import EvaluationData
 from opsin.data.sources.digits import Digits, load_digits
 from opsin.data.sources.open import open_sources
 from opsin.evaluation.features import Features, FeatureScore, Score, extract
+from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.labelled import LabelledImages
 from opsin.nn.backbone import Tokens
-from opsin.training.evaluator import Labelled, LabelledChoice, Scene
+from opsin.training.evaluator import EvaluationContext, Labelled, LabelledChoice, StillData
 
 CPU = torch.device("cpu")
 
@@ -69,7 +70,7 @@ def still(source: Source) -> EvaluationData:
 
 
 def images_of(train: Source, val: Source | None) -> LabelledImages:
-    """What the scene of a run with these images offers."""
+    """The labelled images of a run with these images."""
     return LabelledImages(train, val, open_path=lambda path: open_sources(path, cache=Path("nowhere")), still=still)
 
 
@@ -79,10 +80,21 @@ def digits_at(part: slice) -> Digits:
     return replace(whole, labels=whole.labels[part], images=whole.images[part])
 
 
-def digits_scene(folder: Path) -> Scene:
-    """What evaluators of a run on the digits may look at; its last 359 are validation images."""
+def context_of(validation: StillData | None, folder: Path = Path("nowhere")) -> EvaluationContext:
+    """The context of a run with these validation images, and no others."""
+
+    def sample(count: int) -> StillData:
+        assert validation is not None
+        return validation
+
+    images = images_of(load_digits(), None)
+    return EvaluationContext(validation, images, sample, contextlib.nullcontext, CPU, folder)
+
+
+def digits_context(folder: Path) -> EvaluationContext:
+    """The context of a run on the digits; its last 359 are validation images."""
     train, val = digits_at(slice(1438)), digits_at(slice(1438, None))
-    return Scene(still(val), images_of(train, val), lambda count: still(val), contextlib.nullcontext, CPU, folder)
+    return replace(context_of(still(val), folder), labelled=images_of(train, val))
 
 
 def digits_labelled() -> Labelled:
@@ -101,12 +113,5 @@ def digits_features(network: Pixels | RandomFeatures) -> Pair:
 
 def feature_score(score: Score, *, seconds: float | None = None, batch_size: int = 256) -> FeatureScore:
     """The evaluator of a score on `digits_labelled`."""
-    return FeatureScore(
-        digits_labelled(),
-        score,
-        title="score",
-        autocast=contextlib.nullcontext,
-        device=CPU,
-        seconds=seconds,
-        batch_size=batch_size,
-    )
+    config = KnnConfig(path="digits", seconds=seconds, batch_size=batch_size)
+    return FeatureScore(config, context_of(None), "score", title="score", score=score)

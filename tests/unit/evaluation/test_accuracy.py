@@ -1,6 +1,5 @@
 """Accuracy agrees with scikit-learn, and looking changes nothing."""
 
-import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from opsin.data.base import Batch, DataFacts
 from opsin.errors import DataError
-from opsin.evaluation.accuracy import AccuracyReport, confusion_json, evaluate
-
-CPU = torch.device("cpu")
+from opsin.evaluation.accuracy import Accuracy, AccuracyConfig, AccuracyReport, Classifier, confusion_json
+from opsin.training.evaluator import StillData
+from tests.unit.evaluation.digits import context_of
 
 
 class Table:
@@ -47,9 +46,12 @@ class Lookup(nn.Module):
         return scores
 
 
+def evaluate(method: Classifier, data: StillData, **settings: object) -> AccuracyReport:
+    return Accuracy(AccuracyConfig.model_validate(settings), context_of(data)).report(method)
+
+
 def scored(data: Table, batch_size: int = 7) -> AccuracyReport:
-    method = Lookup(data.scores.shape[1])
-    return evaluate(method, data, autocast=contextlib.nullcontext, device=CPU, batch_size=batch_size)
+    return evaluate(Lookup(data.scores.shape[1]), data, batch_size=batch_size)
 
 
 def random_table(classes: int, images: int = 60) -> Table:
@@ -106,7 +108,7 @@ def test_modes_weights_and_random_numbers_stay_as_they_were() -> None:
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    evaluate(method, data, autocast=contextlib.nullcontext, device=CPU)
+    evaluate(method, data)
     assert torch.equal(torch.rand(4), expected)
     assert method.training
     assert method.drop.training
@@ -116,13 +118,8 @@ def test_modes_weights_and_random_numbers_stay_as_they_were() -> None:
 
 def test_modes_come_back_after_a_fault() -> None:
     method = Lookup(3)
-    with pytest.raises(DataError, match="3 classes apart, the data has 4"):
-        evaluate(
-            method,
-            Table(torch.zeros(2, 3), torch.tensor([0, 1]), classes=4),
-            autocast=contextlib.nullcontext,
-            device=CPU,
-        )
+    with pytest.raises(DataError, match="distinguishes 3 classes, the data has 4"):
+        evaluate(method, Table(torch.zeros(2, 3), torch.tensor([0, 1]), classes=4))
     assert method.training
 
 
@@ -180,13 +177,7 @@ def test_views_average_probabilities(views: int) -> None:
     # one shifted down and right, as to one shifted up and left.
     places = {1: [(0, 0)], 2: [(0, 0), (0, 3)], 6: [(0, 0), (0, 3), (1, 1), (1, 2), (1, 1), (1, 2)]}[views]
     expected = torch.stack([images[:, :, row, column].softmax(1) for row, column in places]).mean(0)
-    report = evaluate(
-        FirstPixel(),
-        Images(torch.zeros(5, 3), labels),
-        autocast=contextlib.nullcontext,
-        device=CPU,
-        views=views,
-    )
+    report = evaluate(FirstPixel(), Images(torch.zeros(5, 3), labels), views=views)
     # Scores are compared in float32.
     assert report.values["loss"] == pytest.approx(log_loss(labels, expected.numpy(), labels=[0, 1, 2]), rel=1e-6)
     assert report.values["top1"] == (expected.argmax(1) == labels).double().mean()

@@ -19,8 +19,8 @@ from tests.unit.evaluation.digits import (
     Counted,
     Pixels,
     RandomFeatures,
+    digits_context,
     digits_labelled,
-    digits_scene,
     feature_score,
 )
 
@@ -105,41 +105,41 @@ DIGITS = 1797
 
 
 def test_scores_of_the_same_weights_share_their_features(tmp_path: Path) -> None:
-    network, scene = Counted(), digits_scene(tmp_path)
-    knn, linear = KnnConfig().build(scene, "knn"), LinearConfig().build(scene, "linear")
+    network, context = Counted(), digits_context(tmp_path)
+    knn, linear = KnnConfig().build(context, "knn"), LinearConfig().build(context, "linear")
     apart = [score.evaluate(network) for score in (knn, linear)]
     assert network.images == 2 * DIGITS, "nobody said that the weights are the same"
     network.images = 0
-    with scene.same_weights.shown():
+    with context.features.weights_unchanged():
         together = [score.evaluate(network) for score in (knn, linear)]
     assert network.images == DIGITS
     assert together == apart
 
 
 def test_features_of_other_weights_are_never_shared(tmp_path: Path) -> None:
-    network, scene = Counted(), digits_scene(tmp_path)
-    knn, linear = KnnConfig().build(scene, "knn"), LinearConfig().build(scene, "linear")
-    with scene.same_weights.shown():
+    network, context = Counted(), digits_context(tmp_path)
+    knn, linear = KnnConfig().build(context, "knn"), LinearConfig().build(context, "linear")
+    with context.features.weights_unchanged():
         knn.evaluate(network)
     with torch.no_grad():
         network.weight[:, 5:] = 0
-    expected = LinearConfig().build(digits_scene(tmp_path), "linear").evaluate(network)
+    expected = LinearConfig().build(digits_context(tmp_path), "linear").evaluate(network)
     network.images = 0
-    with scene.same_weights.shown():
+    with context.features.weights_unchanged():
         assert linear.evaluate(network) == expected
         assert network.images == DIGITS
         other = Counted()
         linear.evaluate(other)
         assert other.images == DIGITS, "another network at the same time"
-    assert scene.same_weights.found is None
+    assert context.features.kept is None
 
 
 @pytest.mark.parametrize("changed", [{"bank_images": 900}, {"batch_size": 100}, {"path": "digits"}])
 def test_features_that_were_asked_for_otherwise_are_not_shared(changed: dict[str, object], tmp_path: Path) -> None:
-    network, scene = Counted(), digits_scene(tmp_path)
-    knn = KnnConfig().build(scene, "knn")
-    linear = LinearConfig.model_validate({"iterations": 20, **changed}).build(scene, "linear")
-    with scene.same_weights.shown():
+    network, context = Counted(), digits_context(tmp_path)
+    knn = KnnConfig().build(context, "knn")
+    linear = LinearConfig.model_validate({"iterations": 20, **changed}).build(context, "linear")
+    with context.features.weights_unchanged():
         knn.evaluate(network)
         network.images = 0
         linear.evaluate(network)
@@ -148,22 +148,22 @@ def test_features_that_were_asked_for_otherwise_are_not_shared(changed: dict[str
 
 def test_features_of_other_blocks_are_not_shared(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    scene = digits_scene(tmp_path)
-    assert scene.validation is not None
-    method = SupervisedConfig().build(ViTConfig(width=16, depth=2, heads=2, patch=4), scene.validation.facts)
-    scores = [KnnConfig(blocks=blocks).build(scene, "knn") for blocks in (1, 2)]
+    context = digits_context(tmp_path)
+    assert context.validation is not None
+    method = SupervisedConfig().build(ViTConfig(width=16, depth=2, heads=2, patch=4), context.validation.facts)
+    scores = [KnnConfig(blocks=blocks).build(context, "knn") for blocks in (1, 2)]
     apart = [score.evaluate(method) for score in scores]
-    with scene.same_weights.shown():
+    with context.features.weights_unchanged():
         assert [score.evaluate(method) for score in scores] == apart
     assert apart[0] != apart[1], "else nothing is seen here"
 
 
 def test_features_that_time_cut_short_are_shared_with_those_who_have_no_more_of_it(tmp_path: Path) -> None:
-    network, scene = Counted(), digits_scene(tmp_path)
+    network, context = Counted(), digits_context(tmp_path)
     hurried, as_hurried, patient = (
-        KnnConfig(seconds=seconds, batch_size=100).build(scene, "knn") for seconds in (1e-6, 1e-6, 600)
+        KnnConfig(seconds=seconds, batch_size=100).build(context, "knn") for seconds in (1e-6, 1e-6, 600)
     )
-    with scene.same_weights.shown():
+    with context.features.weights_unchanged():
         first = hurried.evaluate(network)
         assert network.images == 200
         assert as_hurried.evaluate(network) == first

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from opsin.nn.vit import Block
 from opsin.reporting.journal import read_rows
 from opsin.run.results import evaluate_run
 from tests.digits_run import train_digits
-from tests.unit.evaluation.digits import CPU
+from tests.unit.evaluation.digits import CPU, context_of
 from tests.unit.methods.jepa_parts import FACTS, GRID, SMALL, VIT, batch_of, build_hjepa, build_ijepa
 
 HJEPA = (
@@ -75,7 +74,7 @@ def maps_in(folder: Path, images: int = 3) -> Maps:
     data = EvaluationData(
         spread_evenly(load_digits(), images), facts=replace(FACTS, samples=images), resize=32, device=CPU, warn=print
     )
-    return Maps(data, autocast=nullcontext, device=CPU, folder=folder, repeats=2)
+    return Maps(MapsConfig(repeats=2), context_of(data, folder))
 
 
 def test_every_cell_of_every_level_has_the_mean_of_its_own_errors(tmp_path: Path) -> None:
@@ -177,7 +176,7 @@ def test_a_supervised_transformer_has_maps_of_attention_alone(tmp_path: Path) ->
     maps = maps_in(tmp_path)
     maps.step = 7
     assert set(maps.evaluate(method)) == {"attention_spread"}
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007-attention.png"]
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["step-00000007-attention.png"]
 
 
 def test_a_network_without_anything_to_draw_is_refused() -> None:

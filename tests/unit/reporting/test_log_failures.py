@@ -16,6 +16,7 @@ from opsin.reporting.outlets import write_if_possible
 from opsin.reporting.sinks import CsvTable, SinkName, TensorBoard, TextLog, open_sinks
 from opsin.training.checkpoints.format import find_checkpoints
 from tests.digits_run import train_digits
+from tests.story import Story
 from tests.unit.reporting.test_journal import Memory
 from tests.unit.reporting.test_sinks import scalars, table
 
@@ -259,12 +260,12 @@ def test_lines_of_the_console_wait_for_room_in_the_text_log(tmp_path: Path) -> N
 
 
 def test_a_file_that_a_run_can_do_without_costs_one_warning(tmp_path: Path) -> None:
-    warnings: list[str] = []
-    write = write_if_possible(warnings.append)
+    story = Story()
+    write = write_if_possible(story)
     (tmp_path / "maps").touch()  # a file where the folder should be
     for _ in range(3):
         write(tmp_path / "maps" / "picture.png", b"x")
-    assert len(warnings) == 1
+    assert len(story.warnings) == 1
     (tmp_path / "maps").unlink()
     write(tmp_path / "maps" / "picture.png", b"x")
     assert (tmp_path / "maps" / "picture.png").read_bytes() == b"x"

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from opsin.nn.ema import ModelEma
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal, read_events
 from opsin.training.evaluations import Evaluations
-from opsin.training.evaluator import Evaluator
+from opsin.training.evaluator import Evaluator, FeatureCache
 from opsin.training.monitor import Monitor
 from opsin.training.observe import Observations
 from opsin.training.state import Pace, StepReport, TrainState
@@ -257,7 +257,7 @@ def evaluations(
     evaluators: Mapping[str, tuple[str, Evaluator]],
     *,
     last_step: int = 50,
-    same_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+    features: FeatureCache | None = None,
 ) -> tuple[Evaluations, list[tuple[int, Mapping[str, float]]]]:
     told: list[tuple[int, Mapping[str, float]]] = []
 
@@ -273,7 +273,7 @@ def evaluations(
         observations=observations,
         last_step=last_step,
         on_scores=note,
-        same_weights=same_weights,
+        features=features,
     )
     return made, told
 
@@ -305,12 +305,13 @@ def test_evaluators_of_the_same_weights_are_asked_together(scenario: Scenario) -
         weight.add_(1)
     shown: list[list[float]] = []
 
-    @contextmanager
-    def same_weights() -> Iterator[None]:
-        shown.append([])
-        before = weight.detach().clone()
-        yield
-        assert torch.equal(weight, before)
+    class Watched(FeatureCache):
+        @contextmanager
+        def weights_unchanged(self) -> Iterator[None]:
+            shown.append([])
+            before = weight.detach().clone()
+            yield
+            assert torch.equal(weight, before)
 
     class Weight:
         def evaluate(self, method: Method) -> Mapping[str, float]:
@@ -318,7 +319,7 @@ def test_evaluators_of_the_same_weights_are_asked_together(scenario: Scenario) -
             return {"mean": weight.mean().item()}
 
     asked = {"a": ("1 epoch", Weight()), "b": ("1 epoch", Weight())}
-    made, told = evaluations(scenario, scenario.observations(), asked, same_weights=same_weights)
+    made, told = evaluations(scenario, scenario.observations(), asked, features=Watched())
     state.step = 5
     made.run_if_due(state)
     (averaged, _), (trained, _) = shown
