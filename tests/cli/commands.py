@@ -28,7 +28,7 @@ TINY = (
 
 _SEVERAL = """
 import contextlib, io, json, sys
-from opsin.cli import main
+from opsin.commands.main import main
 
 answers = []
 for arguments in json.loads(sys.argv[1]):

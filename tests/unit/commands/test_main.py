@@ -172,5 +172,5 @@ def test_only_a_table_may_end_because_nobody_reads_on(
     def broken(arguments: object) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr(f"opsin.commands.main._{arguments[0]}", broken)
+    monkeypatch.setattr(f"opsin.commands.{arguments[0]}._{arguments[0]}", broken)
     assert main(arguments) == status

@@ -23,7 +23,7 @@ CHILD = """
 import json, os, signal, sys, time
 from array import array
 from pathlib import Path
-from opsin.trail import Trail
+from opsin.processes.trail import Trail
 
 out = Path(sys.argv[1])
 if "--fresh" in sys.argv and (out.parent / "moves").exists():

@@ -255,7 +255,7 @@ def test_a_search_that_finds_nothing_says_why(tmp_path: Path) -> None:
 
 ENDS = """
 import os, signal, sys
-from opsin.trail import Trail
+from opsin.processes.trail import Trail
 
 if "tune" in getattr(sys, "orig_argv", ()):
     {end}
