@@ -16,7 +16,7 @@ from opsin.run.recipe import read
 from opsin.run.session import resume_run, train, train_recipe
 from opsin.storage.backup.catalog import marked_steps
 from opsin.storage.backup.config import BackupConfig
-from opsin.storage.backup.open import open_place
+from opsin.storage.backup.open import open_store
 from opsin.storage.backup.restore import restore
 from opsin.storage.backup.service import open_backup
 from opsin.storage.directory import RunDirectory
@@ -84,7 +84,7 @@ def test_a_killed_machine_costs_what_was_not_copied_yet(
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             end = time.monotonic() + 300
-            while len(marked_steps(open_place(s3))) == 0:
+            while len(marked_steps(open_store(s3))) == 0:
                 assert process.poll() is None, "it ended by itself"
                 assert time.monotonic() < end
                 time.sleep(0.01)
@@ -117,7 +117,7 @@ def test_training_goes_on_without_its_backup_and_catches_up(
     assert warnings[1].endswith(f"opsin backup {run.path} finishes it")
     written = {**content(run.path), "ledger": b"".join(p.read_bytes() for p in run.path.rglob(".*") if p.is_file())}
     assert [name for name, data in written.items() if SECRET.encode() in data or KEY.encode() in data] == []
-    assert marked_steps(open_place(s3)) == []
+    assert marked_steps(open_store(s3)) == []
     assert main(["backup", str(run.path)]) == 0
     assert restore(s3, tmp_path / "again", say=pytest.fail).step == STEPS
     assert content(tmp_path / "again") == content(run.path)
@@ -191,4 +191,4 @@ def test_a_run_in_a_bucket_from_python(s3: str, tmp_path: Path, monkeypatch: pyt
     recipe = read("quickstart", [*SMALL, "limits.steps=1"])
     run = train(recipe, out=s3)
     assert run.directory.path == tmp_path / ".cache" / "opsin" / "runs" / s3.replace("://", "/")
-    assert marked_steps(open_place(s3)) == [1]
+    assert marked_steps(open_store(s3)) == [1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from opsin.clock.seeding import fold_in
 from opsin.data.base import Source, UnreadableImage
 from opsin.errors import DataError, RunError, TransientError
-from opsin.processes.excluded import read_aside, write_aside
+from opsin.processes.excluded import read_excluded, write_excluded
 from opsin.processes.trail import Trail
 
 _REPLACEMENTS = 100
@@ -150,17 +150,17 @@ def watch(source: Source, trail: Trail, put_aside: Path) -> Source:
         RunError: the list is damaged or cannot be written.
         DataError: the images have changed since it was made.
     """
-    listed = read_aside(put_aside)
+    listed = read_excluded(put_aside)
     for item in listed:
         place = source.location(item.index) if item.index < len(source) else None
-        if place is None or item.place not in (None, place):
+        if place is None or item.location not in (None, place):
             raise DataError(
-                f"{put_aside}: image {item.index} was {item.place or 'there'} and is {place or 'missing'} now: the "
+                f"{put_aside}: image {item.index} was {item.location or 'there'} and is {place or 'missing'} now: the "
                 "images have changed since training crashed; delete this list, then it finds out again"
             )
-    if any(item.place is None for item in listed):
+    if any(item.location is None for item in listed):
         try:
-            write_aside(put_aside, [replace(item, place=source.location(item.index)) for item in listed])
+            write_excluded(put_aside, [replace(item, location=source.location(item.index)) for item in listed])
         except OSError as error:
             raise RunError(f"{put_aside}: cannot be written: {error.strerror or error}; make room") from error
     if not listed and trail.folder is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsin.processes.trail import Reading, Whereabouts
+from opsin.processes.trail import LastActivity, Reading
 
 _SIGNALS = {
     signal.SIGSEGV: "a segmentation fault in native code, of a decoder or a driver, say",
@@ -54,31 +54,31 @@ class Crash:
     """The update it was busy with, from 0; None before the first."""
     images: tuple[int, ...] = ()
     """Numbers of the training images that it may be because of."""
-    places: tuple[str, ...] = ()
+    locations: tuple[str, ...] = ()
     """Where they are stored, if they are the ones that were being read; else they are those of the whole update."""
 
     def is_like(self, other: "Crash") -> bool:
         """Whether it happened at the same place: with the same image in hand, or in the same update."""
-        if self.places and other.places:
+        if self.locations and other.locations:
             return not set(self.images).isdisjoint(other.images)
-        return self.step == other.step and bool(self.places) == bool(other.places)
+        return self.step == other.step and bool(self.locations) == bool(other.locations)
 
     def narrowed(self, before: "Crash") -> "Crash":
         """With the images only that are suspect after a like one, too."""
-        known = dict(zip(self.images, self.places, strict=False))
+        known = dict(zip(self.images, self.locations, strict=False))
         images = tuple(image for image in self.images if image in before.images) or self.images
         return Crash(self.cause, self.step, images, tuple(known[image] for image in images if image in known))
 
-    def place(self) -> str:
+    def moment(self) -> str:
         """Where it happened, in words."""
-        if self.places:
-            return f"while reading {listed([f'{i} ({p})' for i, p in zip(self.images, self.places, strict=True)])}"
+        if self.locations:
+            return f"while reading {listed([f'{i} ({p})' for i, p in zip(self.images, self.locations, strict=True)])}"
         if self.step is None:
             return "before the first update"
         return f"in or right after update {self.step + 1}" if self.images else f"before update {self.step + 1}"
 
 
-def describe(status: int, pid: int, stderr: str, where: Whereabouts, oom_kills: str) -> Crash:
+def describe(status: int, pid: int, stderr: str, where: LastActivity, oom_kills: str) -> Crash:
     """The crash of process `pid`, with what it wrote last, where it was, and what the counters of kills say."""
     ended = {pid} | {int(number) for found in _WORKERS.findall(stderr) for number in found.split(",")}
     suspects = {reading.index: reading for reading in where.reading if reading.pid in ended}
@@ -87,7 +87,7 @@ def describe(status: int, pid: int, stderr: str, where: Whereabouts, oom_kills: 
         cause += f", in {frame[3]} ({frame[1]}:{frame[2]})"
     if suspects:
         found: Sequence[Reading] = [suspects[index] for index in sorted(suspects)]
-        return Crash(cause, where.step, tuple(r.index for r in found), tuple(r.place for r in found))
+        return Crash(cause, where.step, tuple(r.index for r in found), tuple(r.location for r in found))
     return Crash(cause, where.step, where.ids)
 
 

@@ -6,7 +6,7 @@ these in `quarantine.txt`. The file belongs to the run: whoever trains it, on wh
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from opsin.errors import RunError
@@ -14,16 +14,16 @@ from opsin.storage.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
-class Aside:
+class ExcludedImage:
     """An image that is not read. `index` is its number among the training images."""
 
     index: int
     reason: str
-    place: str | None = None
-    """Where it is stored, once a training has looked that up: should the images change, the number is another's."""
+    location: str | None = None
+    """Its location, once a training has looked that up; it shows whether the images have changed since."""
 
 
-def read_aside(path: Path) -> tuple[Aside, ...]:
+def read_excluded(path: Path) -> tuple[ExcludedImage, ...]:
     """What is put aside, by index; nothing where there is no such file.
 
     Raises:
@@ -33,7 +33,8 @@ def read_aside(path: Path) -> tuple[Aside, ...]:
         return ()
     try:
         found = [
-            Aside(int(item["index"]), str(item["reason"]), item["place"]) for item in json.loads(path.read_bytes())
+            ExcludedImage(int(item["index"]), str(item["reason"]), item["place"])
+            for item in json.loads(path.read_bytes())
         ]
     except (ValueError, LookupError, TypeError) as error:
         raise RunError(
@@ -43,12 +44,15 @@ def read_aside(path: Path) -> tuple[Aside, ...]:
     return tuple(sorted(found, key=lambda item: item.index))
 
 
-def write_aside(path: Path, images: Sequence[Aside]) -> None:
+def write_excluded(path: Path, images: Sequence[ExcludedImage]) -> None:
     """Keep these, the first of each index.
 
     Raises:
         OSError: the file cannot be written.
     """
     by_index = {item.index: item for item in reversed(images)}
-    facts = [asdict(by_index[index]) for index in sorted(by_index)]
+    facts = [
+        {"index": index, "reason": by_index[index].reason, "place": by_index[index].location}
+        for index in sorted(by_index)
+    ]
     write_atomic(path, (json.dumps(facts, indent=2) + "\n").encode())

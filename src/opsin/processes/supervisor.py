@@ -21,8 +21,8 @@ from typing import IO
 
 from opsin.errors import OpsinError, RunError
 from opsin.processes.crashes import Crash, OomKills, describe, listed
-from opsin.processes.excluded import Aside, read_aside, write_aside
-from opsin.processes.trail import SUPERVISOR, VARIABLE, Whereabouts, follow
+from opsin.processes.excluded import ExcludedImage, read_excluded, write_excluded
+from opsin.processes.trail import SUPERVISOR, VARIABLE, LastActivity, follow
 from opsin.reporting.console import Console, duration, open_console
 from opsin.reporting.journal import Journal, Sink
 from opsin.reporting.sinks import TextLog
@@ -72,7 +72,7 @@ class _End:
 
     status: int
     crash: Crash
-    where: Whereabouts
+    where: LastActivity
 
 
 class _Supervisor:
@@ -193,7 +193,7 @@ class _Supervisor:
                 # With the step that training goes on from: what happened after it will be forgotten.
                 journal.event("crash", newest or 0, **_facts(crash, repeats, decision, message))
                 if is_put_aside:
-                    file = self._out.put_aside.name
+                    file = self._out.excluded.name
                     journal.event("put_aside", newest or 0, images=decision.put_aside, file=file)
         return is_put_aside
 
@@ -203,23 +203,25 @@ class _Supervisor:
             return "the run cannot be locked"
         reason = f"training crashed with it {repeats} times ({crash.cause})"
         try:
-            write_aside(self._out.put_aside, [*self._aside(), *(Aside(image, reason) for image in decision.put_aside)])
+            write_excluded(
+                self._out.excluded, [*self._aside(), *(ExcludedImage(image, reason) for image in decision.put_aside)]
+            )
         except OSError as error:
             return error.strerror or str(error)
         return ""
 
     def _in_words(self, crash: Crash, repeats: int, decision: "_Decision", fault: str) -> list[str]:
         """What happened, and what becomes of its images; `fault` is why they could not be put aside."""
-        words = [f"training crashed {crash.place()}: {crash.cause}"]
+        words = [f"training crashed {crash.moment()}: {crash.cause}"]
         if repeats > 1:
             words.append(f"the {_ordinal(repeats)} time in a row at this place, so it will hardly pass by itself")
-            if crash.images and not crash.places:
+            if crash.images and not crash.locations:
                 words.append(f"{listed(crash.images)} belong to it (events.jsonl lists all)")
             if crash.images and self._settings.quarantine_after is None:
                 words.append("--quarantine-after 3 would go on without them")
         words += [decision.ends] if decision.ends else []
         if decision.put_aside:
-            name = self._out.put_aside.name
+            name = self._out.excluded.name
             until = f"cannot be left out ({name}: {fault}), which is tried again after the next crash here"
             words.append(f"{listed(decision.put_aside)} {until if fault else f'will be left out from now on ({name})'}")
         return words
@@ -256,8 +258,8 @@ class _Supervisor:
             self._console.warning(f"the webhook is not told: {error}")
             return []
 
-    def _aside(self) -> tuple[Aside, ...]:
-        return read_aside(self._out.put_aside)
+    def _aside(self) -> tuple[ExcludedImage, ...]:
+        return read_excluded(self._out.excluded)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
@@ -311,7 +313,7 @@ def _facts(crash: Crash, repeats: int, decision: _Decision, message: str) -> dic
         "update": None if crash.step is None else crash.step + 1,
         "repeats": repeats,
         "images": crash.images,
-        "places": crash.places,
+        "places": crash.locations,
         "restarts": not decision.ends,
         "message": message,
     }

@@ -53,7 +53,7 @@ class Trail:
                 self._step = _create(self.folder / _STEP)
             _put(self._step, _HEAD.pack(step, len(ids)) + ids)
 
-    def begin_reading(self, index: int, place: str) -> None:
+    def begin_reading(self, index: int, location: str) -> None:
         """Image `index` of the training images, which is stored at `place`, is read by this thread."""
         if self.folder is None:
             return
@@ -61,7 +61,7 @@ class Trail:
         if file is None:
             name = f"{_READING}-{os.getpid()}-{threading.get_native_id()}"
             file = self._of_thread.file = _create(self.folder / name)
-        text = json.dumps([index, place]).encode()
+        text = json.dumps([index, location]).encode()
         _put(file, _HEAD.pack(1, len(text)) + text)
 
     def end_reading(self) -> None:
@@ -81,11 +81,11 @@ class Reading:
 
     pid: int
     index: int
-    place: str
+    location: str
 
 
 @dataclass(frozen=True, slots=True)
-class Whereabouts:
+class LastActivity:
     """How far a process came."""
 
     step: int | None = None
@@ -96,13 +96,13 @@ class Whereabouts:
     verdict: str | None = None
 
 
-def follow(folder: Path) -> Whereabouts:
+def follow(folder: Path) -> LastActivity:
     """What the processes that wrote into `folder` were doing last."""
     step, ids = _read_step(folder / _STEP)
     verdict = folder / _VERDICT
     text = verdict.read_text(errors="replace") if verdict.exists() else None
     found = [reading for path in sorted(folder.glob(f"{_READING}-*")) for reading in _readings(path)]
-    return Whereabouts(step, ids, tuple(found), text)
+    return LastActivity(step, ids, tuple(found), text)
 
 
 def end_with_supervisor() -> None:
@@ -130,10 +130,10 @@ def _readings(path: Path) -> Sequence[Reading]:
     data = path.read_bytes()
     try:
         is_open, size = _HEAD.unpack_from(data)
-        index, place = json.loads(data[_HEAD.size : _HEAD.size + size]) if is_open else (0, "")
+        index, location = json.loads(data[_HEAD.size : _HEAD.size + size]) if is_open else (0, "")
     except (struct.error, ValueError):  # it ended before the first write was whole
         return ()
-    return (Reading(int(path.name.split("-")[1]), index, place),) if is_open else ()
+    return (Reading(int(path.name.split("-")[1]), index, location),) if is_open else ()
 
 
 def _create(path: Path) -> int | None:

@@ -135,7 +135,7 @@ def training_data(
     """The training images as the loop sees them: this process's part of every batch."""
     trail = Trail.from_environment()
     return TrainingData(
-        watch(images.train, trail, directory.put_aside),
+        watch(images.train, trail, directory.excluded),
         [method.views(stage.image_size) for stage in timeline.stages],
         Order(seed=recipe.seed, labels=images.train.labels, timeline=timeline, drop_last=recipe.data.drop_last),
         facts=images.facts,

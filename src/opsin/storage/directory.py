@@ -47,7 +47,7 @@ class RunDirectory:
         self.events = path / "events.jsonl"
         self.summary = path / "summary.json"
         self.quarantine = path / "quarantine.txt"
-        self.put_aside = path / "put_aside.json"
+        self.excluded = path / "put_aside.json"
         self.splits = path / "splits.json"
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"

@@ -34,25 +34,25 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written; the old content stays.
     """
-    replace_file(path, [data], by=path.with_name(f".{path.name}.{os.getpid()}.writing"))
+    replace_file(path, [data], temporary=path.with_name(f".{path.name}.{os.getpid()}.writing"))
 
 
-def replace_file(path: Path, chunks: Iterable[bytes], *, by: Path) -> None:
-    """Write `chunks` to the file `by`, in the folder of `path`, and give it the name `path`.
+def replace_file(path: Path, chunks: Iterable[bytes], *, temporary: Path) -> None:
+    """Write `chunks` to the file `temporary`, in the folder of `path`, and give it the name `path`.
 
     What `chunks` raises passes through.
 
     Raises:
-        OSError: it cannot be written; the old content of `path` stays, and `by` is gone.
+        OSError: it cannot be written; the old content of `path` stays, and `temporary` is gone.
     """
     try:
-        with by.open("wb") as file:
+        with temporary.open("wb") as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        by.replace(path)
+        temporary.replace(path)
     except BaseException:
-        by.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 

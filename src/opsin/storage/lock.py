@@ -37,14 +37,14 @@ class Holder:
     since: str
     token: str = ""
     """Tells two holders with the same number apart."""
-    numbers: str = ""
+    pid_scope: str = ""
     """Of which processes `pid` is one: the start of the machine and the PID namespace; empty where that is unknown."""
 
     @classmethod
     def this_process(cls) -> "Holder":
         """The holder to be."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(os.getpid(), socket.gethostname(), since, uuid.uuid4().hex, _numbers())
+        return cls(os.getpid(), socket.gethostname(), since, uuid.uuid4().hex, _pid_scope())
 
     @classmethod
     def read(cls, path: Path) -> "Holder | None":
@@ -69,7 +69,7 @@ class Holder:
     def is_dead(self) -> bool:
         """Whether this machine knows that the process has ended."""
         # Containers may share the name of their host, but not its numbers.
-        if self.pid is None or not self.numbers or self.numbers != _numbers():
+        if self.pid is None or not self.pid_scope or self.pid_scope != _pid_scope():
             return False
         try:
             os.kill(self.pid, 0)
@@ -217,7 +217,7 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def _numbers() -> str:
+def _pid_scope() -> str:
     """Within what the number of a process means it: this start of the machine and this PID namespace."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -240,8 +240,10 @@ def _write_holder(descriptor: int, holder: Holder, *, needed: bool) -> None:
         OSError: it cannot be written.
     """
     os.ftruncate(descriptor, 0)
+    facts = asdict(holder)
+    facts["numbers"] = facts.pop("pid_scope")
     try:
-        os.pwrite(descriptor, f"{json.dumps(asdict(holder))}\n".encode(), 0)
+        os.pwrite(descriptor, f"{json.dumps(facts)}\n".encode(), 0)
     except OSError as error:
         if needed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

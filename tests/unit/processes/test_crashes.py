@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opsin.processes.crashes import Crash, OomKills, describe, last_words, listed
-from opsin.processes.trail import Reading, Whereabouts
+from opsin.processes.trail import LastActivity, Reading
 
 TRACEBACK = """Traceback (most recent call last):
   File "x.py", line 3, in f
@@ -55,14 +55,14 @@ def test_the_last_words_are_those_that_name_the_fault() -> None:
 
 
 def test_a_segmentation_fault_names_the_place_in_python() -> None:
-    crash = describe(-11, 7, FAULT, Whereabouts(), "")
+    crash = describe(-11, 7, FAULT, LastActivity(), "")
     assert "segmentation fault" in crash.cause
     assert crash.cause.endswith("in decode (/x/decode.py:31)")
-    assert crash.place() == "before the first update"
+    assert crash.moment() == "before the first update"
 
 
 def test_only_images_in_the_hands_of_the_dead_are_suspect() -> None:
-    where = Whereabouts(5, (1, 2), (Reading(7, 10, "a"), Reading(8, 20, "b")))
+    where = LastActivity(5, (1, 2), (Reading(7, 10, "a"), Reading(8, 20, "b")))
     assert describe(-11, 8, "", where, "").images == (20,)
     worker = (
         "opsin: data.workers=2: a worker process ended by itself (DataLoader worker (pid(s) 7) exited unexpectedly)"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from opsin.processes.excluded import Aside, read_aside, write_aside
+from opsin.processes.excluded import ExcludedImage, read_excluded, write_excluded
 from opsin.processes.supervisor import Supervision, supervise
 from opsin.reporting.journal import read_events
 
@@ -117,7 +117,7 @@ def test_a_crash_at_one_place_is_told_from_passing_ones(tmp_path: Path) -> None:
 def test_images_of_a_crash_that_repeats_are_put_aside(tmp_path: Path) -> None:
     life = {"end": -6, "step": 9, "ids": [4, 5]}
     assert run(tmp_path, [life, life, {"end": 0}], quarantine_after=2) == 0
-    aside = read_aside(tmp_path / "run" / "put_aside.json")
+    aside = read_excluded(tmp_path / "run" / "put_aside.json")
     assert [item.index for item in aside] == [4, 5]
     assert "crashed with it 2 times" in aside[0].reason
     kinds = [event.kind for event in read_events(tmp_path / "run" / "events.jsonl")]
@@ -127,7 +127,7 @@ def test_images_of_a_crash_that_repeats_are_put_aside(tmp_path: Path) -> None:
 def test_the_image_that_was_being_read_is_named_whatever_the_step(tmp_path: Path) -> None:
     lives = [{"end": -11, "step": step, "ids": [1, 2], "reading": [17, "a/17.png"]} for step in (8, 5)]
     assert run(tmp_path, [*lives, {"end": 0}], quarantine_after=2) == 0
-    assert [item.index for item in read_aside(tmp_path / "run" / "put_aside.json")] == [17]
+    assert [item.index for item in read_excluded(tmp_path / "run" / "put_aside.json")] == [17]
     assert "while reading image 17 (a/17.png)" in crashes(tmp_path)[1]["message"]
 
 
@@ -226,15 +226,15 @@ def test_images_that_could_not_be_put_aside_are_so_after_the_next_crash(
 ) -> None:
     full = [True]
 
-    def write(path: Path, images: Sequence[Aside]) -> None:
+    def write(path: Path, images: Sequence[ExcludedImage]) -> None:
         if full and full.pop():
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_aside(path, images)
+        write_excluded(path, images)
 
-    monkeypatch.setattr("opsin.processes.supervisor.write_aside", write)
+    monkeypatch.setattr("opsin.processes.supervisor.write_excluded", write)
     life = {"end": -6, "step": 9, "ids": [4, 5]}
     assert run(tmp_path, [life, life, life, {"end": 0}], quarantine_after=2) == 0
-    assert [item.index for item in read_aside(tmp_path / "run" / "put_aside.json")] == [4, 5]
+    assert [item.index for item in read_excluded(tmp_path / "run" / "put_aside.json")] == [4, 5]
     assert [crash["repeats"] for crash in crashes(tmp_path)] == [1, 2, 3]
     assert "cannot be left out (put_aside.json: No space left on device)" in crashes(tmp_path)[1]["message"]
     kinds = [event.kind for event in read_events(tmp_path / "run" / "events.jsonl")]

@@ -42,6 +42,6 @@ def test_chunks_that_fail_leave_the_old_content(tmp_path: Path) -> None:
 
     write_atomic(tmp_path / "file", b"old")
     with pytest.raises(ValueError, match="no more"):
-        replace_file(tmp_path / "file", chunks(), by=tmp_path / ".file.sending")
+        replace_file(tmp_path / "file", chunks(), temporary=tmp_path / ".file.sending")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -23,7 +23,7 @@ from opsin.storage.lock import Holder, RunLock, is_held
 HOLD = """
 import errno, fcntl, os, sys
 from pathlib import Path
-from opsin.runlock import RunLock
+from opsin.storage.lock import RunLock
 
 def unsupported(*_):
     raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
@@ -139,7 +139,7 @@ def test_the_number_of_a_process_is_believed_where_it_was_given(path: Path, kind
     me = Holder.this_process()
     with subprocess.Popen(["true"]) as dead:
         pass
-    own = {"numbers": me.numbers if numbers is None else numbers} if numbers != "" else {}
+    own = {"numbers": me.pid_scope if numbers is None else numbers} if numbers != "" else {}
     stand_in(path, pid=dead.pid, host=me.host, **own)
     if numbers is None:
         assert "has died" in taken(path)[0]

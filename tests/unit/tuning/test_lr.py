@@ -15,7 +15,7 @@ from torch import Tensor
 from opsin.clock.schedule import Constant
 from opsin.commands.main import main
 from opsin.errors import ConfigError, OpsinError, RunError, TrainingError, TransientError
-from opsin.processes.trail import VARIABLE, Whereabouts, follow
+from opsin.processes.trail import VARIABLE, LastActivity, follow
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
 from opsin.run.assemble import assemble
@@ -284,7 +284,7 @@ def test_a_supervisor_learns_whether_another_search_may_succeed(
     with pytest.raises(kind, match=r"^optim\.lr=auto: ") as caught:
         find_lr(tmp_path / "recipe.yaml", (), tmp_path / "lr")
     assert type(caught.value) is kind
-    assert follow(trail) == Whereabouts(), "the sweep is no part of the run"
+    assert follow(trail) == LastActivity(), "the sweep is no part of the run"
     assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--quiet"]) == kind.exit_status
     assert (follow(trail).verdict is not None) == is_final
 

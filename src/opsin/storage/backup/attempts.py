@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from opsin.storage.backup.store import PlaceError
+from opsin.storage.backup.store import StoreError
 
 Got = TypeVar("Got")
 
@@ -18,13 +18,13 @@ def insist(ask: Callable[[], Got], *, say: Callable[[str], None], progress: Call
     `say` is told of each failure. The attempts are counted anew whenever `progress` has changed.
 
     Raises:
-        PlaceError: it refuses, or the last attempt has failed.
+        StoreError: it refuses, or the last attempt has failed.
     """
     failures, before = 0, progress()
     while True:
         try:
             return ask()
-        except PlaceError as error:
+        except StoreError as error:
             if (now := progress()) != before:
                 failures, before = 0, now
             failures += 1

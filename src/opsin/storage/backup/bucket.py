@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from opsin.errors import ConfigError
 from opsin.storage.backup.secrecy import masked
-from opsin.storage.backup.store import Absent, PlaceError
+from opsin.storage.backup.store import Absent, StoreError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -51,7 +51,7 @@ def open_bucket(url: str) -> "Bucket":
 
     Raises:
         ConfigError: obstore is not installed.
-        PlaceError: the settings of the environment do not fit together.
+        StoreError: the settings of the environment do not fit together.
     """
     try:
         from obstore.exceptions import BaseError
@@ -71,7 +71,7 @@ def open_bucket(url: str) -> "Bucket":
         # The limit on silence would count the time that a part is on its way out.
         return Bucket(url, store(read_timeout=_SILENCE, timeout=_FOR_EVER), store(timeout=_SENDING), shared)
     except (BaseError, ValueError) as error:
-        raise PlaceError(f"{url}: {_reason(error, shared)}", refused=True) from error
+        raise StoreError(f"{url}: {_reason(error, shared)}", refused=True) from error
 
 
 class Bucket:
@@ -163,13 +163,13 @@ class Bucket:
             # Not chained: what the library says in full holds headers and the names of keys.
             said = str(error)
             if any(words in said for words in _NO_BUCKET):
-                raise PlaceError(f"{self.shown}: there is no such bucket", refused=True) from None
+                raise StoreError(f"{self.shown}: there is no such bucket", refused=True) from None
             if isinstance(error, FileNotFoundError):
                 raise Absent(f"{self.shown}: holds no {name}", refused=True) from None
             if _MACHINE.search(said):
-                raise PlaceError(f"{self.shown}: {_NO_CREDENTIALS}", refused=True) from None
+                raise StoreError(f"{self.shown}: {_NO_CREDENTIALS}", refused=True) from None
             refused = isinstance(error, PermissionDeniedError | UnauthenticatedError) or bool(_DENIED.search(said))
-            raise PlaceError(f"{self.shown}: {_reason(error, self.secrets)}", refused=refused) from None
+            raise StoreError(f"{self.shown}: {_reason(error, self.secrets)}", refused=refused) from None
 
 
 def _reason(error: Exception, secrets: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from opsin.errors import RunError
-from opsin.storage.backup.store import Place, put_bytes, read_bytes
+from opsin.storage.backup.store import BackupStore, put_bytes, read_bytes
 
 FORMAT = 1
 """The newest format that this code reads, and the one that it writes."""
@@ -86,72 +86,72 @@ def damaged_steps(folder: Path) -> set[int]:
     return {step for step, _ in _steps(folder, _DAMAGED)}
 
 
-def marked_steps(place: Place) -> list[int]:
+def marked_steps(store: BackupStore) -> list[int]:
     """The steps whose checkpoints were sent whole, oldest first.
 
     Raises:
-        PlaceError: out of reach.
+        StoreError: out of reach.
     """
-    names = (PurePosixPath(name) for name in place.names(CHECKPOINTS))
+    names = (PurePosixPath(name) for name in store.names(CHECKPOINTS))
     return sorted(int(m[1]) for p in names if p.parent.name == CHECKPOINTS and (m := _MARK.fullmatch(p.name)))
 
 
-def read_mark(place: Place, step: int) -> dict[str, Entry] | None:
+def read_mark(store: BackupStore, step: int) -> dict[str, Entry] | None:
     """The files of a checkpoint; None where it has no mark.
 
     Raises:
         DamagedCatalog: the mark is not what was written.
-        PlaceError: out of reach.
+        StoreError: out of reach.
         RunError: written by a newer opsin.
     """
     name = f"{step_folder(step)}.json"
-    facts = _read(place, name)
+    facts = _read(store, name)
     if facts is None:
         return None
     try:
         if facts["step"] != step:
-            raise DamagedCatalog(f"{place.shown}: {name}: is of step {facts['step']}")
+            raise DamagedCatalog(f"{store.shown}: {name}: is of step {facts['step']}")
         return {_checked_name(key): Entry(**value) for key, value in facts["files"].items()}
     except (LookupError, TypeError, AttributeError) as error:
-        raise DamagedCatalog(f"{place.shown}: {name}: cannot be read") from error
+        raise DamagedCatalog(f"{store.shown}: {name}: cannot be read") from error
 
 
-def write_mark(place: Place, step: int, files: Mapping[str, Entry]) -> None:
+def write_mark(store: BackupStore, step: int, files: Mapping[str, Entry]) -> None:
     """Make a checkpoint exist whose files are all there.
 
     Raises:
-        PlaceError: it is not written.
+        StoreError: it is not written.
     """
     facts = {"format": FORMAT, "step": step, "files": {name: asdict(files[name]) for name in sorted(files)}}
-    put_bytes(place, f"{step_folder(step)}.json", _text(facts))
+    put_bytes(store, f"{step_folder(step)}.json", _text(facts))
 
 
-def read_index(place: Place) -> Index | None:
-    """The index of the backup in `place`; None where there is none.
+def read_index(store: BackupStore) -> Index | None:
+    """The index of the backup in `store`; None where there is none.
 
     Raises:
         DamagedCatalog: it is not what was written.
-        PlaceError: out of reach.
+        StoreError: out of reach.
         RunError: written by a newer opsin.
     """
-    facts = _read(place, INDEX)
+    facts = _read(store, INDEX)
     if facts is None:
         return None
     try:
         listed = {_checked_name(name): tuple(Entry(**e) for e in entries) for name, entries in facts["files"].items()}
         return Index(str(facts["run"]), listed)
     except (LookupError, TypeError, AttributeError) as error:
-        raise DamagedCatalog(f"{place.shown}: {INDEX}: cannot be read") from error
+        raise DamagedCatalog(f"{store.shown}: {INDEX}: cannot be read") from error
 
 
-def write_index(place: Place, index: Index) -> None:
-    """Put `index` in the place of the one before.
+def write_index(store: BackupStore, index: Index) -> None:
+    """Put `index` in exchange for the one before.
 
     Raises:
-        PlaceError: it is not written.
+        StoreError: it is not written.
     """
     files = {name: [asdict(entry) for entry in index.files[name]] for name in sorted(index.files)}
-    put_bytes(place, INDEX, _text({"format": FORMAT, "run": index.run, "files": files}))
+    put_bytes(store, INDEX, _text({"format": FORMAT, "run": index.run, "files": files}))
 
 
 def _steps(folder: Path, form: re.Pattern[str]) -> Iterator[tuple[int, Path]]:
@@ -159,18 +159,18 @@ def _steps(folder: Path, form: re.Pattern[str]) -> Iterator[tuple[int, Path]]:
     return ((int(m[1]), path) for path in places if (m := form.fullmatch(path.name)) and path.is_dir())
 
 
-def _read(place: Place, name: str) -> dict[str, Any] | None:
-    data = read_bytes(place, name)
+def _read(store: BackupStore, name: str) -> dict[str, Any] | None:
+    data = read_bytes(store, name)
     if data is None:
         return None
     try:
         facts: dict[str, Any] = json.loads(data)
         too_new = facts["format"] > FORMAT
     except (ValueError, LookupError, TypeError) as error:
-        raise DamagedCatalog(f"{place.shown}: {name}: cannot be read") from error
+        raise DamagedCatalog(f"{store.shown}: {name}: cannot be read") from error
     if too_new:
         raise RunError(
-            f"{place.shown}: {name}: too new: format {facts['format']}, this opsin reads up to {FORMAT}; upgrade opsin"
+            f"{store.shown}: {name}: too new: format {facts['format']}, this opsin reads up to {FORMAT}; upgrade opsin"
         )
     return facts
 

@@ -20,7 +20,7 @@ def is_address(text: str) -> bool:
     return _ADDRESS.match(text) is not None
 
 
-def check_place(text: str) -> str:
+def check_path(text: str) -> str:
     """`text`, a path or the address of a folder in a bucket, without a slash at its end.
 
     Raises:
@@ -47,14 +47,14 @@ def check_place(text: str) -> str:
     return text.rstrip("/")
 
 
-PlaceName = Annotated[str, AfterValidator(check_place)]
+StorePath = Annotated[str, AfterValidator(check_path)]
 """A recipe key of this type holds a path, or an address without credentials."""
 
 
 class BackupConfig(Settings):
     """A second place that the run is copied to while it trains."""
 
-    path: PlaceName
+    path: StorePath
     """A folder, or an address: `s3://BUCKET/FOLDER`, `gs://...`, `az://...`. Credentials: the environment alone."""
     keep: Literal["same", "all"] = "same"
     """Which checkpoints stay there: the `same` that the run keeps, or `all` that it ever wrote."""

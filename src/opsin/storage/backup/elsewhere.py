@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 from opsin.errors import ConfigError, RunError
 from opsin.storage.backup.attempts import insist
 from opsin.storage.backup.catalog import INDEX
-from opsin.storage.backup.config import check_place, is_address
-from opsin.storage.backup.open import open_place
+from opsin.storage.backup.config import check_path, is_address
+from opsin.storage.backup.open import open_store
 from opsin.storage.backup.restore import restore
-from opsin.storage.backup.store import PlaceError, read_bytes
+from opsin.storage.backup.store import StoreError, read_bytes
 
 LOCAL = "~/.cache/opsin/runs"
 """Where such runs are on this machine, in folders by scheme, bucket and path."""
@@ -41,7 +41,7 @@ def find_elsewhere(text: str, local: Path | None) -> Elsewhere | None:
             raise ConfigError(f"command line: --local {local} goes with an address; {text} is a folder already")
         return None
     try:
-        url = check_place(text)
+        url = check_path(text)
     except ValueError as error:
         raise ConfigError(f"command line: {error}") from error
     parts = urlsplit(url)
@@ -61,8 +61,8 @@ def begin_elsewhere(run: Elsewhere, *, say: Callable[[str], None]) -> None:
     if not run.is_new_here():
         return
     try:
-        is_there = insist(lambda: read_bytes(open_place(run.url), INDEX), say=say) is not None
-    except PlaceError as error:
+        is_there = insist(lambda: read_bytes(open_store(run.url), INDEX), say=say) is not None
+    except StoreError as error:
         raise RunError(
             f"{error}; whether a run is there cannot be told, and nothing of it is in {run.folder}: mend it, or train "
             f"into a folder that is copied once this is mended: --out DIR backup.path={run.url}"

@@ -11,12 +11,12 @@ HIDDEN = ".backup"
 
 
 class Ledger:
-    """The name of the run, and which checkpoints in the place are its own to remove."""
+    """The name of the run, and which checkpoints in the store are its own to remove."""
 
-    def __init__(self, folder: Path, place: str, *, run: str | None = None) -> None:
+    def __init__(self, folder: Path, store: str, *, run: str | None = None) -> None:
         """The ledger of the run directory `folder`, or a new one; `run` is the name of a restored run."""
         self._path = folder / HIDDEN / "ledger.json"
-        self._place = place
+        self._store = store
         self.run = run or uuid.uuid4().hex
         self.steps: frozenset[int] = frozenset()
         self.spared: frozenset[int] = frozenset()
@@ -44,7 +44,7 @@ class Ledger:
         try:
             facts = json.loads(self._path.read_bytes())
             self.run = str(facts["run"])
-            if facts["place"] == self._place:
+            if facts["place"] == self._store:
                 self.steps = frozenset(int(step) for step in facts["steps"])
                 self.spared = frozenset(int(step) for step in facts.get("spared", ()))
         except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: a new one loses no checkpoint
@@ -54,6 +54,6 @@ class Ledger:
         if (steps, spared) == (self.steps, self.spared) and self._path.exists():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"run": self.run, "place": self._place, "steps": sorted(steps), "spared": sorted(spared)}
+        facts = {"run": self.run, "place": self._store, "steps": sorted(steps), "spared": sorted(spared)}
         write_atomic(self._path, (json.dumps(facts) + "\n").encode())
         self.steps, self.spared = steps, spared

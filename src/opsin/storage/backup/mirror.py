@@ -32,7 +32,7 @@ from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.ledger import Ledger
 from opsin.storage.backup.outgoing import Throttle, Unfit, outgoing
 from opsin.storage.backup.staging import Staging
-from opsin.storage.backup.store import Place, PlaceError
+from opsin.storage.backup.store import BackupStore, StoreError
 
 _MANIFEST = "manifest.json"
 _RECIPE = "recipe.yaml"
@@ -65,12 +65,12 @@ class _Signature(NamedTuple):
 class Mirror:
     """The backup of one run directory. Only `stage` and `missing` may be called from other threads."""
 
-    def __init__(self, folder: Path, place: Place, config: BackupConfig, throttle: Throttle) -> None:
+    def __init__(self, folder: Path, store: BackupStore, config: BackupConfig, throttle: Throttle) -> None:
         self._folder = folder
-        self._place = place
+        self._store = store
         self._config = config
         self._throttle = throttle
-        self._ledger = Ledger(folder, place.shown)
+        self._ledger = Ledger(folder, store.shown)
         self._staging = Staging(folder)
         self._staging.clear()
         self._connected = False
@@ -78,7 +78,7 @@ class Mirror:
         self._has_gone_on = False
         """Whether a checkpoint has arrived that this process wrote."""
         self._marked: dict[int, dict[str, Entry]] = {}
-        """What the marks in the place say. An empty table is a damaged mark."""
+        """What the marks in the store say. An empty table is a damaged mark."""
         self._contents: dict[str, tuple[Entry, ...]] = {}
         self._sent: dict[str, _Signature] = {}
 
@@ -87,28 +87,28 @@ class Mirror:
 
         Raises:
             RunError: another run, or one that has gone further than this directory.
-            PlaceError: out of reach.
+            StoreError: out of reach.
         """
         try:
-            index = read_index(self._place)
+            index = read_index(self._store)
         except DamagedCatalog:
             index = None  # it is written anew
         if index is not None and index.run != self._ledger.run:
             raise RunError(
-                f"{self._place.shown}: holds the backup of another run; choose another backup.path, or go on with "
-                f"that run: opsin restore {self._place.shown} DIR"
+                f"{self._store.shown}: holds the backup of another run; choose another backup.path, or go on with "
+                f"that run: opsin restore {self._store.shown} DIR"
             )
-        marked = {step: self._mark(step) for step in marked_steps(self._place)}
+        marked = {step: self._mark(step) for step in marked_steps(self._store)}
         own = local_steps(self._folder)
         ahead = [step for step in marked if step > max(own, default=0) and step not in self._ledger.steps]
         if ahead:
             raise RunError(
-                f"{self._place.shown}: has a checkpoint of step {max(ahead)}, {self._folder} ends with step "
-                f"{max(own, default=0)}: the run went on elsewhere; opsin restore {self._place.shown} OTHER_DIR gets "
+                f"{self._store.shown}: has a checkpoint of step {max(ahead)}, {self._folder} ends with step "
+                f"{max(own, default=0)}: the run went on elsewhere; opsin restore {self._store.shown} OTHER_DIR gets "
                 "it, or choose another backup.path"
             )
-        self._place.clear()
-        # The ledger may be of another place: what both have is the run's own there too.
+        self._store.clear()
+        # The ledger may be of another store: what both have is the run's own there too.
         self._ledger.add(*(s for s, path in own.items() if s in marked and marked[s] == _stated(path)))
         self._contents = {} if index is None else dict(index.files)
         self._marked = marked
@@ -129,7 +129,7 @@ class Mirror:
 
         Raises:
             RunError: as `connect`.
-            PlaceError: the place failed; what was sent stays.
+            StoreError: the store failed; what was sent stays.
             Cancelled: by the throttle.
             OSError: a file of the run cannot be read or set aside, or the run directory is gone.
             Unfit: a file cannot be read while it is sent.
@@ -138,7 +138,7 @@ class Mirror:
             self.connect()
         try:
             return self._sync()
-        except PlaceError:
+        except StoreError:
             # Whatever happened to it meanwhile: what it holds is asked for again.
             self._connected = False
             raise
@@ -161,7 +161,7 @@ class Mirror:
             except (Unfit, FileNotFoundError):
                 if source.is_dir():
                     faults[step] = self._fault(step)
-                elif step > max(self._staging.sources(), default=-1):  # else a newer one, or its link, takes its place
+                elif step > max(self._staging.sources(), default=-1):  # else a newer one, or its link, replaces it
                     faults[step] = f"{_of(step)} was removed before it was sent"
             self._prune()
         self._send_files()
@@ -169,7 +169,7 @@ class Mirror:
 
     def _mark(self, step: int) -> dict[str, Entry]:
         try:
-            return read_mark(self._place, step) or {}
+            return read_mark(self._store, step) or {}
         except DamagedCatalog:
             return {}
 
@@ -199,22 +199,22 @@ class Mirror:
     def _send_checkpoint(self, step: int, source: Path, entries: dict[str, Entry]) -> None:
         self._ledger.add(step)
         if step in self._marked:  # another state of the same step, after a rollback
-            self._place.remove(f"{step_folder(step)}.json")
+            self._store.remove(f"{step_folder(step)}.json")
             del self._marked[step]
         for name, entry in entries.items():
             target = f"{step_folder(step)}/{name}"
-            if not self._place.holds(target, size=entry.bytes, sha256=entry.sha256):
+            if not self._store.holds(target, size=entry.bytes, sha256=entry.sha256):
                 self._send(source / name, target, entry)
         # Before the mark: whoever goes on from this step finds its rows.
         self._send_files()
-        write_mark(self._place, step, entries)
+        write_mark(self._store, step, entries)
         self._marked[step] = entries
         self._has_gone_on = self._has_gone_on or source.name in self._written
         self._staging.release(step)
 
     def _send(self, source: Path, name: str, entry: Entry) -> None:
         chunks = outgoing(source, self._throttle, size=entry.bytes, sha256=entry.sha256)
-        self._place.put(name, chunks, size=entry.bytes, sha256=entry.sha256)
+        self._store.put(name, chunks, size=entry.bytes, sha256=entry.sha256)
 
     def _send_files(self) -> None:
         """The files that have changed, and away with those that are gone.
@@ -241,13 +241,13 @@ class Mirror:
             for name, (_, entry) in copies.items():
                 before = [old for old in self._contents.get(name, ()) if old != entry]
                 self._contents[name] = (entry, *before[: _MAX_CONTENTS - 1])
-            write_index(self._place, Index(self._ledger.run, self._contents))
+            write_index(self._store, Index(self._ledger.run, self._contents))
         for name, (copy, entry) in copies.items():
             self._send(copy, name, entry)
             self._contents[name] = (entry,)
             self._sent[name] = found[name]
         for name in gone:
-            self._place.remove(name)
+            self._store.remove(name)
         self._staging.discard_copies()
 
     def _run_files(self) -> Iterator[tuple[str, _Signature]]:
@@ -285,10 +285,10 @@ class Mirror:
             if self._config.keep == "all" and step in self._marked and step < max(own):
                 continue
             # The mark first: without it the checkpoint does not exist.
-            self._place.remove(f"{step_folder(step)}.json")
+            self._store.remove(f"{step_folder(step)}.json")
             self._marked.pop(step, None)
-            for name in self._place.names(step_folder(step)):
-                self._place.remove(name)
+            for name in self._store.names(step_folder(step)):
+                self._store.remove(name)
             self._ledger.drop(step)
 
 

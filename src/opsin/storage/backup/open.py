@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opsin.storage.backup.config import is_address
-from opsin.storage.backup.store import CHUNK, Absent, Place, PlaceError
+from opsin.storage.backup.store import CHUNK, Absent, BackupStore, StoreError
 from opsin.storage.files import replace_file
 
 _PARTIAL = ".sending"
 
 
-def open_place(path: str) -> Place:
-    """The place at a path or an address that `check_place` has let through.
+def open_store(path: str) -> BackupStore:
+    """The store at a path or an address that `check_path` has let through.
 
     Raises:
         ConfigError: the library for object stores is not installed.
-        PlaceError: the address cannot be used.
+        StoreError: the address cannot be used.
     """
     if is_address(path):
         from opsin.storage.backup.bucket import open_bucket
@@ -43,7 +43,7 @@ class Folder:
         try:
             self._path.mkdir(exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(target, chunks, by=partial)
+            replace_file(target, chunks, temporary=partial)
         except OSError as error:
             raise self._error(error) from error
 
@@ -92,11 +92,11 @@ class Folder:
         for path in left:
             self.remove(path.relative_to(self._path).as_posix())
 
-    def _error(self, error: OSError) -> PlaceError:
+    def _error(self, error: OSError) -> StoreError:
         reason = error.strerror or str(error)
         if isinstance(error, FileNotFoundError) and not self._path.parent.is_dir():
             reason = f"there is no folder {self._path.parent} (make it, or mount its disk)"
-        return PlaceError(f"{self.shown}: {reason}")
+        return StoreError(f"{self.shown}: {reason}")
 
 
 def _is_partial(path: Path) -> bool:

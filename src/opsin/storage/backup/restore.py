@@ -22,10 +22,10 @@ from opsin.storage.backup.catalog import (
     read_mark,
     step_folder,
 )
-from opsin.storage.backup.config import check_place
+from opsin.storage.backup.config import check_path
 from opsin.storage.backup.ledger import Ledger
-from opsin.storage.backup.open import open_place
-from opsin.storage.backup.store import Absent, Place, PlaceError
+from opsin.storage.backup.open import open_store
+from opsin.storage.backup.store import Absent, BackupStore, StoreError
 from opsin.storage.files import sync, sync_tree
 from opsin.storage.lock import Holder, RunLock
 
@@ -54,18 +54,18 @@ def restore(
     An interrupted restore goes on where it was. Where `folder` is a link, what it leads to is filled.
 
     Raises:
-        ConfigError: `url` is no place.
+        ConfigError: `url` cannot be a store.
         RunError: no backup there, nothing whole in it, no such step, out of reach; `folder` is in use, or a
             mount point.
     """
     try:
-        url = check_place(url)
+        url = check_path(url)
     except ValueError as error:
         raise ConfigError(f"command line: {error}") from error
     _refuse_full(folder)
     try:
-        return _Restore(open_place(url), folder, say).run(step, only=only)
-    except PlaceError as error:
+        return _Restore(open_store(url), folder, say).run(step, only=only)
+    except StoreError as error:
         raise RunError(f"{error}; what was fetched stays, the same command goes on") from error
     except OSError as error:
         raise RunError(
@@ -76,8 +76,8 @@ def restore(
 class _Restore:
     """One restore. Files come into a hidden folder beside the run directory, which takes its name when all is there."""
 
-    def __init__(self, place: Place, folder: Path, say: Callable[[str], None]) -> None:
-        self._place = place
+    def __init__(self, store: BackupStore, folder: Path, say: Callable[[str], None]) -> None:
+        self._store = store
         self._folder = folder.resolve()
         self._partial = self._folder.with_name(f".{self._folder.name}.restoring")
         self._say = say
@@ -86,12 +86,12 @@ class _Restore:
 
     def run(self, wanted: int | None, *, only: bool) -> Restored:
         index = insist(self._read_index, say=self._say)
-        steps = insist(lambda: marked_steps(self._place), say=self._say)
+        steps = insist(lambda: marked_steps(self._store), say=self._say)
         if _RECIPE not in index.files:
-            raise RunError(f"{self._place.shown}: holds no backup of a run (no {_RECIPE})")
+            raise RunError(f"{self._store.shown}: holds no backup of a run (no {_RECIPE})")
         if wanted is not None and wanted not in steps:
             known = ", ".join(map(str, steps)) or "none"
-            raise RunError(f"{self._place.shown}: has no whole checkpoint of step {wanted}; there are: {known}")
+            raise RunError(f"{self._store.shown}: has no whole checkpoint of step {wanted}; there are: {known}")
         with self._claimed():
             return self._fill(index, steps, wanted, only=only)
 
@@ -100,7 +100,7 @@ class _Restore:
         """Hold the hidden folder, which no other restore writes meanwhile.
 
         Raises:
-            RunError: another one has it, or has just ended; or the place where it belongs is a mount point.
+            RunError: another one has it, or has just ended; or `folder` is a mount point.
         """
         if os.path.ismount(self._folder):
             raise self._mounted()
@@ -141,9 +141,9 @@ class _Restore:
     def _fill(self, index: Index, steps: Sequence[int], wanted: int | None, *, only: bool) -> Restored:
         kept = self._fetch_checkpoints([s for s in steps if wanted is None or s <= wanted], only=only)
         if wanted is not None and wanted not in kept:
-            raise RunError(f"{self._place.shown}: the checkpoint of step {wanted} is damaged; take another --step")
+            raise RunError(f"{self._store.shown}: the checkpoint of step {wanted} is damaged; take another --step")
         if steps and not kept:
-            raise RunError(f"{self._place.shown}: every checkpoint is damaged: step {', '.join(map(str, steps))}")
+            raise RunError(f"{self._store.shown}: every checkpoint is damaged: step {', '.join(map(str, steps))}")
         newest = max(kept, default=None)
         is_newest = newest == max(steps, default=None)
         for name, entries in index.files.items():
@@ -152,7 +152,7 @@ class _Restore:
                 self._fetch_file(name, entries)
         of_checkpoints = (f"{step_folder(step)}/{name}" for step in kept for name in kept[step])
         self._remove_others({_LOCK, *index.files, *of_checkpoints})
-        ledger = Ledger(self._partial, self._place.shown, run=index.run or None)
+        ledger = Ledger(self._partial, self._store.shown, run=index.run or None)
         ledger.add(*kept)
         # The later ones too: who goes on from here takes another way, and they are no part of it. But those that have
         # come damaged may be whole, or be mended there.
@@ -165,10 +165,10 @@ class _Restore:
 
     def _read_index(self) -> Index:
         try:
-            return read_index(self._place) or Index("")
+            return read_index(self._store) or Index("")
         except DamagedCatalog as error:
             self._say(f"{error}; the files of the run are taken as they are")
-        names = [name for name in self._place.names() if name != INDEX and not is_of_checkpoint(name)]
+        names = [name for name in self._store.names() if name != INDEX and not is_of_checkpoint(name)]
         return Index("", dict.fromkeys(names, ()))
 
     def _fetch_checkpoints(self, steps: Iterable[int], *, only: bool) -> dict[int, dict[str, Entry]]:
@@ -185,7 +185,7 @@ class _Restore:
     def _fetch_checkpoint(self, step: int) -> dict[str, Entry]:
         """The files of a checkpoint once they are here and what its mark says; none where it is damaged."""
         try:
-            entries = insist(lambda: read_mark(self._place, step), say=self._say) or {}
+            entries = insist(lambda: read_mark(self._store, step), say=self._say) or {}
         except DamagedCatalog as error:
             self._say(f"{error}; the checkpoint of step {step} is left out")
             return {}
@@ -216,12 +216,12 @@ class _Restore:
         try:
             found = self._download(name, partial, entries)
             if entries and found not in entries:
-                # Before the place is blamed: an interrupted restore may have left the beginning of another content.
+                # Before the store is blamed: an interrupted restore may have left the beginning of another content.
                 partial.unlink()
                 found = self._download(name, partial, entries)
         except Absent:
             partial.unlink(missing_ok=True)
-            return f"{self._place.shown}: {name} is missing"
+            return f"{self._store.shown}: {name} is missing"
         is_good = not entries or found in entries
         if is_good or keep_damaged:
             partial.replace(target)
@@ -229,7 +229,7 @@ class _Restore:
             self._num_bytes += found.bytes
         else:
             partial.unlink()
-        return None if is_good else f"{self._place.shown}: {name} is damaged"
+        return None if is_good else f"{self._store.shown}: {name} is damaged"
 
     def _download(self, name: str, partial: Path, entries: Collection[Entry]) -> Entry:
         """Fetch what `partial` lacks of a file that should be one of `entries`; what it holds then."""
@@ -241,7 +241,7 @@ class _Restore:
 
         def fetch_rest() -> None:
             with partial.open("ab") as file:
-                for chunk in self._place.fetch(name, start=file.tell()):
+                for chunk in self._store.fetch(name, start=file.tell()):
                     file.write(chunk)
 
         insist(fetch_rest, say=self._say, progress=lambda: partial.is_file() and partial.stat().st_size)

@@ -16,10 +16,10 @@ from opsin.storage.backup.attempts import insist
 from opsin.storage.backup.catalog import INDEX
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.mirror import Mirror
-from opsin.storage.backup.open import open_place
+from opsin.storage.backup.open import open_store
 from opsin.storage.backup.outgoing import Cancelled, Throttle, Unfit
 from opsin.storage.backup.secrecy import masked
-from opsin.storage.backup.store import PlaceError, read_bytes
+from opsin.storage.backup.store import StoreError, read_bytes
 
 Say = Callable[[str, str], None]
 """Gets the kind of an event and a sentence; called in any thread."""
@@ -89,7 +89,7 @@ class BackgroundBackup(Backup):
         """
         try:
             self._mirror.connect()
-        except PlaceError as error:
+        except StoreError as error:
             if error.refused and must_answer:
                 raise ConfigError(f"backup.path: {error}; mend it, or train without: backup=null") from error
             self._note_failure(error)
@@ -218,8 +218,8 @@ def refuse_taken(config: BackupConfig | None) -> None:
     if config is None:
         return
     try:
-        is_taken = read_bytes(open_place(config.path), INDEX) is not None
-    except PlaceError:  # out of reach, or none: the backup itself will tell, and knows what to do about it
+        is_taken = read_bytes(open_store(config.path), INDEX) is not None
+    except StoreError:  # out of reach, or none: the backup itself will tell, and knows what to do about it
         return
     if is_taken:
         raise RunError(
@@ -235,13 +235,13 @@ def open_mirror(config: BackupConfig, folder: Path, *, cancelled: threading.Even
         ConfigError: the place is in the run directory itself, or cannot be a place.
     """
     try:
-        place = open_place(config.path)
-    except PlaceError as error:
+        store = open_store(config.path)
+    except StoreError as error:
         raise ConfigError(f"backup.path: {error}") from error
-    if Path(place.shown).is_absolute() and Path(place.shown).resolve().is_relative_to(folder.resolve()):
+    if Path(store.shown).is_absolute() and Path(store.shown).resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"backup.path: {config.path} is in the run directory {folder}; choose a folder elsewhere")
     throttle = Throttle(config.max_mib_per_s, pause=cancelled.wait)
-    return Mirror(folder, place, config, throttle)
+    return Mirror(folder, store, config, throttle)
 
 
 def backup_of(folder: Path, place: str | None) -> BackupConfig | None:
@@ -275,7 +275,7 @@ def finish_backup(config: BackupConfig, folder: Path, *, say: Callable[[str], No
     mirror = open_mirror(config, folder, cancelled=threading.Event())
     try:
         faults = insist(mirror.sync, say=say)
-    except PlaceError as error:
+    except StoreError as error:
         raise RunError(f"{error}; what was sent stays, the same command goes on") from error
     except (OSError, Unfit) as error:
         raise RunError(f"{folder}: {error}; what was sent stays, the same command goes on") from error

@@ -11,10 +11,10 @@ CHUNK = 2**20
 """Bytes that are read, sent and fetched at once."""
 
 
-class PlaceError(Exception):
-    """A place did not do what was asked. The text is one line without secrets.
+class StoreError(Exception):
+    """A store did not do what was asked. The text is one line without secrets.
 
-    `refused` tells a place that answers and says no (no such bucket, no permission) from one that is out of reach.
+    `refused` tells a store that answers and says no (no such bucket, no permission) from one that is out of reach.
     """
 
     def __init__(self, text: str, *, refused: bool = False) -> None:
@@ -22,18 +22,18 @@ class PlaceError(Exception):
         self.refused = refused
 
 
-class Absent(PlaceError):
+class Absent(StoreError):
     """There is no file of this name."""
 
 
-class Place(Protocol):
-    """Files by name, somewhere else. Every method raises `PlaceError`."""
+class BackupStore(Protocol):
+    """Files by name, somewhere else. Every method raises `StoreError`."""
 
     shown: str
     """What messages call it."""
 
     def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
-        """Store a file of `size` bytes, in the place of one that is there. What `chunks` raises passes through."""
+        """Store a file of `size` bytes, replacing one that is there. What `chunks` raises passes through."""
         ...
 
     def holds(self, name: str, *, size: int, sha256: str) -> bool:
@@ -57,22 +57,22 @@ class Place(Protocol):
         ...
 
 
-def put_bytes(place: Place, name: str, data: bytes) -> None:
+def put_bytes(store: BackupStore, name: str, data: bytes) -> None:
     """Store a small file.
 
     Raises:
-        PlaceError: it is not stored.
+        StoreError: it is not stored.
     """
-    place.put(name, iter([data]), size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    store.put(name, iter([data]), size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def read_bytes(place: Place, name: str) -> bytes | None:
+def read_bytes(store: BackupStore, name: str) -> bytes | None:
     """A small file; None where there is none.
 
     Raises:
-        PlaceError: it cannot be read.
+        StoreError: it cannot be read.
     """
     try:
-        return b"".join(place.fetch(name))
+        return b"".join(store.fetch(name))
     except Absent:
         return None

@@ -55,7 +55,7 @@ class Interrupted(Exception):
 
 
 def interrupting(send: Callable[..., None], name: str) -> Callable[..., None]:
-    """`Place.put` that fails in the middle of the file whose name ends with `name`."""
+    """`BackupStore.put` that fails in the middle of the file whose name ends with `name`."""
 
     def put(target: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
         if target.endswith(name):

@@ -11,7 +11,7 @@ import pytest
 
 from opsin.storage.backup import bucket
 from opsin.storage.backup.bucket import open_bucket
-from opsin.storage.backup.store import PlaceError, put_bytes, read_bytes
+from opsin.storage.backup.store import StoreError, put_bytes, read_bytes
 from tests.s3_server import KEY
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -141,7 +141,7 @@ def test_what_came_before_a_server_fell_silent_is_kept(slow: SlowStore, monkeypa
         for chunk in place.fetch("file"):
             got.extend(chunk)
 
-    with pytest.raises(PlaceError) as caught:
+    with pytest.raises(StoreError) as caught:
         fetch()
     assert not caught.value.refused
     assert CONTENT[: len(got)] == got
@@ -162,7 +162,7 @@ def test_on_a_slow_line_the_parts_of_a_file_go_one_after_the_other(
     def put() -> None:
         place.put("file", iter([CONTENT[:PIECE]] * 16), size=len(CONTENT), sha256="0")
 
-    with pytest.raises(PlaceError) as caught:
+    with pytest.raises(StoreError) as caught:
         put()
     assert not caught.value.refused
     assert slow.most_at_once == 4
@@ -218,7 +218,7 @@ def test_what_azure_refuses_is_refused_whatever_is_asked(
         lambda: put_bytes(place, "x", b""),
     ]
     for ask in asked:
-        with pytest.raises(PlaceError) as caught:
+        with pytest.raises(StoreError) as caught:
             ask()
         assert (str(caught.value), caught.value.refused) == (f"az://runs/one: {said}", True)
     server.close()
@@ -230,7 +230,7 @@ def test_where_no_credentials_are_found_they_are_asked_for(slow: SlowStore, monk
     monkeypatch.setenv("HOME", "/nowhere")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(
-        PlaceError, match=r"s3://b/run: no credentials: the environment has none \(AWS_ACCESS"
+        StoreError, match=r"s3://b/run: no credentials: the environment has none \(AWS_ACCESS"
     ) as caught:
         open_bucket("s3://b/run").names()
     assert caught.value.refused

@@ -8,7 +8,7 @@ from opsin.errors import ConfigError, RunError
 from opsin.storage.backup.catalog import Entry, marked_steps, read_index, read_mark
 from opsin.storage.backup.open import Folder
 from opsin.storage.backup.restore import restore
-from opsin.storage.backup.store import PlaceError
+from opsin.storage.backup.store import StoreError
 from tests.unit.storage.backup.small_run import (
     Interrupted,
     content,
@@ -144,7 +144,7 @@ def test_an_outage_holds_on_to_one_removed_checkpoint_at_most(tmp_path: Path) ->
     for step in range(10, 60, 10):
         copying.stage(write_checkpoint(run, step))
         shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
-        with pytest.raises(PlaceError, match=r"there is no folder .*not mounted"):
+        with pytest.raises(StoreError, match=r"there is no folder .*not mounted"):
             copying.sync()
         assert len(list((run / ".backup").rglob("state.pt"))) == 1
     (tmp_path / "not mounted").mkdir()

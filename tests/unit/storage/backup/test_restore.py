@@ -9,9 +9,9 @@ import pytest
 
 from opsin.errors import ConfigError, RunError
 from opsin.storage.backup import attempts
-from opsin.storage.backup.open import Folder, open_place
+from opsin.storage.backup.open import Folder, open_store
 from opsin.storage.backup.restore import restore
-from opsin.storage.backup.store import PlaceError, read_bytes
+from opsin.storage.backup.store import StoreError, read_bytes
 from tests.conftest import RunOnSmallDisk
 from tests.s3_server import S3Server
 from tests.unit.storage.backup.small_run import Interrupted, content, mirror, write_checkpoint, write_run
@@ -149,7 +149,7 @@ def test_a_file_that_breaks_off_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(attempts, "_FIRST_PAUSE_S", 0.001)
     told: list[str] = []
-    starts = breaking_off(monkeypatch, PlaceError("the line is bad"), times=6)
+    starts = breaking_off(monkeypatch, StoreError("the line is bad"), times=6)
     restore(str(tmp_path / "backup"), tmp_path / "again", say=told.append)
     assert content(tmp_path / "again") == content(run)
     assert starts == [500 * at for at in range(7)]
@@ -281,9 +281,9 @@ def test_a_mount_point_is_refused_before_anything_is_fetched(run_on_small_disk: 
     program = """
         import sys
         from pathlib import Path
-        from opsin.backup.restore import restore
+        from opsin.storage.backup.restore import restore
         from opsin.errors import RunError
-        from tests.unit.backup.small_run import mirror, write_run
+        from tests.unit.storage.backup.small_run import mirror, write_run
         folder = Path(sys.argv[1])
         mirror(write_run(Path(sys.argv[2]) / "run", 10), Path(sys.argv[2]) / "backup").sync()
         for name in (folder, folder / "run"):
@@ -315,7 +315,7 @@ def test_a_run_comes_back_from_a_bucket_past_a_damaged_object(s3_server: S3Serve
     mirror(run, s3).sync()
     restore(s3, tmp_path / "whole", say=print)
     assert content(tmp_path / "whole") == content(run)
-    place, name = open_place(s3), "checkpoints/step-00000020/state.pt"
+    place, name = open_store(s3), "checkpoints/step-00000020/state.pt"
     data = bytearray(read_bytes(place, name) or b"")
     data[2**20] ^= 1
     place.put(name, iter([bytes(data)]), size=len(data), sha256="of what it was")

@@ -1,6 +1,6 @@
 import pytest
 
-from opsin.storage.backup.config import BackupConfig, check_place
+from opsin.storage.backup.config import BackupConfig, check_path
 from opsin.storage.backup.secrecy import has_secret, masked
 
 SECRETS = ("wJalr", "XUt", "hunter2hunter2", "AKIAQWERTYUIOPASDFGH", "deadbeefsignature")
@@ -20,7 +20,7 @@ SECRETS = ("wJalr", "XUt", "hunter2hunter2", "AKIAQWERTYUIOPASDFGH", "deadbeefsi
 def test_an_address_with_a_secret_is_refused_without_showing_it(url: str) -> None:
     assert has_secret(url)
     with pytest.raises(ValueError, match="keys belong in the environment") as caught:
-        check_place(url)
+        check_path(url)
     assert not any(secret in str(caught.value) for secret in SECRETS)
 
 
@@ -51,7 +51,7 @@ def test_what_is_no_place_is_refused(path: str, rule: str) -> None:
 
 
 def test_a_place_is_a_folder_or_an_address() -> None:
-    assert [check_place(path) for path in ("~/backup", "s3://runs/one/", "gs://runs")] == [
+    assert [check_path(path) for path in ("~/backup", "s3://runs/one/", "gs://runs")] == [
         "~/backup",
         "s3://runs/one",
         "gs://runs",

@@ -10,10 +10,10 @@ from opsin.errors import ConfigError, RunError
 from opsin.storage.backup.catalog import marked_steps
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.mirror import Mirror
-from opsin.storage.backup.open import Folder, open_place
+from opsin.storage.backup.open import Folder, open_store
 from opsin.storage.backup.restore import restore
 from opsin.storage.backup.service import BackgroundBackup, Backup, backup_of, finish_backup, open_backup
-from opsin.storage.backup.store import PlaceError
+from opsin.storage.backup.store import StoreError
 from opsin.storage.files import remove_whole
 from tests.s3_server import KEY, SECRET, S3Server
 from tests.unit.storage.backup.small_run import content, mirror, write_checkpoint, write_run
@@ -158,7 +158,7 @@ def test_a_server_killed_in_the_middle_of_an_upload_gets_all_once_it_is_back(
     large = bytes(range(256)) * (40 * 2**20 // 256)
     with background(run, s3, told, max_mib_per_s=40) as backup:
         backup.take(write_checkpoint(run, 10))
-        wait_for(lambda: marked_steps(open_place(s3)) == [10])
+        wait_for(lambda: marked_steps(open_store(s3)) == [10])
         backup.take(write_checkpoint(run, 20, large))
         time.sleep(0.3)
         s3_server.kill()
@@ -168,7 +168,7 @@ def test_a_server_killed_in_the_middle_of_an_upload_gets_all_once_it_is_back(
         wait_for(lambda: "backup_recovered" in told.kinds)
     assert told.kinds == ["backup_failed", "backup_recovered"]
     assert not any(secret in text for _, text in told for secret in (KEY, SECRET))
-    assert marked_steps(open_place(s3)) == [10, 20, 30]
+    assert marked_steps(open_store(s3)) == [10, 20, 30]
     restore(s3, tmp_path / "again", say=quiet)
     assert content(tmp_path / "again") == content(run)
 
@@ -228,7 +228,7 @@ def test_what_fails_after_the_end_is_not_told(tmp_path: Path, monkeypatch: pytes
 
     def stuck(self: Folder, folder: str = "") -> list[str]:
         release.wait(600)
-        raise PlaceError("the server is gone")
+        raise StoreError("the server is gone")
 
     monkeypatch.setattr(Folder, "names", stuck)
     monkeypatch.setattr("opsin.storage.backup.service._GRACE_S", 0.1)

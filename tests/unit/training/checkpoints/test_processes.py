@@ -16,8 +16,8 @@ import os, sys
 import torch
 from pathlib import Path
 from torch import nn
-from opsin.timeline import Stage, Timeline
-from opsin.training.checkpoint import CheckpointConfig, Checkpoints
+from opsin.clock.timeline import Stage, Timeline
+from opsin.training.checkpoints.checkpoints import CheckpointConfig, Checkpoints
 from opsin.training.state import TrainState
 
 def peak_bytes():
