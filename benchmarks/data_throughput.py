@@ -27,7 +27,7 @@ from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Ran
 from interleaved import table, take_turns
 from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import DataFacts
-from opsin.data.loading import TrainingData
+from opsin.data.loading import LoadingPlan, TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
 from opsin.data.sources.open import open_sources
@@ -97,15 +97,12 @@ def opsin_pass(case: Case, stored: Path, folder: Path) -> Callable[[], None]:
     path = stored if case.kind == "folder" else write_parquet(stored, folder)
     source = open_sources(str(path), kind=case.kind, cache=folder).train
     steps = len(source) // BATCH
+    facts = DataFacts(source.classes, len(source), case.crop, 3, MEAN, STD)
     data = TrainingData(
-        source,
+        LoadingPlan(source=source, facts=facts, device=torch.device("cpu"), resident=case.resident),
         [SupervisedViews().build(case.crop)],
         Order(seed=0, labels=source.labels, timeline=Timeline([Stage(1000, BATCH, steps)]), drop_last=True),
-        facts=DataFacts(source.classes, len(source), case.crop, 3, MEAN, STD),
-        seed=0,
-        device=torch.device("cpu"),
-        quarantine=Quarantine(folder / "quarantine.txt", total=len(source), limit=0.0),
-        resident=case.resident,
+        Quarantine(folder / "quarantine.txt", total=len(source), limit=0.0),
     )
     starts = iter(range(0, 1000 * steps, steps))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin.data.base import DataFacts, Source
-from opsin.data.loading import EvaluationData
+from opsin.data.loading import EvaluationData, LoadingPlan
 from opsin.data.sources.open import open_sources
 from opsin.evaluation.features import FeatureNetwork, extract
 from opsin.evaluation.knn import score_neighbours
@@ -23,6 +23,7 @@ from opsin.evaluation.labelled import LabelledImages
 from opsin.evaluation.linear import score_linear
 from opsin.nn.backbone import Backbone, Tokens
 from opsin.nn.vit import ViTConfig
+from opsin.reporting.teller import CommandTeller
 from opsin.training.evaluator import Labelled, LabelledChoice
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -83,7 +84,8 @@ def open_labelled(path: str, size: int, choice: LabelledChoice) -> Labelled:
 
     def still(source: Source) -> EvaluationData:
         facts = DataFacts(source.classes, len(source), size, 3, MEAN, STD)
-        return EvaluationData(source, facts=facts, resize=size, device=torch.device("cpu"), warn=print)
+        plan = LoadingPlan(source=source, facts=facts, device=torch.device("cpu"))
+        return EvaluationData(plan, resize=size, teller=CommandTeller())
 
     images = LabelledImages(opened.train, opened.val, open_path=lambda path: opened, still=still)
     return images(choice, "data")

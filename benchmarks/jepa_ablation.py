@@ -29,11 +29,12 @@ import torch
 from feature_baselines import Pixels, scores_of
 from opsin.clock.schedule import Cosine
 from opsin.data.base import Source
-from opsin.data.loading import EvaluationData
+from opsin.data.loading import EvaluationData, LoadingPlan
 from opsin.data.sources.labels import Opened
 from opsin.data.sources.open import open_sources
 from opsin.evaluation.labelled import LabelledImages
 from opsin.reporting.journal import read_rows
+from opsin.reporting.teller import CommandTeller
 from opsin.run.images import open_images
 from opsin.run.recipe import Recipe, read
 from opsin.run.results import evaluate_run
@@ -196,7 +197,8 @@ def score_pixels(recipe: Recipe) -> Scores:
     def still(source: Source) -> EvaluationData:
         facts = images.facts
         own = replace(facts, classes=source.classes, samples=len(source), unlabelled=0)
-        return EvaluationData(source, facts=own, resize=facts.image_size, device=torch.device("cpu"), warn=print)
+        plan = LoadingPlan(source=source, facts=own, device=torch.device("cpu"))
+        return EvaluationData(plan, resize=facts.image_size, teller=CommandTeller())
 
     def open_path(path: str) -> Opened:
         return open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))

@@ -14,7 +14,7 @@ import opsin.methods
 from opsin.clock.seeding import uniform
 from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch, DataFacts
-from opsin.data.loading import TrainingData
+from opsin.data.loading import LoadingPlan, TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine
 from opsin.data.sources.digits import load_digits
@@ -201,17 +201,9 @@ def test_kept_images_and_workers_give_the_views_of_a_method_alike(name: str) -> 
     views = build(name, facts).views(facts.image_size)
 
     def batches(residence: bool, workers: int) -> list[Batch]:
-        data = TrainingData(
-            digits,
-            [views],
-            Order(seed=3, labels=digits.labels, timeline=timeline, drop_last=True),
-            facts=facts,
-            seed=3,
-            device=torch.device("cpu"),
-            quarantine=Quarantine(None, total=len(digits), limit=0.0),
-            workers=workers,
-            resident=residence,
-        )
+        plan = LoadingPlan(source=digits, facts=facts, device=torch.device("cpu"), workers=workers, resident=residence)
+        order = Order(seed=3, labels=digits.labels, timeline=timeline, drop_last=True)
+        data = TrainingData(plan, [views], order, Quarantine(None, total=len(digits), limit=0.0))
         return list(data.batches(43, 46))  # the end of an epoch and the beginning of the next
 
     kept = batches(True, 0)

@@ -6,7 +6,8 @@ and here they are coloured and normalised on the device. Batch k is the same whi
 Shapes: B images of a batch, C channels, S side of a crop in pixels.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,38 @@ from opsin.data.views.mix import Mix
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError
 from opsin.processes.trail import Trail
+from opsin.storage.teller import Teller
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingPlan:
+    """The path of images to a device. Training and evaluation follow it alike."""
+
+    source: Source
+    facts: DataFacts
+    device: torch.device
+    workers: int = 0
+    """Processes that read; 0 reads in this process."""
+    prefetch: int = 4
+    """Batches that each worker prepares ahead."""
+    resident: Residence = "auto"
+    channels_last: bool = False
+    rank: int = 0
+    world: int = 1
+    """Processes that share the images of every batch; this one is number `rank`."""
+
+    def share(self, count: int) -> slice:
+        """The part of `count` images that this process computes."""
+        return share(count, rank=self.rank, world=self.world)
+
+    def read(self, reader: Reader, tasks: Iterable[Task]) -> Iterator[RawBatch]:
+        """The batches of `tasks`, not kept in memory."""
+        pin = self.device.type == "cuda"
+        return read_batches(reader, tasks, workers=self.workers, prefetch=self.prefetch, pin_memory=pin)
+
+    def finish(self, seed: int) -> "_Finish":
+        """The last part of the path: from stored pixels to a batch for the network."""
+        return _Finish(self.facts, seed=seed, device=self.device, channels_last=self.channels_last)
 
 
 class TrainingData:
@@ -29,42 +62,26 @@ class TrainingData:
 
     `views` has one entry for each stage.
 
-    With `world` processes each gives its share of every batch, `rank` after `rank`; the images and
-    masks of the whole batch do not depend on `world`; partners of mixed images come from the own share.
+    The images and masks of a whole batch do not depend on the number of processes; each process takes the partners of
+    mixed images from its own share.
     """
 
     def __init__(
         self,
-        source: Source,
+        plan: LoadingPlan,
         views: Sequence[Views],
         order: Order,
-        *,
-        facts: DataFacts,
-        seed: int,
-        device: torch.device,
         quarantine: Quarantine,
-        workers: int = 0,
-        prefetch: int = 4,
-        resident: Residence = "auto",
-        channels_last: bool = False,
         trail: Trail | None = None,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
-        self.facts = facts
-        self._trail = trail or Trail()
-        self._source = source
+        self.facts = plan.facts
+        self._plan = plan
         self._views = views
         self._order = order
-        self._seed = seed
-        self._device = device
         self._quarantine = quarantine
-        self._workers = workers
-        self._prefetch = prefetch
-        self._residence = resident
-        self._rank = rank
-        self._world = world
-        self._finish = _Finish(facts, seed=seed, device=device, channels_last=channels_last)
+        self._trail = trail or Trail()
+        self._residence = plan.resident
+        self._finish = plan.finish(order.seed)
         self._resident: Resident | None = None
 
     def batches(self, start: int, stop: int, detours: Sequence[Detour] = ()) -> Iterator[Batch]:
@@ -80,19 +97,17 @@ class TrainingData:
         for step, raw in enumerate(self._read(tasks), start):
             for failure in raw.failures:
                 self._quarantine.add(*failure)
-            place, ids = self._order.ids(step, detours)
+            position, ids = self._order.ids(step, detours)
             self._trail.at_step(step, ids.numpy().tobytes())
-            views, clock = self._views[place.stage], self._order.timeline.clock(step)
-            part = share(len(ids), rank=self._rank, world=self._world)
-            masks = self._masks(views, place.epoch, ids, part)
+            views, clock = self._views[position.stage], self._order.timeline.clock(step)
+            masks = self._masks(views, position.epoch, ids)
             mixes = clock.stage.mix and clock.epoch < views.mix_until * clock.total_epochs
-            yield self._finish(raw, place.epoch, views, masks, mix=views.mix if mixes else None)
+            yield self._finish(raw, position.epoch, views, masks, mix=views.mix if mixes else None)
             self._trail.at_step(step + 1)
 
     def _task(self, step: int, detours: Sequence[Detour]) -> Task:
-        place, ids = self._order.ids(step, detours)
-        own = ids[share(len(ids), rank=self._rank, world=self._world)]
-        return Task(self._views[place.stage].crops, place.epoch, own)
+        position, ids = self._order.ids(step, detours)
+        return Task(self._views[position.stage].crops, position.epoch, ids[self._plan.share(len(ids))])
 
     def load(self) -> None:
         """Decode the images that stay in memory now, if they do, instead of with the first batch.
@@ -103,9 +118,9 @@ class TrainingData:
         """
         if self._resident is None and self._residence is not False:
             self._resident = Resident.load(
-                self._source,
-                seed=self._seed,
-                device=self._device,
+                self._plan.source,
+                seed=self._order.seed,
+                device=self._plan.device,
                 quarantine=self._quarantine,
                 residence=self._residence,
             )
@@ -116,53 +131,30 @@ class TrainingData:
         self.load()
         if self._resident is not None:
             return map(self._resident.read, tasks)
-        return read_batches(
-            Reader(self._source, self._seed, interleaved=self._device.type != "cpu"),
-            tasks,
-            workers=self._workers,
-            prefetch=self._prefetch,
-            pin_memory=self._device.type == "cuda",
-        )
+        interleaved = self._plan.device.type != "cpu"
+        return self._plan.read(Reader(self._plan.source, self._order.seed, interleaved=interleaved), tasks)
 
-    def _masks(self, views: Views, epoch: int, ids: Tensor, part: slice) -> dict[str, Tensor]:
+    def _masks(self, views: Views, epoch: int, ids: Tensor) -> dict[str, Tensor]:
         if views.masks is None:
             return {}
-        masks = views.masks(self._seed, epoch, ids)
-        return {name: mask[part].to(self._device, non_blocking=True) for name, mask in masks.items()}
+        masks, own = views.masks(self._order.seed, epoch, ids), self._plan.share(len(ids))
+        return {name: mask[own].to(self._plan.device, non_blocking=True) for name, mask in masks.items()}
 
 
 class EvaluationData:
     """Images in the order of their source, each once: the centre, not augmented, as the view `image`.
 
     The shorter side is scaled to `resize` and the central square of the training image size is cut out.
-    Unreadable images are left out, and `warn` is told once. Small sets stay decoded between evaluations.
+    Unreadable images are left out, with one warning. Small sets stay decoded between evaluations.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        facts: DataFacts,
-        resize: int,
-        device: torch.device,
-        workers: int = 0,
-        prefetch: int = 4,
-        resident: Residence = "auto",
-        channels_last: bool = False,
-        warn: Callable[[str], None],
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.facts = facts
-        self._views = Views({"image": CenterCrop(size=facts.image_size, resize=resize, flip="none")})
-        self._reader = Reader(source, seed=0, unreadable="leave out", interleaved=device.type != "cpu")
-        self._device = device
-        self._workers = workers
-        self._prefetch = prefetch
-        self._resident = resident
-        self._warn: Callable[[str], None] | None = warn
-        self._part = share(len(source), rank=rank, world=world)
-        self._finish = _Finish(facts, seed=0, device=device, channels_last=channels_last)
+    def __init__(self, plan: LoadingPlan, *, resize: int, teller: Teller) -> None:
+        self.facts = plan.facts
+        self._plan = plan
+        self._views = Views({"image": CenterCrop(size=plan.facts.image_size, resize=resize, flip="none")})
+        self._reader = Reader(plan.source, 0, unreadable="leave out", interleaved=plan.device.type != "cpu")
+        self._teller: Teller | None = teller
+        self._finish = plan.finish(seed=0)
         self._kept: RawBatch | None = None
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -181,29 +173,25 @@ class EvaluationData:
                 yield self._finish(raw, 0, self._views, {})
         if images == 0 and failures:
             raise DataError(f"{self._describe(failures)}; none is left to evaluate on: check data.path")
-        if failures and self._warn is not None:
-            self._warn(f"{self._describe(failures)}; they are left out of the scores")
-            self._warn = None
+        if failures and self._teller is not None:
+            self._teller.warning(f"{self._describe(failures)}; they are left out of the scores")
+            self._teller = None
 
     def _raw(self, batch_size: int) -> Iterator[RawBatch]:
-        ids = torch.arange(len(self._reader.source))[self._part]
-        cut_bytes = len(ids) * self.facts.channels * self.facts.image_size**2
-        if self._resident is True or (self._resident == "auto" and cut_bytes <= byte_limit(self._device)):
+        plan = self._plan
+        ids = torch.arange(len(plan.source))
+        ids = ids[plan.share(len(ids))]
+        cut_bytes = len(ids) * plan.facts.channels * plan.facts.image_size**2
+        if plan.resident is True or (plan.resident == "auto" and cut_bytes <= byte_limit(plan.device)):
             if self._kept is None:
-                self._kept = read_everything(self._reader, Task(self._views.crops, 0, ids), self._device)
+                self._kept = read_everything(self._reader, Task(self._views.crops, 0, ids), plan.device)
             return self._kept.split(batch_size)
-        return read_batches(
-            self._reader,
-            (Task(self._views.crops, 0, part) for part in torch.split(ids, batch_size)),
-            workers=self._workers,
-            prefetch=self._prefetch,
-            pin_memory=self._device.type == "cuda",
-        )
+        return plan.read(self._reader, (Task(self._views.crops, 0, part) for part in torch.split(ids, batch_size)))
 
     def _describe(self, failures: Sequence[Failure]) -> str:
         listed = ", ".join(f"{failure.location} ({failure.reason})" for failure in failures[:3])
         more = ", ..." if len(failures) > 3 else ""
-        return f"{len(failures)} of {len(self._reader.source)} evaluation images are unreadable: {listed}{more}"
+        return f"{len(failures)} of {len(self._plan.source)} evaluation images are unreadable: {listed}{more}"
 
 
 class _Finish:

@@ -31,7 +31,7 @@ class Order:
 
     def __init__(self, *, seed: int, labels: Tensor, timeline: Timeline, drop_last: bool) -> None:
         self.timeline = timeline
-        self._seed = seed
+        self.seed = seed
         self._members = [class_share(labels, stage.data_fraction, seed) for stage in timeline.stages]
         self._passes: dict[tuple[object, ...], Tensor] = {}
         for stage, members in zip(timeline.stages, self._members, strict=True):
@@ -69,12 +69,12 @@ class Order:
     def _shuffle(self, position: StepPosition, detours: Sequence[tuple[int, int, int]]) -> Tensor:
         """The ids of a pass; `detours` are attempts with the batches of the pass, from and to, that they replace."""
         members = self._members[position.stage]
-        number = seeding.permutation(self._seed, position.epoch, len(members))
+        number = seeding.permutation(self.seed, position.epoch, len(members))
         left_out = torch.zeros(len(members), dtype=torch.bool)
         for attempt, first, last in detours:
             batches = slice(first * position.batch_size, last * position.batch_size)
             left_out[number[batches]] = True
-            others = seeding.permutation(seeding.fold_in(self._seed, "detour", attempt), position.epoch, len(members))
+            others = seeding.permutation(seeding.fold_in(self.seed, "detour", attempt), position.epoch, len(members))
             others = others[left_out[others].argsort(stable=True)]
             number[batches] = others[: len(number[batches])]
         return members[number]

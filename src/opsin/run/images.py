@@ -7,9 +7,8 @@ from pathlib import Path
 
 from opsin.clock.timeline import Timeline
 from opsin.data.base import DataFacts, Source
-from opsin.data.config import DataConfig
 from opsin.data.holdout import hold_out
-from opsin.data.loading import EvaluationData, TrainingData
+from opsin.data.loading import EvaluationData, LoadingPlan, TrainingData
 from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine, watch
 from opsin.data.sources.labels import Opened
@@ -106,21 +105,9 @@ def still_data(
     recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics, console: Console
 ) -> EvaluationData:
     """The images of a source as evaluators see them, normalised as `facts` says."""
-    return EvaluationData(
-        source,
-        facts=replace(
-            facts,
-            classes=source.classes,
-            samples=len(source),
-            unlabelled=int((source.labels < 0).sum()),
-        ),
-        resize=recipe.data.eval_resize or recipe.data.image_size,
-        device=numerics.device,
-        workers=_count_workers(recipe.data),
-        resident=recipe.data.resident,
-        channels_last=numerics.channels_last,
-        warn=console.warning,
-    )
+    facts = replace(facts, classes=source.classes, samples=len(source), unlabelled=int((source.labels < 0).sum()))
+    resize = recipe.data.eval_resize or recipe.data.image_size
+    return EvaluationData(_loading_plan(recipe, source, facts, numerics), resize=resize, teller=console)
 
 
 def training_data(
@@ -134,25 +121,25 @@ def training_data(
 ) -> TrainingData:
     """The training images as the loop sees them: this process's part of every batch."""
     trail = Trail.from_environment()
+    source = watch(images.train, trail, directory.excluded)
+    plan = _loading_plan(recipe, source, images.facts, numerics)
     return TrainingData(
-        watch(images.train, trail, directory.excluded),
+        replace(plan, rank=world.rank, world=world.size),
         [method.views(stage.image_size) for stage in timeline.stages],
         Order(seed=recipe.seed, labels=images.train.labels, timeline=timeline, drop_last=recipe.data.drop_last),
-        facts=images.facts,
-        seed=recipe.seed,
-        device=numerics.device,
-        quarantine=Quarantine(directory.quarantine, total=len(images.train), limit=recipe.data.max_unreadable),
-        workers=_count_workers(recipe.data),
-        prefetch=recipe.data.prefetch,
-        resident=recipe.data.resident,
-        channels_last=numerics.channels_last,
-        trail=trail,
-        rank=world.rank,
-        world=world.size,
+        Quarantine(directory.quarantine, total=len(images.train), limit=recipe.data.max_unreadable),
+        trail,
     )
 
 
-def _count_workers(wanted: DataConfig) -> int:
-    if wanted.workers == "auto":
-        return min(os.cpu_count() or 1, 8)
-    return wanted.workers
+def _loading_plan(recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics) -> LoadingPlan:
+    wanted = recipe.data
+    return LoadingPlan(
+        source=source,
+        facts=facts,
+        device=numerics.device,
+        workers=min(os.cpu_count() or 1, 8) if wanted.workers == "auto" else wanted.workers,
+        prefetch=wanted.prefetch,
+        resident=wanted.resident,
+        channels_last=numerics.channels_last,
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from opsin.clock import seeding
 from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch, DataFacts, Source, Views
-from opsin.data.loading import EvaluationData, TrainingData
+from opsin.data.loading import EvaluationData, LoadingPlan, TrainingData
 from opsin.data.order import Order, steps_per_epoch
 from opsin.data.quarantine import Quarantine
 from opsin.data.resident import Residence
@@ -19,6 +19,7 @@ from opsin.data.views.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop
 from opsin.data.views.mix import Mix
 from opsin.data.workers import Reader
 from opsin.errors import DataError
+from tests.story import Story
 from tests.unit.data.pictures import fill
 
 CPU = torch.device("cpu")
@@ -49,14 +50,10 @@ def training(
 ) -> TrainingData:
     samples, batch_size = len(source), 8
     timeline = Timeline([Stage(4, batch_size, steps_per_epoch(samples, batch_size, drop_last=drop_last))])
-    return TrainingData(
-        source,
-        [views],
-        Order(seed=1, labels=source.labels, timeline=timeline, drop_last=drop_last),
+    plan = LoadingPlan(
+        source=source,
         facts=facts(source),
-        seed=1,
         device=CPU,
-        quarantine=Quarantine(None, total=samples, limit=0.1),
         workers=workers,
         prefetch=2,
         resident=resident,
@@ -64,6 +61,8 @@ def training(
         rank=rank,
         world=world,
     )
+    order = Order(seed=1, labels=source.labels, timeline=timeline, drop_last=drop_last)
+    return TrainingData(plan, [views], order, Quarantine(None, total=samples, limit=0.1))
 
 
 def assert_equal(first: Batch, second: Batch) -> None:
@@ -197,41 +196,40 @@ def test_pixels_are_normalised(pictures: Source) -> None:
 
 def evaluation(
     source: Source,
-    warnings: list[str],
+    story: Story | None = None,
     *,
     workers: int = 0,
     resident: Residence = "auto",
     rank: int = 0,
     world: int = 1,
 ) -> EvaluationData:
-    return EvaluationData(
-        source,
+    plan = LoadingPlan(
+        source=source,
         facts=facts(source, image_size=8),
-        resize=10,
         device=CPU,
         workers=workers,
         resident=resident,
         channels_last=True,
-        warn=warnings.append,
         rank=rank,
         world=world,
     )
+    return EvaluationData(plan, resize=10, teller=story or Story())
 
 
 @pytest.mark.parametrize(("workers", "resident"), [(0, False), (2, False), (0, True)])
 def test_evaluation_shows_each_readable_image_once_in_order(
     pictures: Source, workers: int, resident: Residence
 ) -> None:
-    warnings: list[str] = []
-    data = evaluation(pictures, warnings, workers=workers, resident=resident)
+    story = Story()
+    data = evaluation(pictures, story, workers=workers, resident=resident)
     expected = [index for index in range(30) if index != 15 + 7]
     for _ in range(2):
         batches = list(data.batches(8))
         assert torch.cat([batch.ids for batch in batches]).tolist() == expected
         assert torch.equal(torch.cat([batch.labels for batch in batches]), pictures.labels[expected])
-        for batch, same in zip(evaluation(pictures, []).batches(30), [batches], strict=True):
+        for batch, same in zip(evaluation(pictures).batches(30), [batches], strict=True):
             assert torch.equal(torch.cat([part.views["image"] for part in same], dim=1), batch.views["image"])
-    [warning] = warnings
+    [warning] = story.warnings
     assert "1 of 30 evaluation images are unreadable" in warning
     assert "dog/07.png" in warning
 
@@ -240,7 +238,7 @@ def test_evaluation_is_shared_between_processes(pictures: Source) -> None:
     ids = [
         index
         for rank in range(4)
-        for batch in evaluation(pictures, [], rank=rank, world=4).batches(3)
+        for batch in evaluation(pictures, rank=rank, world=4).batches(3)
         for index in batch.ids.tolist()
     ]
     assert ids == [index for index in range(30) if index != 15 + 7]
@@ -251,7 +249,7 @@ def test_evaluation_without_a_readable_image_is_an_error(tmp_path: Path) -> None
     for name in NAMES:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"30 of 30 evaluation images are unreadable.*none is left"):
-        list(evaluation(open_folder(tmp_path).train, []).batches(8))
+        list(evaluation(open_folder(tmp_path).train).batches(8))
 
 
 STAGES = [Stage(1, 8, 3, image_size=8), Stage(2, 12, 2, image_size=6, mix=False), Stage(1, 8, 3, image_size=10)]
@@ -263,17 +261,9 @@ def staged(source: Source, *, workers: int = 0, resident: Residence = False, mix
     views = [
         Views({"image": RandomResizedCrop(size=stage.image_size)}, mix=op, mix_until=mix_until) for stage in STAGES
     ]
-    return TrainingData(
-        source,
-        views,
-        Order(seed=1, labels=source.labels, timeline=Timeline(STAGES), drop_last=True),
-        facts=facts(source),
-        seed=1,
-        device=CPU,
-        quarantine=Quarantine(None, total=len(source), limit=0.1),
-        workers=workers,
-        resident=resident,
-    )
+    plan = LoadingPlan(source=source, facts=facts(source), device=CPU, workers=workers, resident=resident)
+    order = Order(seed=1, labels=source.labels, timeline=Timeline(STAGES), drop_last=True)
+    return TrainingData(plan, views, order, Quarantine(None, total=len(source), limit=0.1))
 
 
 @pytest.mark.parametrize(("workers", "resident"), [(2, False), (0, True)])

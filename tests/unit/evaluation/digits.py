@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from opsin.data.base import DataFacts, Source
-from opsin.data.loading import EvaluationData
+from opsin.data.loading import EvaluationData, LoadingPlan
 from opsin.data.sources.digits import Digits, load_digits
 from opsin.data.sources.open import open_sources
 from opsin.evaluation.features import Features, FeatureScore, Score, extract
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.labelled import LabelledImages
 from opsin.nn.backbone import Tokens
+from opsin.storage.teller import Silence
 from opsin.training.evaluator import EvaluationContext, Labelled, LabelledChoice, StillData
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ class Pair:
 def still(source: Source) -> EvaluationData:
     """The images of a source, in its order."""
     facts = DataFacts(source.classes, len(source), 8, 3, (0.3,) * 3, (0.4,) * 3)
-    return EvaluationData(source, facts=facts, resize=8, device=CPU, warn=lambda text: None)
+    return EvaluationData(LoadingPlan(source=source, facts=facts, device=CPU), resize=8, teller=Silence())
 
 
 def images_of(train: Source, val: Source | None) -> LabelledImages:

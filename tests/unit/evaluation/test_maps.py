@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.data.base import Views
-from opsin.data.loading import EvaluationData
+from opsin.data.loading import EvaluationData, LoadingPlan
 from opsin.data.sources.digits import load_digits
 from opsin.data.views.masks import MaskConfig
 from opsin.errors import ConfigError
@@ -25,6 +25,7 @@ from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.vit import Block
 from opsin.reporting.journal import read_rows
 from opsin.run.results import evaluate_run
+from opsin.storage.teller import Silence
 from tests.digits_run import train_digits
 from tests.unit.evaluation.digits import CPU, context_of
 from tests.unit.methods.jepa_parts import FACTS, GRID, SMALL, VIT, batch_of, build_hjepa, build_ijepa
@@ -71,9 +72,9 @@ class Perfect(IJepa):
 
 def maps_in(folder: Path, images: int = 3) -> Maps:
     """The evaluator on some of the digits, made as large as the images of `jepa_parts`."""
-    data = EvaluationData(
-        spread_evenly(load_digits(), images), facts=replace(FACTS, samples=images), resize=32, device=CPU, warn=print
-    )
+    source = spread_evenly(load_digits(), images)
+    plan = LoadingPlan(source=source, facts=replace(FACTS, samples=images), device=CPU)
+    data = EvaluationData(plan, resize=32, teller=Silence())
     return Maps(MapsConfig(repeats=2), context_of(data, folder))
 
 
