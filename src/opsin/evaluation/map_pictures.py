@@ -1,7 +1,5 @@
 """Drawings of masks over images, of errors by cell, and of attention: one row for each image.
 
-Panels are put together pixel by pixel and drawn at once: a hundred axes would take matplotlib seconds.
-
 Shapes: B images, S side in pixels, P side of a panel in pixels, n x n cells of a grid, N patches, H heads.
 """
 
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.reporting.style import COLOURS, new_figure, to_png
+from opsin.reporting.style import COLOURS, pixel_grid, to_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
 
 _PANEL_PX, _GAP_PX, _HEAD_PX = 128, 6, 34
-_DOTS_PER_INCH = 100
 _TEXT = 6.5
 _UNSEEN, _NOWHERE = 0.85, 0.75
 """Grey of what a network does not see, and of cells without a number."""
@@ -145,23 +142,13 @@ def heat(grid: Tensor, low: float, high: float) -> Pixels:
 
 def draw_columns(columns: Sequence[Column]) -> bytes:
     """All columns beside each other, as PNG."""
+    rows = zip(*([panel.pixels for panel in column.panels] for column in columns), strict=True)
+    figure, axes = pixel_grid(list(rows), gap=_GAP_PX, left=0, top=_HEAD_PX)
     step = _PANEL_PX + _GAP_PX
-    rows = len(columns[0].panels)
-    height, width = _HEAD_PX + rows * step, len(columns) * step
-    canvas = np.ones((height, width, 3), dtype=np.float32)
-    figure = new_figure(
-        width / _DOTS_PER_INCH, height / _DOTS_PER_INCH, dots_per_inch=_DOTS_PER_INCH, constrained=False
-    )
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
     for index, column in enumerate(columns):
-        left = index * step
-        axes.text(left, _HEAD_PX - 4, column.title, fontsize=_TEXT, va="bottom", parse_math=False)
+        axes.text(index * step, _HEAD_PX - 4, column.title, fontsize=_TEXT, va="bottom", parse_math=False)
         for row, panel in enumerate(column.panels):
-            top = _HEAD_PX + row * step
-            canvas[top : top + _PANEL_PX, left : left + _PANEL_PX] = panel.pixels
-            _draw_outlines(axes, panel.outlines, left, top)
-    axes.imshow(canvas, interpolation="nearest", extent=(0, width, height, 0))
+            _draw_outlines(axes, panel.outlines, index * step, _HEAD_PX + row * step)
     return to_png(figure)
 
 

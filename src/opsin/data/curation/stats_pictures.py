@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from opsin.clock import seeding
@@ -15,9 +14,7 @@ from opsin.data.base import UnreadableImage
 from opsin.data.curation.collection import Collection
 from opsin.data.curation.duplicates import Groups
 from opsin.data.curation.scan import Scan
-from opsin.reporting.style import BLUE, new_figure, to_png
-
-Pixels = NDArray[np.uint8]
+from opsin.reporting.style import BLUE, Pixels, new_figure, pixel_grid, to_png
 
 MAX_PAIRS = 12
 """Copies that are shown."""
@@ -27,7 +24,6 @@ _GAP_PX = 4
 _COLUMNS = 8
 _MAX_CLASSES = 12
 _LETTERS = 24
-_DOTS_PER_INCH = 100
 _MAX_POINTS = 20_000
 
 
@@ -69,7 +65,7 @@ def choose_pairs(collection: Collection, scan: Scan, groups: Groups) -> list[tup
 
 def draw_sizes(scan: Scan) -> bytes:
     """Widths against heights, and how often each aspect occurs."""
-    figure = new_figure(9.0, 3.6, dots_per_inch=_DOTS_PER_INCH)
+    figure = new_figure(9.0, 3.6, dots_per_inch=100)
     sizes = scan.sizes[scan.readable]
     step = -(-len(sizes) // _MAX_POINTS)
     heights, widths = sizes[::step].T.astype(np.float64)
@@ -91,26 +87,15 @@ def draw_sizes(scan: Scan) -> bytes:
 def _draw_grid(
     cells: Sequence[Sequence[Pixels]], *, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
 ) -> bytes:
-    """Cells [R][K], each uint8 [S, S, 3], pixel by pixel, with names left of rows or above columns."""
-    pitch = _CELL_PX + _GAP_PX
-    columns = max(map(len, cells))
-    canvas = np.full((len(cells) * pitch, columns * pitch, 3), 255, dtype=np.uint8)
-    for row, line in enumerate(cells):
-        for column, cell in enumerate(line):
-            canvas[row * pitch :, column * pitch :][:_CELL_PX, :_CELL_PX] = cell
+    """Cells [R][K], each uint8 [S, S, 3], with names left of rows or above columns."""
     left, top = 180 if row_names else 10, 24 if column_names else 10
-    height, width = canvas.shape[0] + top, canvas.shape[1] + left
-    size = (width / _DOTS_PER_INCH, height / _DOTS_PER_INCH)
-    figure = new_figure(*size, dots_per_inch=_DOTS_PER_INCH, constrained=False)
-    axes = figure.add_axes((left / width, 0, canvas.shape[1] / width, canvas.shape[0] / height))
-    axes.imshow(canvas, interpolation="nearest", aspect="auto")
-    axes.set_axis_off()
+    figure, axes = pixel_grid(cells, gap=_GAP_PX, left=left, top=top)
+    middle, step = _CELL_PX / 2, _CELL_PX + _GAP_PX
     # Class names may hold a dollar sign, which would begin a formula.
     for row, name in enumerate(row_names):
-        y = row * pitch + _CELL_PX / 2
-        axes.text(-10, y, name, ha="right", va="center", fontsize=10, parse_math=False)
+        axes.text(left - 10, top + row * step + middle, name, ha="right", va="center", fontsize=10, parse_math=False)
     for column, name in enumerate(column_names):
-        axes.text(column * pitch + _CELL_PX / 2, -6, name, ha="center", va="bottom", fontsize=10, parse_math=False)
+        axes.text(left + column * step + middle, top - 6, name, ha="center", va="bottom", fontsize=10)
     return to_png(figure)
 
 
