@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     """A run of `recipe` as `opsin train` assembles it, without output."""
     folder.mkdir()
     console = Console(io.StringIO(), quiet=True)
-    return assemble(recipe, RunDirectory(folder), Journal(folder, warn=console.warning), console, fingerprint="")
+    return assemble(recipe, RunDirectory(folder), Journal(folder, teller=console), console, fingerprint="")
 
 
 @dataclass

@@ -235,8 +235,8 @@ class _Supervisor:
         journal: Journal | None = None
         try:
             with RunDirectory.locked(self._out.path):
-                sinks = [TextLog(self._out.path), *self._webhooks()]
-                journal = Journal(self._out.path, sinks, warn=self._console.warning)
+                sinks = [TextLog(self._out.path, self._console), *self._webhooks()]
+                journal = Journal(self._out.path, sinks, teller=self._console)
                 yield journal
                 journal.close()
         except (RunError, OSError) as error:
@@ -253,7 +253,7 @@ class _Supervisor:
                 return []
             name = self._out.recipe_name() or ""
             url = webhook_url(setting.value)
-            return [Webhook(self._out.path, url, recipe=name, warn=self._console.warning)]
+            return [Webhook(self._out.path, self._console, url, recipe=name)]
         except OpsinError as error:
             self._console.warning(f"the webhook is not told: {error}")
             return []

@@ -1,4 +1,4 @@
-"""What the person at the keyboard sees: a progress bar on a terminal, plain lines elsewhere.
+"""The console of a run: a progress bar on a terminal, plain lines elsewhere.
 
 Values are named as in the journal (`train/loss`, `val/top1`); accuracies are fractions in 0..1.
 """
@@ -7,10 +7,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from opsin.storage.teller import Fact
+from opsin.reporting.sinks import TextLog
+from opsin.storage.teller import Teller
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -19,55 +20,39 @@ _SHOWN = ("train/loss", "train/top1", "train/images_per_s", "train/lr", "gpu/pea
 _BAR_EVERY_S = 0.25
 
 
-def open_console(
-    *, quiet: bool = False, stream: TextIO | None = None, also: Callable[[str], None] | None = None
-) -> "Console":
+def open_console(*, quiet: bool = False, stream: TextIO | None = None, log: TextLog | None = None) -> "Console":
     """The console that fits `stream` (standard output if None).
 
-    `quiet` leaves only warnings. `also` gets every line but progress, quiet or not: `TextLog.line`, say.
+    `quiet` leaves only warnings. `log` gets every line but progress, quiet or not.
     """
     stream = sys.stdout if stream is None else stream
     live = stream.isatty() and os.environ.get("TERM") != "dumb" and not quiet
-    return LiveConsole(stream, also=also) if live else Console(stream, quiet=quiet, also=also)
+    return LiveConsole(stream, log=log) if live else Console(stream, quiet=quiet, log=log)
 
 
-class Console:
-    """Plain lines without control characters; progress every `every_s` seconds."""
+class Console(Teller):
+    """Plain lines without control characters; progress every `every_s` seconds. Events are not recorded."""
 
     def __init__(
-        self,
-        stream: TextIO,
-        *,
-        quiet: bool = False,
-        also: Callable[[str], None] | None = None,
-        every_s: float = 10.0,
+        self, stream: TextIO, *, quiet: bool = False, log: TextLog | None = None, every_s: float = 10.0
     ) -> None:
         self._stream = stream
         self._quiet = quiet
-        self._also = also
+        self._log = log
         self._every_s = every_s
         self._gone = False
         self.start(total_steps=0, first_step=0, total_epochs=0.0)
 
     def notice(self, text: str) -> None:
-        """A fact worth knowing: `precision: bf16 (this CPU has AVX-512 bf16)`."""
+        """Print a fact worth knowing: `precision: bf16 (this CPU has AVX-512 bf16)`."""
         self._line(text, quiet=self._quiet)
 
     def warning(self, text: str) -> None:
-        """Something is wrong and training goes on; shown even when quiet."""
+        """Print that something is wrong while training goes on; shown even when quiet."""
         self._line(f"warning: {text}", quiet=False)
 
-    def tell(
-        self, kind: str, step: int | None = None, *, notice: str | None = None, warn: str | None = None, **facts: Fact
-    ) -> None:
-        """The line for people that comes with an event, which is not recorded."""
-        if warn is not None:
-            self.warning(warn)
-        if notice is not None:
-            self.notice(notice)
-
     def start(self, *, total_steps: int, first_step: int, total_epochs: float) -> None:
-        """Training begins at `first_step`; the time left is counted from here."""
+        """Begin the display at `first_step`; the time left is counted from here."""
         self._total_steps = total_steps
         self._first_step = first_step
         self._total_epochs = total_epochs
@@ -75,7 +60,7 @@ class Console:
         self._values: dict[str, float] = {}
 
     def progress(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        """`step` updates are done. May be called at every step; what is not in `values` stays as it was."""
+        """Show that `step` updates are done; cheap enough for every step. Values that are missing stay as they were."""
         self._values.update(values)
         now = time.monotonic()
         if now - self._shown_at >= self._every_s:
@@ -85,21 +70,21 @@ class Console:
     def epoch(
         self, epoch: float, values: Mapping[str, float], *, seconds: float, best: Mapping[str, float] | None = None
     ) -> None:
-        """One line on an epoch: its values, the best so far, and how long it took."""
+        """Print one line on an epoch: its values, the best so far, and its time."""
         words = [f"epoch {epoch:g}/{self._total_epochs:g}", describe(values)]
         words += [f"best {describe({name: value})}" for name, value in (best or {}).items()]
         self._line("  ".join([*words, duration(seconds)]), quiet=self._quiet)
 
     def finish(self, text: str = "") -> None:
-        """Training is over, or was interrupted: end the display and say `text`. May be called twice."""
+        """End the display, since training is over or interrupted, and print `text`. May be called twice."""
         if text:
             self._line(text, quiet=self._quiet)
 
     def _show_progress(self, step: int, epoch: float) -> None:
         if not self._quiet:
             shown = {name: self._values[name] for name in _SHOWN if name in self._values}
-            place = f"epoch {epoch:.2f}/{self._total_epochs:g}  step {step}/{self._total_steps}"
-            self._print("  ".join([place, describe(shown), f"{self._time_left(step)} left"]))
+            position = f"epoch {epoch:.2f}/{self._total_epochs:g}  step {step}/{self._total_steps}"
+            self._print("  ".join([position, describe(shown), f"{self._time_left(step)} left"]))
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step
@@ -108,11 +93,8 @@ class Console:
         return duration((time.monotonic() - self._started) * (self._total_steps - step) / done)
 
     def _line(self, text: str, *, quiet: bool) -> None:
-        if self._also is not None:
-            try:
-                self._also(text)
-            except OSError:  # its file is full or gone; the journal tells the same of its own files
-                self._also = None
+        if self._log is not None:
+            self._log.say(text)
         if not quiet:
             self._print(text)
 
@@ -133,10 +115,10 @@ class Console:
 class LiveConsole(Console):
     """A progress bar that stays below the lines. Drawn four times a second at most, by no thread."""
 
-    def __init__(self, stream: TextIO, *, also: Callable[[str], None] | None = None) -> None:
+    def __init__(self, stream: TextIO, *, log: TextLog | None = None) -> None:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        super().__init__(stream, also=also, every_s=_BAR_EVERY_S)
+        super().__init__(stream, log=log, every_s=_BAR_EVERY_S)
 
     def start(self, *, total_steps: int, first_step: int, total_epochs: float) -> None:
         super().start(total_steps=total_steps, first_step=first_step, total_epochs=total_epochs)
@@ -147,7 +129,7 @@ class LiveConsole(Console):
 
         self.finish()
         self._bar = Progress(
-            TextColumn("{task.fields[place]}", markup=False),
+            TextColumn("{task.fields[position]}", markup=False),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[values]}", markup=False),
             console=Screen(file=self._stream),
@@ -155,7 +137,7 @@ class LiveConsole(Console):
             transient=True,
         )
         self._bar.start()
-        self._task = self._bar.add_task("", total=total_steps, completed=first_step, place="", values="")
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, position="", values="")
 
     def finish(self, text: str = "") -> None:
         if self._bar is not None:
@@ -167,9 +149,9 @@ class LiveConsole(Console):
         if self._bar is None or self._task is None:
             return
         shown = {name: self._values[name] for name in _SHOWN if name in self._values}
-        place = f"epoch {epoch:.1f}/{self._total_epochs:g}  step {step}/{self._total_steps}"
+        position = f"epoch {epoch:.1f}/{self._total_epochs:g}  step {step}/{self._total_steps}"
         values = f"{describe(shown)}  {self._time_left(step)} left"
-        self._bar.update(self._task, completed=step, place=place, values=values, refresh=True)
+        self._bar.update(self._task, completed=step, position=position, values=values, refresh=True)
 
     def _write(self, text: str) -> None:
         if self._bar is None:

@@ -1,7 +1,7 @@
 """The journal of a run: what was measured, what happened, and the best of it.
 
 `metrics.jsonl` is the truth: one JSON object per line with `step`, `epoch`, `time_s`, then the
-values sorted by name. No step stands twice. `events.jsonl` holds what happened, `summary.json` the
+values sorted by name. No step has two lines. `events.jsonl` holds what happened, `summary.json` the
 last and best of every score. CSV, TensorBoard and plain text are sinks: copies that may fail.
 
 A value that is not finite is written as null and read back as NaN.
@@ -10,7 +10,7 @@ A value that is not finite is written as null and read back as NaN.
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,15 +18,16 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from opsin.errors import LockLost, RunError
 from opsin.reporting.lines import LineFile, encode, finite, read_lines
 from opsin.reporting.outlets import Outlet
+from opsin.storage.directory import RunDirectory
 from opsin.storage.files import sync, write_atomic
-from opsin.storage.teller import Fact
+from opsin.storage.teller import Fact, Teller
 
-_PLACE = ("step", "epoch", "time_s")
+_POSITION = ("step", "epoch", "time_s")
 _HIGHER = ("top1", "top5", "accuracy")
 _LOWER = ("loss",)
 
@@ -51,34 +52,39 @@ class Event:
     facts: Mapping[str, Fact]
 
 
-class Sink(Protocol):
-    """A copy of the journal in another form. It may raise: the journal keeps the call and makes it again."""
+class Sink:
+    """A copy of the journal in another form. A subclass implements what it needs.
 
-    name: str
+    Each method may raise: the journal keeps the call, warns once, and makes the call again.
+    """
+
+    name: ClassVar[str]
+    """The file or folder that it writes, for warnings; `log.csv`, say."""
+    package: ClassVar[str | None] = None
+    """A package that it needs and that may be missing."""
+
+    def __init__(self, folder: Path, teller: Teller) -> None:
+        """`folder` is the run directory; `teller` reports faults that no method raises."""
+        self.folder = folder
+        self.teller = teller
 
     def write(self, row: Row) -> None:
-        """New values. A second row for the same step adds to the first."""
-        ...
+        """Add new values. A second row for the same step adds to the first."""
 
     def event(self, event: Event) -> None:
-        """Something happened."""
-        ...
+        """Add an event."""
 
     def rewind(self, step: int) -> None:
-        """Forget what stands after `step`; `metrics.jsonl` has forgotten it already."""
-        ...
+        """Forget everything after `step`; `metrics.jsonl` has forgotten it already."""
 
     def catch_up(self, step: int) -> None:
-        """Make good from `metrics.jsonl` what is missing up to `step`: more calls failed than are kept."""
-        ...
+        """Read from `metrics.jsonl` what is missing up to `step`: more calls failed than are kept."""
 
     def close(self) -> None:
-        """Nothing more will come."""
-        ...
+        """Finish: nothing more will come."""
 
     def abandon(self) -> None:
-        """Nothing more will come, and the run is another process's: end threads and processes, write nothing."""
-        ...
+        """End threads and processes and write nothing: the run is another process's."""
 
 
 class Journal:
@@ -94,19 +100,19 @@ class Journal:
         folder: Path,
         sinks: Sequence[Sink] = (),
         *,
-        warn: Callable[[str], None],
-        check: Callable[[], None] = lambda: None,
+        teller: Teller,
+        owner: RunDirectory | None = None,
     ) -> None:
-        """`check` raises LockLost once the files are another process's: from then on nothing is written."""
+        """`teller` reports files that cannot be written. Nothing is written once `owner` has lost its lock."""
         self._folder = folder
-        self._check = check
-        self._warn = warn
+        self._owner = owner
+        self._teller = teller
         self._metrics_file = LineFile(folder / "metrics.jsonl", _is_row)
         self._events_file = LineFile(folder / "events.jsonl", _is_event)
-        self._metrics = Outlet("metrics.jsonl", warn)
-        self._events = Outlet("events.jsonl", warn)
-        self._summary = Outlet("summary.json", warn)
-        self._sinks = [(Outlet(sink.name, warn, make_good=partial(self._catch_up, sink)), sink) for sink in sinks]
+        self._metrics = Outlet("metrics.jsonl", teller)
+        self._events = Outlet("events.jsonl", teller)
+        self._summary = Outlet("summary.json", teller)
+        self._sinks = [(Outlet(sink.name, teller, make_good=partial(self._catch_up, sink)), sink) for sink in sinks]
         self._last: Row | None = None
         self._scores: dict[str, _Score] = {}
         self._lock = threading.RLock()
@@ -117,9 +123,9 @@ class Journal:
         """Write values; those of the last step are added to its row.
 
         Raises:
-            LockLost: by `check`.
+            LockLost: the run is another process's.
         """
-        self._check()
+        self._check_held()
         with self._lock:
             last_step = -1 if self._last is None else self._last.step
             assert step >= last_step, f"step {step} is logged after step {last_step}"
@@ -131,7 +137,7 @@ class Journal:
             self._tell_recoveries(step)
 
     def event(self, kind: str, step: int, **facts: Fact) -> None:
-        """Write that something happened after `step` updates; nothing where the run is another process's."""
+        """Record an event after `step` updates, unless the run is another process's."""
         if not self._is_ours():
             return
         with self._lock:
@@ -161,7 +167,7 @@ class Journal:
         return None if score is None else score.best
 
     def streak(self, kind: str, step: int) -> int:
-        """How many steps in a row, the last of them `step`, have an event of this kind on disk."""
+        """Number of consecutive steps up to `step` that have an event of this kind on disk."""
         steps = {event.step for event in self.events(kind)}
         return next(length for length in count() if step - length not in steps)
 
@@ -178,11 +184,11 @@ class Journal:
 
         Raises:
             RunError: a file cannot be rewritten.
-            LockLost: by `check`.
+            LockLost: the run is another process's.
         """
-        self._check()
+        self._check_held()
         with self._lock:
-            # What waits would else be written after the rewind, and steps would stand twice.
+            # Otherwise waiting calls would write after the rewind, and steps would have two rows.
             self._metrics.rewind(step)
             self._events.rewind(step)
             try:
@@ -195,7 +201,7 @@ class Journal:
                 outlet.put(partial(sink.rewind, step))
 
     def sync(self) -> None:
-        """Make what stands in the files survive a power cut, beside other threads that write; a fault is told once.
+        """Make the content of the files survive a power cut, in any thread; the first fault is a warning.
 
         Due before a checkpoint counts: a run that goes on from it makes no row or event before it again.
         """
@@ -207,7 +213,7 @@ class Journal:
         except OSError as error:
             if not self._sync_failed:
                 self._sync_failed = True
-                self._warn(f"{self._folder}: a power cut may cost rows of the log: {error.strerror or error}")
+                self._teller.warning(f"{self._folder}: a power cut may cost rows of the log: {error.strerror or error}")
 
     def summarize(self, *, steps: int, seconds: float, peak_memory_bytes: int | None = None) -> None:
         """Replace `summary.json`: last and best of every score, steps, seconds, peak memory."""
@@ -227,23 +233,27 @@ class Journal:
             self._tell_recoveries(steps)
 
     def close(self) -> None:
-        """Write what waits and close the sinks; what cannot be written now is lost, with a warning.
+        """Make the waiting calls and close the sinks; entries that cannot be written now are lost, with a warning.
 
-        Events that come later go to `events.jsonl` alone. Of a run that is another process's nothing is written.
+        Events that come later go to `events.jsonl` alone. Nothing is written if the run is another process's.
         """
         with self._lock:
             is_ours = self._is_ours()
             for outlet in () if is_ours else self._outlets():
                 outlet.drop()
             for outlet, sink in self._sinks:
-                outlet.put(sink.close if is_ours else sink.abandon)
+                outlet.put(partial(sink.close if is_ours else sink.abandon))
             for outlet in self._outlets():
                 outlet.give_up()
             self._sinks = []
 
+    def _check_held(self) -> None:
+        if self._owner is not None:
+            self._owner.check_held()
+
     def _is_ours(self) -> bool:
         try:
-            self._check()
+            self._check_held()
         except LockLost:
             return False
         return True
@@ -260,7 +270,7 @@ class Journal:
 
     def _note(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            assert name not in _PLACE, f"{name} is the place of a row, not a value"
+            assert name not in _POSITION, f"{name} is the position of a row, not a value"
             self._scores[name] = _Score.after(self._scores.get(name), name, step, value)
 
     def _catch_up(self, sink: Sink) -> None:
@@ -276,14 +286,14 @@ class Journal:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a `metrics.jsonl`, oldest first; none where there is none. Torn and damaged lines are skipped."""
+    """The rows of a `metrics.jsonl`, oldest first; none if there is no file. Torn and damaged lines are skipped."""
     for _, item in read_lines(path, _is_row):
-        values = {name: math.nan if value is None else value for name, value in item.items() if name not in _PLACE}
+        values = {name: math.nan if value is None else value for name, value in item.items() if name not in _POSITION}
         yield Row(item["step"], item["epoch"], item["time_s"], values)
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """The events of an `events.jsonl`, oldest first; none where there is none. Torn and damaged lines are skipped."""
+    """The events of an `events.jsonl`, oldest first; none if there is no file. Torn and damaged lines are skipped."""
     for _, item in read_lines(path, _is_event):
         facts = {name: value for name, value in item.items() if name not in ("time", "step", "kind")}
         yield Event(item["time"], item["step"], item["kind"], facts)
@@ -291,7 +301,7 @@ def read_events(path: Path) -> Iterator[Event]:
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """The history of one value. `best` is None where neither high nor low is good, or nothing was finite."""
+    """The history of one value. `best` is None if the name has no better direction, or nothing was finite."""
 
     last: float
     best: float | None
@@ -314,28 +324,28 @@ class _Score:
 
 
 def _is_row(item: Mapping[str, Any]) -> bool:
-    """Whether a line holds a place and nothing but numbers."""
+    """True if a line holds a position and otherwise only numbers."""
     kinds = {name: type(value) for name, value in item.items()}
     numbers = {kinds.pop(name, None) for name in ("epoch", "time_s")}
     return kinds.pop("step", None) is int and numbers <= {int, float} and {*kinds.values()} <= {int, float, NoneType}
 
 
 def _is_event(item: Mapping[str, Any]) -> bool:
-    """Whether a line says what happened when."""
+    """True if a line holds a time, a step and a kind."""
     return [type(item.get(name)) for name in ("time", "step", "kind")] == [str, int, str]
 
 
 def _row_line(row: Row) -> bytes:
-    place = {"step": row.step, "epoch": round(row.epoch, 6), "time_s": round(row.time_s, 3)}
-    return encode(place | {name: row.values[name] for name in sorted(row.values)})
+    position = {"step": row.step, "epoch": round(row.epoch, 6), "time_s": round(row.time_s, 3)}
+    return encode(position | {name: row.values[name] for name in sorted(row.values)})
 
 
 GRADIENTS = "gradients"
-"""How names of quantiles of gradients begin."""
+"""Prefix of the names of quantiles of gradients."""
 
 
 PERCENTS = (5, 25, 50, 75, 95, 100)
-"""Of so many percent of the values, the largest is told."""
+"""Percentiles that are recorded."""
 
 
 def quantile_names(prefix: str, part: str) -> list[str]:
@@ -344,7 +354,7 @@ def quantile_names(prefix: str, part: str) -> list[str]:
 
 
 def quantiles_by_part(prefix: str, values: Mapping[str, float]) -> dict[str, Sequence[float]]:
-    """The quantiles of each part whose quantiles are all there and finite, in the order of the parts' names."""
+    """The quantiles of each part by its name, sorted; without parts that lack one or have one that is not finite."""
     ending = f"_q{PERCENTS[0]:02}"
     parts = sorted(
         name.removeprefix(f"{prefix}/").removesuffix(ending)

@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 from opsin.storage.files import write_atomic
 
 Check: TypeAlias = Callable[[Mapping[str, Any]], bool]
-"""Whether a line has what its readers need, `step` among it: one in which a bit has changed may not."""
+"""True if a line has every required field, `step` among them; a line in which a bit changed may lack one."""
 
 
 class LineFile:
-    """Lines of JSON; one of the same step as the last takes its place."""
+    """Lines of JSON; one of the same step as the last replaces it."""
 
     def __init__(self, path: Path, is_whole: Check) -> None:
         self._path = path
@@ -24,7 +24,7 @@ class LineFile:
         self._start, self._end, self._step = self._last_line()
 
     def write(self, line: bytes, *, step: int | None = None) -> None:
-        """Add a line, or put it in the place of the last if that is of this step. A failed write may be repeated."""
+        """Add a line, or replace the last one if that is of this step. A failed write may be repeated."""
         # One write over the old line, never shorter than it: killed before or after, the file is whole.
         replace = step is not None and step == self._step
         data = line.ljust(self._end - self._start - 1) + b"\n" if replace else line + b"\n"
@@ -44,7 +44,7 @@ class LineFile:
         self._start, self._end, self._step = self._last_line()
 
     def _last_line(self) -> tuple[int, int, int | None]:
-        """Where the last whole line begins and ends, and its step."""
+        """Begin, end and step of the last whole line."""
         content = self._path.read_bytes() if self._path.exists() else b""
         end = content.rfind(b"\n") + 1
         start = content.rfind(b"\n", 0, max(0, end - 1)) + 1
@@ -56,7 +56,7 @@ class LineFile:
 
 
 def read_lines(path: Path, is_whole: Check) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The whole lines, as bytes and as what they say; none where there is no file. Others are skipped."""
+    """The whole lines as bytes and as objects, others are skipped; nothing if there is no file."""
     if not path.exists():
         return
     with path.open("rb") as file:

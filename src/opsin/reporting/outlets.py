@@ -1,8 +1,9 @@
-"""Calls that may fail and wait for better times: how a log outlasts a full disk."""
+"""Calls that are repeated until they succeed, so that a log outlasts a full disk."""
 
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,23 +31,23 @@ def write_if_possible(teller: Teller) -> Callable[[Path, bytes], None]:
 
 
 class _Call(NamedTuple):
-    """A call that waits, and the step that it writes of, if it is of one."""
+    """A call that waits, and the step that it writes."""
 
-    make: Callable[[], None]
+    make: partial[None]
     step: int | None
 
 
 class Outlet:
-    """Calls made in order. One that fails waits, with all that follow, for the next.
+    """Calls made in order. One that fails waits, with all that follow, until the next is due.
 
-    At most `_MOST_WAITING` wait. Then the oldest is lost; or all are, and `make_good` is called in their place.
+    At most `_MOST_WAITING` calls wait. Beyond that the oldest is lost; or all are, and `make_good` replaces them.
     """
 
-    def __init__(self, name: str, warn: Callable[[str], None], *, make_good: Callable[[], None] | None = None) -> None:
+    def __init__(self, name: str, teller: Teller, *, make_good: partial[None] | None = None) -> None:
         self.name = name
         self.state: Literal["well", "failing", "recovered"] = "well"
         self.lost = 0
-        self._warn = warn
+        self._teller = teller
         self._make_good = make_good
         self._warned = False
         self._waiting: deque[_Call] = deque()
@@ -54,8 +55,8 @@ class Outlet:
         self._took_s: deque[float] = deque(maxlen=3)
         self._next_s = 0.0
 
-    def put(self, call: Callable[[], None], *, step: int | None = None) -> None:
-        """Make the call, after those that wait; `step` says what it writes of."""
+    def put(self, call: partial[None], *, step: int | None = None) -> None:
+        """Make the call after those that wait; `step` is that of the row or event it writes."""
         if len(self._waiting) >= _MOST_WAITING:
             self._shorten()
         self._waiting.append(_Call(call, step))
@@ -63,20 +64,22 @@ class Outlet:
             self._make_calls()
 
     def drop(self) -> None:
-        """Forget what waits."""
+        """Forget the waiting calls."""
         self._waiting.clear()
 
     def rewind(self, step: int) -> None:
-        """Make what waits once more, and forget what of it is of steps after `step`."""
+        """Try the waiting calls once more, and forget those of steps after `step`."""
         self._make_calls()
         self._waiting = deque(call for call in self._waiting if call.step is None or call.step <= step)
 
     def give_up(self) -> None:
-        """Make what waits one last time; what fails is lost, with a warning."""
+        """Try the waiting calls one last time; those that fail are lost, with a warning."""
         self._make_calls()
         if self._waiting:
             lost = self.lost + len(self._waiting)
-            self._warn(f"{self.name}: {lost} entries could not be written and are lost: {_reason(self._fault)}")
+            self._teller.warning(
+                f"{self.name}: {lost} entries could not be written and are lost: {_reason(self._fault)}"
+            )
             self.drop()
 
     def _shorten(self) -> None:
@@ -102,7 +105,7 @@ class Outlet:
             self.state = "recovered"
 
     def _pause(self, took_s: float) -> None:
-        """One that always takes long to fail is asked so rarely that training hardly notices."""
+        """Ask rarely, after calls that all took long to fail, so that training hardly notices."""
         self._took_s.append(took_s)
         is_slow = len(self._took_s) == 3 and min(self._took_s) > _QUICK_S
         self._next_s = time.monotonic() + 20 * min(self._took_s) if is_slow else 0.0
@@ -112,9 +115,11 @@ class Outlet:
         self._fault = error
         if not self._warned:
             self._warned = True
-            self._warn(f"{self.name} cannot be written: {_reason(error)}; training goes on, its entries wait in memory")
+            self._teller.warning(
+                f"{self.name} cannot be written: {_reason(error)}; training goes on, its entries wait in memory"
+            )
 
 
 def _reason(error: Exception | None) -> str:
-    """In words, without the number of an error of the system."""
+    """The reason without the number of a system error."""
     return (isinstance(error, OSError) and error.strerror) or str(error)

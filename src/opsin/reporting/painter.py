@@ -1,34 +1,31 @@
-"""The sink that has the pictures of a run drawn, by a process of its own: docs/decisions/0009-plots-in-a-process.md."""
+"""The sink whose pictures of a run are drawn by a process of its own: docs/decisions/0009-plots-in-a-process.md."""
 
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from opsin.reporting.journal import Event, Row
+from opsin.reporting.journal import Row, Sink
+from opsin.storage.teller import Teller
 
 
-class Plots:
+class Plots(Sink):
     """`plots/`: pictures of the curves, drawn by `reporting/plots.py` in a process of its own, and whole at the end.
 
     A process, because a thread that draws keeps the interpreter from training. It is asked for new
     pictures when an evaluation has scored, or after five minutes without one; never while it draws,
-    and at most every `every_s` seconds or 30 times as long as drawing takes. It is told nothing but
-    that: it reads the files, and ends when this process does. What goes wrong is told once, and
-    costs pictures only.
+    and at most every `every_s` seconds or 30 times as long as drawing takes. It reads the files, and
+    ends when this process does. The first fault is a warning, and costs pictures only.
     """
 
     name = "plots"
+    package = "matplotlib"
 
-    def __init__(
-        self, folder: Path, *, warn: Callable[[str], None], every_s: float = 30.0, patience_s: float = 60.0
-    ) -> None:
-        """At the end, the pictures are waited for at most `patience_s` seconds."""
-        self._folder = folder.resolve()
-        self._warn = warn
+    def __init__(self, folder: Path, teller: Teller, *, every_s: float = 30.0, patience_s: float = 60.0) -> None:
+        """`close` waits at most `patience_s` seconds for the pictures."""
+        super().__init__(folder.resolve(), teller)
         self._every_s = every_s
         self._patience_s = patience_s
         self._painter: subprocess.Popen[bytes] | None = None
@@ -46,18 +43,9 @@ class Plots:
         if not self._drawing and time.monotonic() >= due_s:
             self._ask()
 
-    def event(self, event: Event) -> None:
-        pass
-
-    def rewind(self, step: int) -> None:
-        pass
-
-    def catch_up(self, step: int) -> None:
-        pass
-
     def close(self) -> None:
         """Wait for pictures of the whole run."""
-        if (self._folder / "metrics.jsonl").exists():
+        if (self.folder / "metrics.jsonl").exists():
             end_s = time.monotonic() + self._patience_s
             self._hear(wait_s=self._patience_s)  # what it draws now is not the whole run
             if not self._drawing:
@@ -74,7 +62,7 @@ class Plots:
     def _ask(self) -> None:
         try:
             if self._painter is None:
-                self._painter = _start_painter(self._folder)
+                self._painter = _start_painter(self.folder)
             assert self._painter.stdin is not None
             self._painter.stdin.write(b"\n")
             self._drawing = True
@@ -103,7 +91,7 @@ class Plots:
         self._next_s = time.monotonic() + self._every_s
         if not self._warned:
             self._warned = True
-            self._warn(f"plots: {fault}; training goes on without new ones")
+            self.teller.warning(f"plots: {fault}; training goes on without new ones")
 
     def _dismiss(self) -> None:
         if self._painter is not None:
@@ -113,12 +101,12 @@ class Plots:
         self._drawing = False
 
 
-def _start_painter(folder: Path) -> "subprocess.Popen[bytes]":
+def _start_painter(run: Path) -> "subprocess.Popen[bytes]":
     # The path of this interpreter, for it may have been changed; one core; no signal of the terminal.
-    path = os.pathsep.join(place for place in sys.path if place)
+    path = os.pathsep.join(folder for folder in sys.path if folder)
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "opsin.reporting.plots", str(folder)],
+        [sys.executable, "-P", "-m", "opsin.reporting.plots", str(run)],
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,25 +1,27 @@
-"""Copies of the journal in other forms: a table, TensorBoard, pictures, plain text.
+"""Copies of the journal in other forms: a table, TensorBoard, plain text.
 
 None is needed to resume or to judge a run, and each may be missing or fail.
 """
 
 import csv
-import importlib.util
 import io
 import json
 import math
 import struct
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from opsin.errors import LockLost
 from opsin.reporting.journal import GRADIENTS, PERCENTS, Event, Row, Sink, quantile_names, quantiles_by_part, read_rows
-from opsin.reporting.painter import Plots
+from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
+from opsin.storage.teller import Teller
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.histogram_pb2 import HistogramProto  # type: ignore[import-untyped]
@@ -27,56 +29,23 @@ if TYPE_CHECKING:
 _SMALLEST = 1e-30
 """Zero has no logarithm."""
 
-SinkName = Literal["csv", "tensorboard", "plots", "text"]
 
-
-def open_sinks(
-    folder: Path, names: Sequence[SinkName], *, notice: Callable[[str], None], warn: Callable[[str], None]
-) -> list[Sink]:
-    """The sinks of a run directory. One whose package is missing is left out, with a notice.
-
-    `warn` is told what a sink cannot do and the journal need not know.
-    """
-    sinks: list[Sink] = []
-    for name in names:
-        if name == "csv":
-            sinks.append(CsvTable(folder))
-        elif name == "text":
-            sinks.append(TextLog(folder))
-        elif name == "plots":
-            if importlib.util.find_spec("matplotlib") is None:
-                notice("matplotlib is not installed: no plots are drawn (pip install matplotlib)")
-            else:
-                sinks.append(Plots(folder, warn=warn))
-        elif importlib.util.find_spec("tensorboard") is None:
-            notice("tensorboard is not installed: no TensorBoard log is written (pip install tensorboard)")
-        else:
-            sinks.append(TensorBoard(folder))
-    return sinks
-
-
-class CsvTable:
+class CsvTable(Sink):
     """`log.csv`: `metrics.jsonl` as a table, one column per name, empty where a row has no value.
 
-    Made anew from `metrics.jsonl` at the first row of an epoch, after a resume and at the end; so it
+    Written again from `metrics.jsonl` at the first row of an epoch, after a resume and at the end; so it
     needs no state, and its header always fits.
     """
 
     name = "log.csv"
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._epoch = 0
-        self._next_s = 0.0
+    _epoch = 0
+    _next_s = 0.0
 
     def write(self, row: Row) -> None:
         """Make the table when a new epoch has begun."""
         if int(row.epoch) > self._epoch and time.monotonic() >= self._next_s:
             self._make()
             self._epoch = int(row.epoch)
-
-    def event(self, event: Event) -> None:
-        pass
 
     def rewind(self, step: int) -> None:
         self._make()
@@ -87,25 +56,22 @@ class CsvTable:
     def close(self) -> None:
         self._make()
 
-    def abandon(self) -> None:
-        pass
-
     def _make(self) -> None:
         started = time.monotonic()
-        rows = list(read_rows(self._folder / "metrics.jsonl"))
+        rows = list(read_rows(self.folder / "metrics.jsonl"))
         names = sorted({name for row in rows for name in row.values})
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["step", "epoch", "time_s", *names])
         for row in rows:
             table.writerow([row.step, row.epoch, row.time_s, *(row.values.get(name, "") for name in names)])
-        write_atomic(self._folder / self.name, text.getvalue().encode())
+        write_atomic(self.folder / self.name, text.getvalue().encode())
         # Long logs with short epochs: at most a twentieth of the time goes into tables.
         now = time.monotonic()
         self._next_s = now + 20 * (now - started)
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """`tensorboard/`: every value by step, the quantiles of a part as one histogram.
 
     Records are written in this thread: the thread of TensorBoard's own writer dies on a full disk.
@@ -113,10 +79,10 @@ class TensorBoard:
     """
 
     name = "tensorboard"
+    package = "tensorboard"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "tensorboard"
-        self._metrics = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, teller: Teller) -> None:
+        super().__init__(folder, teller)
         self._begin(purge_from=None)
 
     def write(self, row: Row) -> None:
@@ -133,8 +99,8 @@ class TensorBoard:
                 records.append(Record(wall_time=now, step=self._purge_from, session_log=start))
         parts = quantiles_by_part(GRADIENTS, row.values)
         in_parts = {name for part in parts for name in quantile_names(GRADIENTS, part)}
-        places = {"epoch": row.epoch, **row.values}
-        values = [Summary.Value(tag=name, simple_value=places[name]) for name in sorted(places.keys() - in_parts)]
+        scalars = {"epoch": row.epoch, **row.values}
+        values = [Summary.Value(tag=name, simple_value=scalars[name]) for name in sorted(scalars.keys() - in_parts)]
         values += [
             Summary.Value(tag=f"{GRADIENTS}/{part} (log10)", histo=_histogram(quantiles))
             for part, quantiles in parts.items()
@@ -142,31 +108,22 @@ class TensorBoard:
         records.append(Record(wall_time=now, step=row.step, summary=Summary(value=values)))
         self._append([record.SerializeToString() for record in records])
 
-    def event(self, event: Event) -> None:
-        pass
-
     def rewind(self, step: int) -> None:
-        """Forget later steps, and write those before that an earlier session could not or did not write."""
-        last = last_recorded_step(self._folder)
+        """Forget later steps, and add earlier ones that no session has written."""
+        last = last_recorded_step(self.folder / self.name)
         whole = -1 if last is None else min(last, step) - 1  # of the last step itself only a part may be there
         self._begin(purge_from=None if last is None else whole + 1)
-        for row in read_rows(self._metrics):
+        for row in read_rows(self.folder / "metrics.jsonl"):
             if whole < row.step <= step:
                 self.write(row)
 
     def catch_up(self, step: int) -> None:
         self.rewind(step)
 
-    def close(self) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
-
     def _begin(self, *, purge_from: int | None) -> None:
         # Readers take the files in the order of their names, and drop what they have read from
         # `purge_from` on when a later file begins with it.
-        self._path = self._folder / f"events.out.tfevents.{time.time():.6f}"
+        self._path = self.folder / self.name / f"events.out.tfevents.{time.time():.6f}"
         self._end = 0
         self._purge_from = purge_from
 
@@ -176,7 +133,7 @@ class TensorBoard:
         data = io.BytesIO()
         for record in records:
             RecordWriter(data).write(record)
-        self._folder.mkdir(exist_ok=True)
+        self._path.parent.mkdir(exist_ok=True)
         with self._path.open("r+b" if self._path.exists() else "xb", buffering=0) as file:
             file.seek(self._end)  # over what a failed attempt left
             if file.write(data.getvalue()) < data.tell():
@@ -197,7 +154,7 @@ def _histogram(quantiles: Sequence[float]) -> "HistogramProto":
 
 
 def last_recorded_step(folder: Path) -> int | None:
-    """The last step in the newest TensorBoard file of `folder` that has one; None where there is none."""
+    """The last step in the newest TensorBoard file of `folder` that has one; None if there is none."""
     for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
         if (record := _last_record(path.read_bytes())) is None:
             continue
@@ -212,7 +169,7 @@ def last_recorded_step(folder: Path) -> int | None:
 
 
 def _last_record(data: bytes) -> bytes | None:
-    """A record is its length in 8 bytes, a checksum in 4, the content, and a checksum in 4."""
+    """The last whole record: its length in 8 bytes, a checksum in 4, the content, and a checksum in 4."""
     start, last = 0, None
     while start + 12 <= len(data):
         (length,) = struct.unpack_from("<Q", data, start)
@@ -223,19 +180,25 @@ def _last_record(data: bytes) -> bytes | None:
     return last
 
 
-class TextLog:
+class TextLog(Sink):
     """`log.txt`: one line per row, event and console message, for `tail -f`. Never rewritten."""
 
     name = "log.txt"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, teller: Teller, *, owner: RunDirectory | None = None) -> None:
+        """`say` writes nothing once `owner` has lost its lock."""
+        super().__init__(folder, teller)
         self._path = folder / self.name
+        self._owner = owner
         self._unsaid: deque[str] = deque(maxlen=1000)
+        self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
-        """Add a line of any text; one that cannot be written now waits for the next, the oldest of many are lost."""
-        self._unsaid.append(_dated(text))
-        with suppress(OSError):
+        """Add a line of any text, in any thread. If that fails, it waits for the next; the oldest of many are lost."""
+        with self._lock, suppress(OSError, LockLost):
+            if self._owner is not None:
+                self._owner.check_held()
+            self._unsaid.append(_dated(text))
             while self._unsaid:
                 self._add(self._unsaid[0])
                 self._unsaid.popleft()
@@ -266,16 +229,10 @@ class TextLog:
 
     def rewind(self, step: int) -> None:
         if self._path.exists() and b"  step " in self._path.read_bytes():
-            self.line(f"continues after step {step}; what stands above of later steps is done anew")
+            self.line(f"continues after step {step}; later steps above are done again")
 
     def catch_up(self, step: int) -> None:
         self.line(f"lines up to step {step} could not be written; the values are in metrics.jsonl")
-
-    def close(self) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
 
 
 def _dated(text: str) -> str:

@@ -1,7 +1,7 @@
 """Alerts and ends of runs, sent as JSON by POST to a URL that the recipe or the environment names.
 
-A thread sends them, so that a server that is slow, down or silent costs training nothing. What cannot be sent waits,
-up to a bound, and is tried again with growing pauses; the end of a run waits a moment for the last.
+A thread sends them, so that a slow, broken or silent server costs training nothing. Messages that it does not take
+wait, up to a bound, and are sent again after growing pauses; the end of a run waits a moment for the last.
 
 The URL is a secret wherever it is more than a host: it is shown as `https://host/...` only.
 """
@@ -10,12 +10,10 @@ import json
 import os
 import re
 import threading
-import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -25,9 +23,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator
 
 from opsin.errors import ConfigError
-from opsin.reporting.journal import Event, Row
+from opsin.reporting.journal import Event, Sink
 from opsin.settings.family import Settings
-from opsin.storage.teller import Fact
+from opsin.storage.teller import Fact, Teller
 
 KINDS = (
     "alert",
@@ -51,7 +49,7 @@ def webhook_url(setting: str) -> str:
     """The URL that the recipe's key `alerts.webhook` means: itself, or the value of `env:NAME`.
 
     Raises:
-        ConfigError: the variable is not set, or what is given is no URL; the message does not show a secret.
+        ConfigError: the variable is not set, or holds no URL; the message does not show a secret.
     """
     if not setting.startswith(_FROM_ENVIRONMENT):
         return setting
@@ -66,18 +64,18 @@ def webhook_url(setting: str) -> str:
 
 
 def check_setting(setting: str) -> str:
-    """`setting` as it is, where it may stand in a recipe.
+    """Return a setting that may be written into `recipe.yaml`.
 
     Raises:
-        ValueError: it is neither a URL nor `env:NAME`, or holds a secret, which would stand in `recipe.yaml`.
+        ValueError: it is neither a URL nor `env:NAME`, or may hold a secret.
     """
     way_out = "put the URL into an environment variable and write env:NAME"
     if setting.startswith(_FROM_ENVIRONMENT):
         if not re.fullmatch(r"[A-Za-z_]\w*", setting.removeprefix(_FROM_ENVIRONMENT)):
-            raise ValueError("what follows env: names no environment variable; write env:NAME")
+            raise ValueError("the text after env: is not the name of an environment variable; write env:NAME")
         return setting
     if fault := url_fault(setting):
-        raise ValueError(f"what is given {fault}; {way_out}")
+        raise ValueError(f"the text {fault}; {way_out}")
     parts = urlsplit(setting)
     is_plain = _PLAIN_PATH.fullmatch(parts.path) and not any(sign in setting for sign in "?#@")
     if not is_plain or any(map(_TOKEN.fullmatch, re.split(r"[/.~]", parts.path))):
@@ -86,26 +84,26 @@ def check_setting(setting: str) -> str:
 
 
 class AlertsConfig(Settings):
-    """Who is told of alerts, rollbacks and the end of a run, besides the console and the logs."""
+    """Receivers of alerts, rollbacks and ends of runs, besides the console and the logs."""
 
     webhook: Annotated[str, AfterValidator(check_setting)] | None = None
-    """A URL that gets them as JSON by POST; `env:NAME` takes it from an environment variable, where it is a secret."""
+    """A URL that gets each message as JSON by POST; `env:NAME` reads a secret one from an environment variable."""
 
 
 def url_fault(url: str) -> str | None:
-    """Why `url` cannot be posted to, without its text; None where it can."""
+    """The reason why `url` cannot be posted to, without its text; None if it can."""
     try:
         parts = urlsplit(url)
         port_fits = parts.port is None or parts.port > 0
     except ValueError:
-        return "is no URL"
+        return "is not a URL"
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_fits or re.search(r"\s|[^!-~]", url):
-        return "is no http:// or https:// URL"
+        return "is not an http:// or https:// URL"
     return None
 
 
 def masked(url: str) -> str:
-    """What may be shown of a URL."""
+    """A URL as it may be shown."""
     parts = urlsplit(url)
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname}{port}/..."
@@ -121,113 +119,91 @@ class Patience:
     """After a failure; doubled with each that follows."""
     longest_pause_s: float = 60.0
     end_s: float = 10.0
-    """How long `close` waits at most."""
+    """The longest time that `close` waits."""
 
 
-class Webhook:
-    """A sink of the journal. The newest `bound` messages wait where the server does not take them."""
+class Webhook(Sink):
+    """A sink that sends events to a server. The newest `bound` messages wait until it takes them."""
 
     name = "webhook"
 
     def __init__(
         self,
         folder: Path,
+        teller: Teller,
         url: str,
         *,
         recipe: str = "",
-        warn: Callable[[str], None],
         patience: Patience = Patience(),  # frozen
         bound: int = 100,
     ) -> None:
-        """`warn` is told once that the server does not answer; in the thread of the journal."""
-        self._run = folder.resolve().name
+        super().__init__(folder, teller)
         self._recipe = recipe
         self._url = url
-        self._warn = warn
         self._patience = patience
-        self._bound = bound
-        self._waiting: deque[bytes] = deque()
-        self._lost = 0
-        self._fault: str | None = None
-        self._warned = False
+        self._waiting: deque[bytes] = deque(maxlen=bound)
+        self._unsent = 0
+        """Messages that were not taken: those that wait, and those that are lost."""
         self._changed = threading.Condition()
-        self._closing = False
+        self._is_closing = False
         self._thread: threading.Thread | None = None
 
-    def write(self, row: Row) -> None:
-        self._tell()
-
     def event(self, event: Event) -> None:
-        """Send it, if it is of those that are sent."""
-        self._tell()
+        """Queue the event if its kind is in KINDS."""
         if event.kind not in KINDS:
             return
         with self._changed:
-            if len(self._waiting) >= self._bound:
-                self._waiting.popleft()
-                self._lost += 1
-            self._waiting.append(_message(event, self._run, self._recipe))
+            self._waiting.append(_message(event, self.folder.resolve().name, self._recipe))
+            self._unsent += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._send_all, name="webhook", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
-    def rewind(self, step: int) -> None:
-        pass
-
-    def catch_up(self, step: int) -> None:
-        pass
-
     def close(self) -> None:
-        """Wait a moment for what is not sent yet; then it is lost, with a warning."""
+        """Wait a moment for messages that are not sent yet; then they are lost, with a warning."""
         with self._changed:
-            self._closing = True
+            self._is_closing = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._waiting, timeout=self._patience.end_s)
-            lost = len(self._waiting) + self._lost
             self._waiting.clear()
-        self._tell()
+            lost = self._unsent
         if lost:
-            self._warn(f"webhook: {lost} messages could not be sent to {masked(self._url)} and are lost")
+            self.teller.warning(f"webhook: {lost} messages could not be sent to {masked(self._url)} and are lost")
 
     def abandon(self) -> None:
         self.close()
 
-    def _tell(self) -> None:
-        with self._changed:
-            fault = None if self._warned else self._fault
-            self._warned = self._warned or fault is not None
-        if fault is not None:
-            self._warn(f"webhook: {masked(self._url)} {fault}; training goes on, messages wait and are tried again")
-
     def _send_all(self) -> None:
-        pause_s = self._patience.first_pause_s
+        pause_s, has_warned = self._patience.first_pause_s, False
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
+                self._changed.wait_for(lambda: self._waiting or self._is_closing)
                 if not self._waiting:
                     return
-                message = self._waiting[0]
+                message, was_closing = self._waiting[0], self._is_closing
             fault = _post(self._url, message, timeout_s=self._patience.answer_s)
+            if fault is not None and not has_warned and self._waiting:
+                has_warned = True
+                self.teller.warning(
+                    f"webhook: {masked(self._url)} {fault}; training goes on, messages wait and are tried again"
+                )
             with self._changed:
-                if fault is not None:
-                    self._fault = fault
                 if fault is None or fault.startswith(_GIVEN_UP):
-                    self._lost += fault is not None
-                    # Meanwhile the bound may have taken it.
+                    self._unsent -= fault is None
+                    # Meanwhile newer ones may have pushed it out.
                     if self._waiting and self._waiting[0] is message:
                         self._waiting.popleft()
                     self._changed.notify_all()
                     pause_s = self._patience.first_pause_s
-                    continue
-                end = time.monotonic() + pause_s
-                # The end of the run is worth one more try at once, then the pauses begin anew.
-                was_closing = self._closing
-                while (left := end - time.monotonic()) > 0 and self._closing == was_closing:
-                    self._changed.wait(left)
-                pause_s = min(2 * pause_s, self._patience.longest_pause_s)
-                if self._closing and not was_closing:
-                    pause_s = self._patience.first_pause_s
+                else:
+                    pause_s = self._pause(pause_s, was_closing=was_closing)
+
+    def _pause(self, pause_s: float, *, was_closing: bool) -> float:
+        """Wait before the next try; return the pause after it."""
+        if self._changed.wait_for(lambda: self._is_closing and not was_closing, timeout=pause_s):
+            return self._patience.first_pause_s  # the end of the run is worth another try at once
+        return min(2 * pause_s, self._patience.longest_pause_s)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -238,7 +214,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _post(url: str, message: bytes, *, timeout_s: float) -> str | None:
-    """Why the message was not taken; None where it was. Never shows the URL."""
+    """Send a message; return the reason if the server did not take it, without the URL."""
     address, credentials = _apart(url)
     headers = {"Content-Type": "application/json", "User-Agent": "opsin", **credentials}
     request = urllib.request.Request(address, message, headers, method="POST")
@@ -247,8 +223,8 @@ def _post(url: str, message: bytes, *, timeout_s: float) -> str | None:
             return None
     except urllib.error.HTTPError as error:
         with error:
-            passing = error.code in (408, 425, 429) or error.code >= 500
-            return f"answers {error.code}" if passing else f"{_GIVEN_UP} a message with {error.code}"
+            is_transient = error.code in (408, 425, 429) or error.code >= 500
+            return f"answers {error.code}" if is_transient else f"{_GIVEN_UP} a message with {error.code}"
     except urllib.error.URLError as error:
         reason = error.reason
         words = reason.strerror or type(reason).__name__ if isinstance(reason, OSError) else "no connection"
@@ -260,7 +236,7 @@ def _post(url: str, message: bytes, *, timeout_s: float) -> str | None:
 
 
 def _apart(url: str) -> tuple[str, dict[str, str]]:
-    """The URL without the user and the password that stand before its host, and the header that they belong in."""
+    """Split a URL into the URL without user and password, and the header that holds these."""
     parts = urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
     if not at:
@@ -279,7 +255,7 @@ def _message(event: Event, run: str, recipe: str) -> bytes:
         "step": event.step,
         "kind": event.kind,
         "message": str(said),
-        # What chat services show.
+        # Chat services show this.
         "text": f"opsin {run}: {event.kind}" + (f": {said}" if said else f" after step {event.step}"),
     }
     return json.dumps(facts).encode()

@@ -224,7 +224,7 @@ def _initial_weights(recipe: Recipe, console: Console) -> Mapping[str, Tensor]:
     bare = recipe.model_copy(update={"evaluators": {}, "monitors": {}})
     with tempfile.TemporaryDirectory(prefix="opsin-eval-", ignore_cleanup_errors=True) as folder:
         directory = RunDirectory(Path(folder))
-        with closing(Journal(directory.path, warn=console.warning)) as journal:
+        with closing(Journal(directory.path, teller=console)) as journal:
             return assemble(bare, directory, journal, console, fingerprint="").fresh().method.state_dict()
 
 

@@ -4,22 +4,24 @@ A run may take several sessions. Each opens the directory, trains, and leaves it
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from opsin.errors import ConfigError, LockLost, RunError, Stopped, TrainingError
+from opsin.errors import ConfigError, RunError, Stopped, TrainingError
 from opsin.export.encoder import write_model
 from opsin.reporting.console import Console, describe, duration, open_console
-from opsin.reporting.journal import Journal
-from opsin.reporting.sinks import SinkName, TextLog, open_sinks
+from opsin.reporting.journal import Journal, Sink
+from opsin.reporting.painter import Plots
+from opsin.reporting.sinks import CsvTable, TensorBoard, TextLog
 from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.run.assemble import assemble
 from opsin.run.rates import find_lr
@@ -30,6 +32,7 @@ from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
 from opsin.storage.backup.service import open_backup, refuse_taken
 from opsin.storage.directory import RunDirectory, spelled_out
 from opsin.storage.files import write_atomic
+from opsin.storage.teller import Silence, Teller
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.evaluations import AVERAGED
 from opsin.training.loop import Run, fit
@@ -177,24 +180,14 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequence[str], *, quiet: bool) -> Run:
-    console = open_console(quiet=quiet, also=_text_log(directory))
+    log = TextLog(directory.path, Silence(), owner=directory)
+    console = open_console(quiet=quiet, log=log)
     for note in notes:
         console.notice(note)
     if (line := against_published(recipe)) is not None:
         console.notice(line)
-    sinks: list[SinkName] = []
-    if recipe.log.csv:
-        sinks.append("csv")
-    if recipe.log.tensorboard:
-        sinks.append("tensorboard")
-    sinks.append("text")
-    if recipe.log.plots:
-        sinks.append("plots")
-    copies = open_sinks(directory.path, sinks, notice=console.notice, warn=console.warning)
-    if recipe.alerts.webhook is not None:
-        url = webhook_url(recipe.alerts.webhook)
-        copies.append(Webhook(directory.path, url, recipe=name, warn=console.warning))
-    journal = Journal(directory.path, copies, warn=console.warning, check=directory.check_held)
+    sinks = open_sinks(recipe, name, directory.path, log, console)
+    journal = Journal(directory.path, sinks, teller=console, owner=directory)
     device = choose_device(recipe.device)
     hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
     resuming = bool(find_checkpoints(directory.checkpoints))
@@ -216,16 +209,23 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     return run
 
 
-def _text_log(directory: RunDirectory) -> Callable[[str], None]:
-    """Writes lines into `log.txt` for as long as the run is this process's."""
-    log = TextLog(directory.path)
-
-    def say(text: str) -> None:
-        with suppress(LockLost):
-            directory.check_held()
-            log.say(text)
-
-    return say
+def open_sinks(recipe: Recipe, name: str, folder: Path, log: TextLog, teller: Teller) -> list[Sink]:
+    """The copies of the journal that a recipe asks for. One whose package is missing is left out, with a notice."""
+    wanted: dict[type[Sink], bool] = {
+        CsvTable: recipe.log.csv,
+        TensorBoard: recipe.log.tensorboard,
+        TextLog: True,
+        Plots: recipe.log.plots,
+    }
+    sinks: list[Sink] = []
+    for kind in (kind for kind, is_wanted in wanted.items() if is_wanted):
+        if kind.package is not None and importlib.util.find_spec(kind.package) is None:
+            teller.notice(f"{kind.package} is not installed: {kind.name}/ is not written (pip install {kind.package})")
+        else:
+            sinks.append(log if kind is TextLog else kind(folder, teller))
+    if recipe.alerts.webhook is not None:
+        sinks.append(Webhook(folder, teller, webhook_url(recipe.alerts.webhook), recipe=name))
+    return sinks
 
 
 def _tell_of_backup(journal: Journal, console: Console, kind: str, text: str) -> None:

@@ -23,21 +23,19 @@ class Teller(Protocol):
     ) -> None:
         """Record an event with its facts; `notice` or `warn` is a line for people with it.
 
-        `step` is that of the newest row of the run if it is None.
+        `step` is that of the newest row of the run if it is None. A subclass that has no record leaves this as it is.
         """
-        ...
+        if warn is not None:
+            self.warning(warn)
+        if notice is not None:
+            self.notice(notice)
 
 
-class Silence:
+class Silence(Teller):
     """A teller that reports nothing."""
 
     def notice(self, text: str) -> None:
         pass
 
     def warning(self, text: str) -> None:
-        pass
-
-    def tell(
-        self, kind: str, step: int | None = None, *, notice: str | None = None, warn: str | None = None, **facts: Fact
-    ) -> None:
         pass

@@ -22,5 +22,5 @@ def assembled_aside(recipe: Recipe, console: Console) -> Iterator[Run]:
     """
     with tempfile.TemporaryDirectory(prefix="opsin-tune-", ignore_cleanup_errors=True) as folder:
         directory = RunDirectory(Path(folder))
-        with closing(Journal(directory.path, warn=console.warning)) as journal:
+        with closing(Journal(directory.path, teller=console)) as journal:
             yield assemble(recipe, directory, journal, console, fingerprint="")

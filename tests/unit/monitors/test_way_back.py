@@ -18,6 +18,7 @@ from opsin.run.recipe import read
 from opsin.training.alerts import Alerts
 from opsin.training.checkpoints.retention import CheckpointConfig, Retention
 from opsin.training.monitor import MonitorConfig, RollBack
+from tests.story import Calm
 from tests.unit.training.tiny_run import fresh
 
 TIMELINE = Timeline([Stage(epochs=100, batch_size=64, steps_per_epoch=22)])
@@ -27,7 +28,7 @@ Rows = Iterable[tuple[int, Mapping[str, float]]]
 
 def asked(folder: Path, config: MonitorConfig, rows: Rows) -> RollBack:
     """The rollback that `config` asks for."""
-    state, journal = fresh(), Journal(folder, warn=pytest.fail)
+    state, journal = fresh(), Journal(folder, teller=Calm())
     alerts = Alerts(journal, TIMELINE, Console(io.StringIO()), {"mine": ("rollback", config.build(TIMELINE))})
     with alerts.watch(state):
         for step, values in rows:

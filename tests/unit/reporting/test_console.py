@@ -4,10 +4,13 @@ import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from opsin.reporting.console import Console, LiveConsole, describe, duration, open_console
+from opsin.reporting.sinks import TextLog
+from tests.story import Calm
 
 VALUES = {"train/loss": 0.4123, "train/top1": 0.978, "train/images_per_s": 4512.3, "train/lr": 3e-4}
 
@@ -56,11 +59,11 @@ def test_a_terminal_gets_a_bar_and_every_line() -> None:
     console.finish()
 
 
-def test_quiet_leaves_warnings_only_but_the_copy_gets_all() -> None:
-    stream, copy = Terminal(), list[str]()
-    show_all(open_console(stream=stream, quiet=True, also=copy.append))
+def test_quiet_leaves_warnings_only_but_the_log_gets_all(tmp_path: Path) -> None:
+    stream = Terminal()
+    show_all(open_console(stream=stream, quiet=True, log=TextLog(tmp_path, Calm())))
     assert stream.getvalue() == "warning: the disk [full]\n"
-    assert len(copy) == 4
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
 
 
 def test_a_reader_who_left_stops_nothing() -> None:

@@ -12,14 +12,18 @@ import pytest
 
 from opsin.errors import LockLost, RunError
 from opsin.reporting.journal import Event, Journal, Row, Sink, read_events, read_rows
+from opsin.storage.directory import RunDirectory
+from opsin.storage.teller import Teller
+from tests.story import Calm, Story
 
 
-class Memory:
+class Memory(Sink):
     """A sink that keeps what reaches it, and can be full."""
 
     name = "memory"
 
     def __init__(self) -> None:
+        super().__init__(Path("nowhere"), Calm())
         self.full = False
         self.entries: list[Row | Event | str] = []
 
@@ -47,12 +51,18 @@ class Memory:
         self.entries.append(entry)
 
 
-def no_warning(text: str) -> None:
-    raise AssertionError(text)
+class Lost(RunDirectory):
+    """A run directory that another process can take over."""
+
+    is_lost = False
+
+    def check_held(self) -> None:
+        if self.is_lost:
+            raise LockLost("taken over")
 
 
-def open_journal(folder: Path, *sinks: Sink, warn: Callable[[str], None] = no_warning) -> Journal:
-    return Journal(folder, sinks, warn=warn)
+def open_journal(folder: Path, *sinks: Sink, teller: Teller | None = None) -> Journal:
+    return Journal(folder, sinks, teller=teller or Calm())
 
 
 def log(journal: Journal, step: int, **values: float) -> None:
@@ -179,16 +189,11 @@ def test_a_folder_that_cannot_be_rewound_is_a_run_error(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_once_the_run_is_another_process_s(tmp_path: Path) -> None:
-    def check() -> None:
-        if lost:
-            raise LockLost("taken over")
-
-    lost: list[bool] = []
-    sink = Memory()
-    journal = Journal(tmp_path, [sink], warn=no_warning, check=check)
+    sink, owner = Memory(), Lost(tmp_path)
+    journal = Journal(tmp_path, [sink], teller=Calm(), owner=owner)
     log(journal, 1, train_loss=1.0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    lost.append(True)
+    owner.is_lost = True
     calls: list[Callable[[], None]] = [lambda: log(journal, 2, train_loss=1.0), lambda: journal.rewind(0)]
     for call in calls:
         with pytest.raises(LockLost):
@@ -230,13 +235,13 @@ def test_a_resumed_journal_knows_the_best_of_the_rows_it_keeps(tmp_path: Path) -
 
 
 def test_a_failing_sink_gets_everything_once_it_recovers(tmp_path: Path) -> None:
-    sink, warnings = Memory(), list[str]()
-    journal = open_journal(tmp_path, sink, warn=warnings.append)
+    sink, story = Memory(), Story()
+    journal = open_journal(tmp_path, sink, teller=story)
     sink.full = True
     for step in (1, 2, 3):
         log(journal, step, train_loss=1.0)
-    assert len(warnings) == 1
-    assert "memory" in warnings[0]
+    assert len(story.warnings) == 1
+    assert "memory" in story.warnings[0]
     sink.full = False
     log(journal, 4, train_loss=1.0)
     assert [entry.step for entry in sink.entries if isinstance(entry, Row)] == [1, 2, 3, 4]
@@ -245,15 +250,15 @@ def test_a_failing_sink_gets_everything_once_it_recovers(tmp_path: Path) -> None
 
 
 def test_rows_wait_while_the_metrics_file_cannot_be_written(tmp_path: Path) -> None:
-    warnings = list[str]()
-    journal = open_journal(tmp_path, warn=warnings.append)
+    story = Story()
+    journal = open_journal(tmp_path, teller=story)
     log(journal, 1, train_loss=1.0)
     (tmp_path / "metrics.jsonl").rename(tmp_path / "aside")
     (tmp_path / "metrics.jsonl").mkdir()  # opening it fails, for root too
     log(journal, 2, train_loss=1.0)
     log(journal, 2, val_top1=0.5)
     log(journal, 3, train_loss=1.0)
-    assert len(warnings) == 1
+    assert len(story.warnings) == 1
     (tmp_path / "metrics.jsonl").rmdir()
     (tmp_path / "aside").rename(tmp_path / "metrics.jsonl")
     log(journal, 4, train_loss=1.0)
@@ -273,23 +278,23 @@ def room_for(path: Path, more_bytes: int) -> Iterator[None]:
 
 
 def test_a_full_disk_that_took_half_a_line_leaves_whole_lines(tmp_path: Path) -> None:
-    warnings = list[str]()
-    journal = open_journal(tmp_path, warn=warnings.append)
+    story = Story()
+    journal = open_journal(tmp_path, teller=story)
     log(journal, 1, train_loss=1.0)
     with room_for(tmp_path / "metrics.jsonl", 20):
         log(journal, 1, val_top1=0.5)
         log(journal, 2, train_loss=1.0)
         assert not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
     log(journal, 3, train_loss=1.0)
-    assert len(warnings) == 1
+    assert len(story.warnings) == 1
     assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert journal.rows()[0].values == {"train/loss": 1.0, "val/top1": 0.5}
 
 
 def test_what_is_never_written_is_told_at_the_end(tmp_path: Path) -> None:
-    sink, warnings = Memory(), list[str]()
-    journal = open_journal(tmp_path, sink, warn=warnings.append)
+    sink, story = Memory(), Story()
+    journal = open_journal(tmp_path, sink, teller=story)
     sink.full = True
     log(journal, 1, train_loss=1.0)
     journal.close()
-    assert warnings[-1] == "memory: 2 entries could not be written and are lost: no space left"
+    assert story.warnings[-1] == "memory: 2 entries could not be written and are lost: no space left"

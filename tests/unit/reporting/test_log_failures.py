@@ -13,10 +13,10 @@ import pytest
 from opsin.reporting.journal import Journal, Row, read_events, read_rows
 from opsin.reporting.lines import LineFile
 from opsin.reporting.outlets import write_if_possible
-from opsin.reporting.sinks import CsvTable, SinkName, TensorBoard, TextLog, open_sinks
+from opsin.reporting.sinks import CsvTable, TensorBoard, TextLog
 from opsin.training.checkpoints.format import find_checkpoints
 from tests.digits_run import train_digits
-from tests.story import Story
+from tests.story import Calm, Story
 from tests.unit.reporting.test_journal import Memory
 from tests.unit.reporting.test_sinks import scalars, table
 
@@ -56,11 +56,9 @@ def log(journal: Journal, step: int) -> None:
 
 @pytest.mark.chaos
 def test_a_full_disk_costs_one_warning_for_each_log_and_no_row(small_disk: Path) -> None:
-    warnings: list[str] = []
-    names: tuple[SinkName, ...] = ("csv", "tensorboard", "text")
-    journal = Journal(
-        small_disk, open_sinks(small_disk, names, notice=pytest.fail, warn=pytest.fail), warn=warnings.append
-    )
+    story = Story()
+    sinks = [kind(small_disk, story) for kind in (CsvTable, TensorBoard, TextLog)]
+    journal = Journal(small_disk, sinks, teller=story)
     log(journal, 1)
     filler = fill(small_disk)
     for step in range(2, 60):
@@ -68,7 +66,7 @@ def test_a_full_disk_costs_one_warning_for_each_log_and_no_row(small_disk: Path)
         journal.log(step, step / 10, {"val/top1": 0.5}, time_s=step)
         if step % 20 == 0:
             journal.event("alert", step, message="x")
-    first_words = sorted(text.split()[0] for text in warnings)
+    first_words = sorted(text.split()[0] for text in story.warnings)
     assert first_words == sorted(set(first_words))
     assert "metrics.jsonl" in first_words
     filler.unlink()
@@ -115,10 +113,10 @@ def test_no_checkpoint_survives_a_power_cut_that_its_rows_do_not(
 def test_a_log_that_cannot_be_synced_is_one_warning_and_no_trouble(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    warnings: list[str] = []
-    journal = Journal(tmp_path, warn=warnings.append)
+    story = Story()
+    journal = Journal(tmp_path, teller=story)
     journal.sync()
-    assert warnings == [], "nothing was written yet"
+    assert story.warnings == [], "nothing was written yet"
     log(journal, 1)
 
     def broken(descriptor: int) -> None:
@@ -127,12 +125,12 @@ def test_a_log_that_cannot_be_synced_is_one_warning_and_no_trouble(
     monkeypatch.setattr(os, "fsync", broken)
     journal.sync()
     journal.sync()
-    assert warnings == [f"{tmp_path}: a power cut may cost rows of the log: Input/output error"]
+    assert story.warnings == [f"{tmp_path}: a power cut may cost rows of the log: Input/output error"]
 
 
 def test_rows_that_wait_too_long_are_lost_from_the_oldest_on_and_counted(tmp_path: Path) -> None:
-    warnings: list[str] = []
-    journal = Journal(tmp_path, warn=warnings.append)
+    story = Story()
+    journal = Journal(tmp_path, teller=story)
     (tmp_path / "metrics.jsonl").mkdir()
     for step in range(1, MOST + 6):
         log(journal, step)
@@ -144,12 +142,12 @@ def test_rows_that_wait_too_long_are_lost_from_the_oldest_on_and_counted(tmp_pat
     assert rows[-2].values["val/top1"] == 0.5
     (event,) = read_events(tmp_path / "events.jsonl")
     assert event.facts == {"log": "metrics.jsonl", "lost": 7}
-    assert len(warnings) == 1
+    assert len(story.warnings) == 1
 
 
 def test_a_sink_that_failed_too_long_makes_good_from_the_metrics(tmp_path: Path) -> None:
-    sink, warnings = Memory(), list[str]()
-    journal = Journal(tmp_path, [sink], warn=warnings.append)
+    sink, story = Memory(), Story()
+    journal = Journal(tmp_path, [sink], teller=story)
     sink.full = True
     for step in range(1, MOST + 3):
         log(journal, step)
@@ -158,7 +156,7 @@ def test_a_sink_that_failed_too_long_makes_good_from_the_metrics(tmp_path: Path)
     rows = [entry.step for entry in sink.entries if isinstance(entry, Row)]
     assert sink.entries[0] == f"catch up {MOST + 3}"
     assert rows == [MOST + 1, MOST + 2, MOST + 3]
-    assert len(warnings) == 1
+    assert len(story.warnings) == 1
 
 
 class Slow(Memory):
@@ -174,28 +172,28 @@ class Slow(Memory):
 
 def test_a_sink_that_is_slow_to_fail_is_asked_rarely(tmp_path: Path) -> None:
     sink = Slow()
-    journal = Journal(tmp_path, [sink], warn=lambda text: None)
+    journal = Journal(tmp_path, [sink], teller=Story())
     for step in range(1, 30):
         log(journal, step)
     assert sink.asked <= 5
 
 
 def test_tensorboard_gets_the_rows_of_sessions_that_had_none(tmp_path: Path) -> None:
-    first = Journal(tmp_path, warn=pytest.fail)
+    first = Journal(tmp_path, teller=Calm())
     for step in (1, 2, 3):
         log(first, step)
     first.close()
-    second = Journal(tmp_path, [TensorBoard(tmp_path)], warn=pytest.fail)
+    second = Journal(tmp_path, [TensorBoard(tmp_path, Calm())], teller=Calm())
     second.rewind(2)
     log(second, 3)
     log(second, 4)
     second.close()
-    third = Journal(tmp_path, warn=pytest.fail)
+    third = Journal(tmp_path, teller=Calm())
     third.rewind(4)
     for step in (5, 6):
         log(third, step)
     third.close()
-    fourth = Journal(tmp_path, [TensorBoard(tmp_path)], warn=pytest.fail)
+    fourth = Journal(tmp_path, [TensorBoard(tmp_path, Calm())], teller=Calm())
     fourth.rewind(6)
     log(fourth, 7)
     fourth.close()
@@ -203,17 +201,17 @@ def test_tensorboard_gets_the_rows_of_sessions_that_had_none(tmp_path: Path) -> 
 
 
 def test_what_tensorboard_lost_at_the_end_is_there_after_a_resume(tmp_path: Path) -> None:
-    warnings: list[str] = []
-    first = Journal(tmp_path, [TensorBoard(tmp_path)], warn=warnings.append)
+    story = Story()
+    first = Journal(tmp_path, [TensorBoard(tmp_path, Calm())], teller=story)
     log(first, 1)
     (tmp_path / "tensorboard").rename(tmp_path / "aside")
     (tmp_path / "tensorboard").touch()  # a file where the folder should be
     log(first, 2)
     first.close()
-    assert "lost" in warnings[-1]
+    assert "lost" in story.warnings[-1]
     (tmp_path / "tensorboard").unlink()
     (tmp_path / "aside").rename(tmp_path / "tensorboard")
-    second = Journal(tmp_path, [TensorBoard(tmp_path)], warn=pytest.fail)
+    second = Journal(tmp_path, [TensorBoard(tmp_path, Calm())], teller=Calm())
     second.rewind(2)
     log(second, 3)
     second.close()
@@ -221,12 +219,12 @@ def test_what_tensorboard_lost_at_the_end_is_there_after_a_resume(tmp_path: Path
 
 
 def test_a_torn_tensorboard_file_is_made_whole_by_a_resume(tmp_path: Path) -> None:
-    first = Journal(tmp_path, [TensorBoard(tmp_path)], warn=pytest.fail)
+    first = Journal(tmp_path, [TensorBoard(tmp_path, Calm())], teller=Calm())
     for step in (1, 2, 3):
         log(first, step)
     (file,) = (tmp_path / "tensorboard").iterdir()
     file.write_bytes(file.read_bytes()[:-9])
-    second = Journal(tmp_path, [TensorBoard(tmp_path)], warn=pytest.fail)
+    second = Journal(tmp_path, [TensorBoard(tmp_path, Calm())], teller=Calm())
     second.rewind(3)
     log(second, 4)
     second.close()
@@ -234,19 +232,19 @@ def test_a_torn_tensorboard_file_is_made_whole_by_a_resume(tmp_path: Path) -> No
 
 
 def test_the_table_is_made_again_after_a_failure(tmp_path: Path) -> None:
-    warnings: list[str] = []
+    story = Story()
     (tmp_path / "log.csv").mkdir()
-    journal = Journal(tmp_path, [CsvTable(tmp_path)], warn=warnings.append)
+    journal = Journal(tmp_path, [CsvTable(tmp_path, Calm())], teller=story)
     log(journal, 10)
     (tmp_path / "log.csv").rmdir()
     log(journal, 20)
     journal.close()
     assert [int(row["step"]) for row in table(tmp_path)] == [10, 20]
-    assert len(warnings) == 1
+    assert len(story.warnings) == 1
 
 
 def test_lines_of_the_console_wait_for_room_in_the_text_log(tmp_path: Path) -> None:
-    text = TextLog(tmp_path)
+    text = TextLog(tmp_path, Calm())
     (tmp_path / "log.txt").mkdir()
     text.say("first")
     text.say("second")
@@ -294,7 +292,7 @@ def test_a_training_whose_logs_all_fail_learns_the_same(tmp_path: Path, capsys: 
 def test_after_a_rewind_nothing_that_waited_stands_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_over: bool
 ) -> None:
-    journal, write, is_full = Journal(tmp_path, warn=lambda text: None), LineFile.write, True
+    journal, write, is_full = Journal(tmp_path, teller=Story()), LineFile.write, True
 
     def failing(self: LineFile, line: bytes, *, step: int | None = None) -> None:
         if is_full:

@@ -15,6 +15,7 @@ import pytest
 from opsin.errors import ConfigError
 from opsin.reporting.journal import Journal
 from opsin.reporting.webhook import Patience, Webhook, check_setting, masked, url_fault, webhook_url
+from tests.story import Story
 
 QUICK = Patience(answer_s=0.3, first_pause_s=0.02, longest_pause_s=0.05, end_s=5.0)
 
@@ -70,15 +71,15 @@ def servers() -> Iterator[list[Server]]:
         server.close()
 
 
-def journal_with(folder: Path, url: str, warnings: list[str], patience: Patience = QUICK, bound: int = 100) -> Journal:
-    hook = Webhook(folder, url, recipe="tiny", warn=warnings.append, patience=patience, bound=bound)
-    return Journal(folder, [hook], warn=warnings.append)
+def journal_with(folder: Path, url: str, story: Story, patience: Patience = QUICK, bound: int = 100) -> Journal:
+    hook = Webhook(folder, story, url, recipe="tiny", patience=patience, bound=bound)
+    return Journal(folder, [hook], teller=story)
 
 
 def test_alerts_and_the_end_of_a_run_are_sent_and_nothing_else(tmp_path: Path, servers: list[Server]) -> None:
     servers.append(server := Server([200]))
-    warnings: list[str] = []
-    journal = journal_with(tmp_path, server.url, warnings)
+    story = Story()
+    journal = journal_with(tmp_path, server.url, story)
     journal.log(1, 0.1, {"train/loss": 1.0}, time_s=1.0)
     journal.event("checkpoint", 5)
     journal.event("alert", 7, monitor="collapse", message="features collapse")
@@ -89,19 +90,19 @@ def test_alerts_and_the_end_of_a_run_are_sent_and_nothing_else(tmp_path: Path, s
         ("done", 9, "tiny"),
     ]
     assert server.taken[0]["text"] == f"opsin {tmp_path.name}: alert: features collapse"
-    assert not warnings
+    assert not story.warnings
 
 
 def test_what_a_server_refuses_for_a_while_is_sent_again_in_order(tmp_path: Path, servers: list[Server]) -> None:
     servers.append(server := Server([500, 503, 429, 200]))
-    warnings: list[str] = []
-    journal = journal_with(tmp_path, server.url, warnings)
+    story = Story()
+    journal = journal_with(tmp_path, server.url, story)
     journal.event("alert", 1, message="first")
     journal.event("alert", 2, message="second")
     journal.close()
     assert [item["message"] for item in server.taken] == ["first", "second"]
-    assert len(warnings) == 1
-    assert "answers" in warnings[0]
+    assert len(story.warnings) == 1
+    assert "answers" in story.warnings[0]
 
 
 @pytest.mark.parametrize("answers", [[0], [500]], ids=["hangs", "is broken"])
@@ -109,8 +110,8 @@ def test_a_server_that_never_answers_costs_one_warning_and_a_bounded_end(
     tmp_path: Path, servers: list[Server], answers: list[int]
 ) -> None:
     servers.append(server := Server(answers))
-    warnings: list[str] = []
-    journal = journal_with(tmp_path, server.url, warnings, Patience(0.2, 0.02, 0.05, end_s=0.5), bound=3)
+    story = Story()
+    journal = journal_with(tmp_path, server.url, story, Patience(0.2, 0.02, 0.05, end_s=0.5), bound=3)
     began = time.monotonic()
     for step in range(50):
         journal.event("alert", step, message="x")
@@ -122,9 +123,9 @@ def test_a_server_that_never_answers_costs_one_warning_and_a_bounded_end(
     began = time.monotonic()
     journal.close()
     assert time.monotonic() - began < 3
-    assert len(warnings) == 2
-    assert "50 messages could not be sent" in warnings[1]
-    assert "/hook" not in "".join(warnings)
+    assert len(story.warnings) == 2
+    assert "50 messages could not be sent" in story.warnings[1]
+    assert "/hook" not in "".join(story.warnings)
 
 
 @pytest.mark.parametrize("answer", [404, 302])
@@ -132,13 +133,13 @@ def test_a_message_that_is_refused_for_good_is_not_sent_again(
     tmp_path: Path, servers: list[Server], answer: int
 ) -> None:
     servers.append(server := Server([answer, 200]))
-    warnings: list[str] = []
-    journal = journal_with(tmp_path, server.url, warnings)
+    story = Story()
+    journal = journal_with(tmp_path, server.url, story)
     journal.event("alert", 1, message="refused")
     journal.event("done", 2, reason=None)
     journal.close()
     assert [item["kind"] for item in server.taken] == ["done"]
-    assert f"refused a message with {answer}" in warnings[0]
+    assert f"refused a message with {answer}" in story.warnings[0]
 
 
 @pytest.mark.parametrize(("user", "sent"), [("me:p%40ss%3Aw@", "me:p@ss:w"), ("token@", "token:"), ("", None)])
@@ -148,15 +149,15 @@ def test_a_user_and_a_password_go_into_a_header_and_nowhere_else(
     servers.append(server := Server([200, 404]))
     url = server.url.replace("//", f"//{user}")
     assert url_fault(url) is None
-    warnings: list[str] = []
-    journal = journal_with(tmp_path, url, warnings)
+    story = Story()
+    journal = journal_with(tmp_path, url, story)
     journal.event("alert", 1, message="taken")
     journal.event("done", 2, reason=None)
     journal.close()
     wanted = None if sent is None else f"Basic {b64encode(sent.encode()).decode()}"
     assert server.authorizations == [wanted] * 2
     assert [item["kind"] for item in server.taken] == ["alert"]
-    shown = "".join(warnings) + (tmp_path / "events.jsonl").read_text()
+    shown = "".join(story.warnings) + (tmp_path / "events.jsonl").read_text()
     assert "refused a message with 404" in shown
     assert not any(secret in shown for secret in ("p%40ss", "p@ss", "token@"))
 
@@ -166,17 +167,17 @@ def test_a_closed_port_is_named_without_the_secret(tmp_path: Path, user: str, pa
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://{user}127.0.0.1:{taken.getsockname()[1]}/{path}"
-    warnings: list[str] = []
-    journal = journal_with(tmp_path, url, warnings, Patience(0.2, 0.02, 0.05, end_s=0.3))
+    story = Story()
+    journal = journal_with(tmp_path, url, story, Patience(0.2, 0.02, 0.05, end_s=0.3))
     journal.event("failed", 3, reason="loss nan")
     journal.close()
-    assert "cannot be reached (Connection refused)" in warnings[0]
-    assert not any(word in "".join(warnings) for word in ("secret", "me:"))
+    assert "cannot be reached (Connection refused)" in story.warnings[0]
+    assert not any(word in "".join(story.warnings) for word in ("secret", "me:"))
 
 
 def test_a_slow_server_is_waited_for_at_the_end_only(tmp_path: Path, servers: list[Server]) -> None:
     servers.append(server := Server([200], delay_s=0.2))
-    journal = journal_with(tmp_path, server.url, [], Patience(end_s=10.0))
+    journal = journal_with(tmp_path, server.url, Story(), Patience(end_s=10.0))
     began = time.monotonic()
     journal.event("alert", 1, message="x")
     assert time.monotonic() - began < 0.2
@@ -245,6 +246,6 @@ def test_what_is_no_webhook_is_refused(setting: str) -> None:
 
 
 def test_a_url_after_env_is_refused_without_showing_it() -> None:
-    with pytest.raises(ValueError, match="what follows env: names no environment variable") as caught:
+    with pytest.raises(ValueError, match="the text after env: is not the name of an environment variable") as caught:
         check_setting("env:https://hooks/SECRET")
     assert "SECRET" not in str(caught.value)

@@ -16,7 +16,8 @@ import torch
 import opsin
 from opsin.errors import ConfigError, LockLost, OpsinError, RunError
 from opsin.reporting.journal import read_events, read_rows
-from opsin.run.session import FIXED, _text_log, fingerprint, in_words, resume_run, train, train_recipe
+from opsin.reporting.sinks import TextLog
+from opsin.run.session import FIXED, fingerprint, in_words, open_sinks, resume_run, train, train_recipe
 from opsin.storage import lock as runlock
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
@@ -24,6 +25,7 @@ from opsin.storage.listing import last_step
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.precision import configure
 from tests.digits_run import STEPS_PER_EPOCH, digits_recipe, train_digits
+from tests.story import Calm, Story
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 
@@ -236,10 +238,22 @@ def test_the_text_log_of_a_run_that_was_taken_over_gets_no_more_lines(
     tmp_path: Path, lease: Callable[[Path], None]
 ) -> None:
     with RunDirectory.locked(tmp_path) as directory:
-        say = _text_log(directory)
-        say("mine")
+        log = TextLog(directory.path, Calm(), owner=directory)
+        log.say("mine")
         lease(tmp_path)
         time.sleep(0.01)
-        say("not mine")
+        log.say("not mine")
     (line,) = (tmp_path / "log.txt").read_text().splitlines()
     assert line.endswith("  mine")
+
+
+def test_a_missing_package_is_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    story = Story()
+    recipe = digits_recipe("log={csv: true, tensorboard: true, plots: true}")
+    sinks = open_sinks(recipe, "digits", tmp_path, TextLog(tmp_path, story), story)
+    assert [sink.name for sink in sinks] == ["log.csv", "log.txt"]
+    assert story.notices == [
+        "tensorboard is not installed: tensorboard/ is not written (pip install tensorboard)",
+        "matplotlib is not installed: plots/ is not written (pip install matplotlib)",
+    ]

@@ -21,6 +21,7 @@ from opsin.training.alerts import Alerts
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.loop import Run, fit
 from opsin.training.monitor import CANCELLED, Action, Finding, Monitor, RollBack
+from tests.story import Calm
 from tests.unit.training.test_loop import Numbers, run_in
 from tests.unit.training.tiny_run import Tiny, equal
 from tests.unit.training.tiny_run import fresh as fresh_state
@@ -64,7 +65,7 @@ class Scenario:
         is_regular: Callable[[int], bool] = lambda step: True,
     ) -> None:
         """A new session."""
-        self.journal = Journal(self.folder, warn=pytest.fail)
+        self.journal = Journal(self.folder, teller=Calm())
         self.monitor = High(remembers=remembers)
         self.alerts = Alerts(
             self.journal, TIMELINE, Console(self.screen), {"mine": (action, self.monitor)}, is_regular=is_regular
@@ -270,7 +271,7 @@ def test_nothing_is_lost_by_a_stop(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="step 10: it is late"):
         fit(watched_run(folder))
     assert list(find_checkpoints(folder / "checkpoints")) == [10], "the state as it was when the row was judged"
-    assert [row.step for row in Journal(folder, warn=pytest.fail).rows()] == [4, 5, 8, 10]
+    assert [row.step for row in Journal(folder, teller=Calm()).rows()] == [4, 5, 8, 10]
     assert equal(fit(watched_run(folder)), straight)
 
 

@@ -33,6 +33,7 @@ from opsin.training.monitor import Action, Finding, Monitor
 from opsin.training.observe import Observations
 from opsin.training.state import Pace, StepPlan, TrainState
 from opsin.training.stop import Stop
+from tests.story import Calm
 from tests.unit.training.tiny_run import Tiny, equal
 
 TIMELINE = Timeline([Stage(epochs=3, batch_size=4, steps_per_epoch=5)])
@@ -96,7 +97,7 @@ def run_in(
     """A run with the files of `folder`, as a new process would open it."""
     folder.mkdir(exist_ok=True)
     directory = RunDirectory(folder)
-    journal = Journal(folder, warn=pytest.fail)
+    journal = Journal(folder, teller=Calm())
     console = Console(screen or io.StringIO())
     checkpoints = Checkpoints(
         directory.checkpoints,
@@ -141,7 +142,7 @@ def test_every_step_is_trained_once_and_logged(tmp_path: Path) -> None:
     state = fit(run)
     assert state.step == LAST
     assert data.given == list(range(LAST))
-    assert [row.step for row in Journal(tmp_path, warn=pytest.fail).rows()] == [4, 5, 8, 10, 12, 15]
+    assert [row.step for row in Journal(tmp_path, teller=Calm()).rows()] == [4, 5, 8, 10, 12, 15]
     assert list(find_checkpoints(run.directory.checkpoints)) == [LAST]
 
 
@@ -155,7 +156,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, stopped_at: int)
     rest = Numbers()
     assert equal(fit(run_in(folder, rest)), straight)
     assert rest.given == list(range(stopped_at + 1, LAST))
-    rows = {path.name: [row.step for row in Journal(path, warn=pytest.fail).rows()] for path in tmp_path.iterdir()}
+    rows = {path.name: [row.step for row in Journal(path, teller=Calm()).rows()] for path in tmp_path.iterdir()}
     assert rows["stopped"] == sorted({*rows["straight"], stopped_at + 1})
 
 
@@ -206,5 +207,5 @@ def test_saving_comes_before_evaluation_which_a_resumed_run_makes_up_for(tmp_pat
     state = fit(run_in(tmp_path, Numbers(), evaluator, every="5 steps"))
     assert state.step == LAST
     assert len(evaluator.saved) == 4, "at 5; failed at 10; again at 10; at 15"
-    scored = [row.step for row in Journal(tmp_path, warn=pytest.fail).rows() if "val/top1" in row.values]
+    scored = [row.step for row in Journal(tmp_path, teller=Calm()).rows() if "val/top1" in row.values]
     assert scored == [5, 10, 15]

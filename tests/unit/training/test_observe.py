@@ -26,6 +26,7 @@ from opsin.training.monitor import Monitor
 from opsin.training.observe import Observations
 from opsin.training.state import Pace, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
+from tests.story import Calm
 from tests.unit.training.tiny_run import fresh
 
 TIMELINE = Timeline([Stage(epochs=10, batch_size=4, steps_per_epoch=5)])
@@ -39,7 +40,7 @@ class Scenario:
         self.now = 0.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         self.folder = folder
-        self.journal = Journal(folder, warn=pytest.fail)
+        self.journal = Journal(folder, teller=Calm())
         self.screen = io.StringIO()
         self.console = Console(self.screen)
         self.state = fresh()

@@ -48,7 +48,7 @@ def small(*overrides: str) -> Recipe:
 
 def assembled(recipe: Recipe, place: Path) -> Run:
     directory = RunDirectory(place)
-    return assemble(recipe, directory, Journal(place, warn=print), quiet(), fingerprint="")
+    return assemble(recipe, directory, Journal(place, teller=quiet()), quiet(), fingerprint="")
 
 
 # --- what is trained ------------------------------------------------------------------------------
