@@ -186,8 +186,8 @@ def test_places_that_hold_no_run_are_named(tmp_path: Path, opsin_env: dict[str, 
     (tmp_path / "file").write_text("")
     pictures(tmp_path / "pictures")
     cases: Cases = {
-        train(out="file/run"): ("file/run: cannot be written: Not a directory .*choose another folder with --out",),
-        train(out="file"): ("file: cannot be written: File exists .*choose another folder with --out",),
+        train(out="file/run"): ("file/run: cannot be written: Not a directory.*choose another folder with --out",),
+        train(out="file"): ("file: cannot be written: File exists; choose another folder with --out",),
         train(out="pictures"): (r"pictures: holds 2 other files \(a, ...\) and no run; choose an empty or a new",),
         train(out="busy"): (r"busy: process \d+ is writing this run; stop it first, or choose another --out",),
         ("resume", "busy"): (r"busy: process \d+ is writing this run",),
@@ -199,7 +199,8 @@ def test_places_that_hold_no_run_are_named(tmp_path: Path, opsin_env: dict[str, 
         cases["resume", place] = (f"{place}: holds no run to resume .*; start one with opsin train RECIPE --out",)
         cases["eval", place] = (f"{place}: is no run directory and no checkpoint of one; `opsin runs` lists those",)
         cases["export", place] = (f"{place}: is no run directory and no checkpoint of one",)
-    with RunDirectory.prepare(tmp_path / "busy", "extends: quickstart\n", fresh=False, differences=lambda _: []):
+    with RunDirectory.prepare(tmp_path / "busy", fresh=False) as busy:
+        busy.take_recipe("extends: quickstart\n")
         judge(cases, tmp_path, opsin_env)
 
 

@@ -1,16 +1,17 @@
-"""Images that are not read any more because training crashed with them: `put_aside.json` of a run.
+"""Images excluded because training crashed while reading them: `put_aside.json` of a run.
 
-They are replaced as unreadable ones are, by a draw that follows from the seed and their number, and listed beside
-these in `quarantine.txt`. The file belongs to the run: whoever trains it, on whichever machine, leaves them out.
+Like unreadable images, each is replaced by a draw that follows from the seed and its number, and listed in
+`quarantine.txt`. The file belongs to the run: every process that trains it, on any machine, excludes the same images.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from opsin.errors import RunError
-from opsin.storage.files import write_atomic
+from pydantic import Field
+
+from opsin.storage.records import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,40 +20,31 @@ class ExcludedImage:
 
     index: int
     reason: str
-    location: str | None = None
-    """Its location, once a training has looked that up; it shows whether the images have changed since."""
+    location: Annotated[str | None, Field(alias="place")] = None
+    """Recorded by the first training without the image; a later one learns from it whether the images have changed."""
+
+
+_RECORD = Record(list[ExcludedImage], indent=2)
 
 
 def read_excluded(path: Path) -> tuple[ExcludedImage, ...]:
-    """What is put aside, by index; nothing where there is no such file.
+    """Return the excluded images, sorted by index; none where there is no such file.
 
     Raises:
         RunError: the file is damaged.
     """
-    if not path.exists():
-        return ()
+    advice = "it lists the images that training crashed with: put back a copy, or delete it to read them again"
     try:
-        found = [
-            ExcludedImage(int(item["index"]), str(item["reason"]), item["place"])
-            for item in json.loads(path.read_bytes())
-        ]
-    except (ValueError, LookupError, TypeError) as error:
-        raise RunError(
-            f"{path}: is damaged ({error!r}); it lists the images that training crashed with: put back a copy, or "
-            "delete it to read them again"
-        ) from error
-    return tuple(sorted(found, key=lambda item: item.index))
+        return tuple(sorted(_RECORD.read(path, advice), key=lambda image: image.index))
+    except FileNotFoundError:
+        return ()
 
 
 def write_excluded(path: Path, images: Sequence[ExcludedImage]) -> None:
-    """Keep these, the first of each index.
+    """Write the list of excluded images, with the first of each index.
 
     Raises:
         OSError: the file cannot be written.
     """
-    by_index = {item.index: item for item in reversed(images)}
-    facts = [
-        {"index": index, "reason": by_index[index].reason, "place": by_index[index].location}
-        for index in sorted(by_index)
-    ]
-    write_atomic(path, (json.dumps(facts, indent=2) + "\n").encode())
+    by_index = {image.index: image for image in reversed(images)}
+    _RECORD.write(path, [by_index[index] for index in sorted(by_index)])

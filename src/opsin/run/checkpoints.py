@@ -115,7 +115,9 @@ def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
         RunError: a process is writing the run; something cannot be removed.
         CheckpointError: the newest is damaged: older ones are needed.
     """
-    with RunDirectory.locked(path, say):
+    with RunDirectory.locked(path) as run:
+        for note in run.notes:
+            say(note)
         folder = _folder(path)
         doomed = superfluous(path, keep=keep)
         if doomed and (found := find_checkpoints(folder)):
@@ -144,7 +146,9 @@ def restore(path: Path, step: int, *, say: Callable[[str], None]) -> None:
         RunError: there is no such checkpoint; a process is writing the run; a name is taken.
         CheckpointError: it is damaged.
     """
-    with RunDirectory.locked(path, say):
+    with RunDirectory.locked(path) as run:
+        for note in run.notes:
+            say(note)
         folder = _folder(path)
         found = find_checkpoints(folder)
         wanted = found.get(step, folder / f"{LATER}{name_of(step)}")

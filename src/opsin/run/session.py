@@ -83,12 +83,6 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
         OpsinError: whatever ends the training early.
     """
     out = spelled_out(out)
-
-    def differences(before: str) -> Sequence[str]:
-        # Without weights nothing is lost by starting over with the corrected recipe.
-        has_weights = find_checkpoints(out / "checkpoints") or (out / "model.safetensors").exists()
-        return diff(read(str(out / "recipe.yaml")), recipe) if has_weights else ()
-
     if fresh:
         refuse_taken(recipe.backup)
     notes: list[str] = []
@@ -96,9 +90,11 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
     if settled != recipe:
         notes.append(f"optim.lr: {settled.optim.lr}, found by a sweep")
     recipe = settled
-    with RunDirectory.prepare(
-        out, to_yaml(recipe, comments=False), fresh=fresh, differences=differences, notice=notes.append
-    ) as directory:
+    with RunDirectory.prepare(out, fresh=fresh) as directory:
+        # Without weights nothing is lost by starting over with the corrected recipe.
+        has_weights = find_checkpoints(directory.checkpoints) or directory.model.exists()
+        differences = diff(read(str(directory.recipe)), recipe) if has_weights and directory.recipe.exists() else ()
+        directory.take_recipe(to_yaml(recipe, comments=False), differences=differences)
         return _train_in(directory, recipe, name, notes, quiet=quiet)
 
 
@@ -124,9 +120,8 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
         raise RunError(*(f"{path}: {line}: a run keeps this key; start a new run with --out" for line in refused))
     notes = [f"changed: {line}" for line in changed]
     # The changes are written down when it is sure that the run can go on with them.
-    with RunDirectory.prepare(
-        path, to_yaml(before, comments=False), fresh=False, differences=lambda text: (), notice=notes.append
-    ) as locked:
+    with RunDirectory.prepare(path, fresh=False) as locked:
+        locked.take_recipe(to_yaml(before, comments=False))
         return _train_in(locked, after, name, notes, quiet=quiet)
 
 
@@ -182,7 +177,7 @@ def fingerprint(recipe: Recipe) -> str:
 def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequence[str], *, quiet: bool) -> Run:
     log = TextLog(directory.path, Silence(), owner=directory)
     console = open_console(quiet=quiet, log=log)
-    for note in notes:
+    for note in (*notes, *directory.notes):
         console.notice(note)
     if (line := against_published(recipe)) is not None:
         console.notice(line)

@@ -11,19 +11,19 @@ else:
     from backports import zstd
 
 SUFFIX = ".zst"
-"""What the name of a compressed file ends with."""
+"""The end of the name of a compressed file."""
 
 _PIECE = 2**20
 
 
 class Compressor:
-    """One stream, made piece by piece: neither it nor the interpreter is held up by a large block."""
+    """One stream, made piece by piece: a large block holds up neither the stream nor the interpreter."""
 
     def __init__(self, level: int) -> None:
         self._zstd = zstd.ZstdCompressor(level=level)
 
     def feed(self, data: memoryview) -> Iterator[bytes]:
-        """What is there of the stream after `data`, bytes in one dimension."""
+        """Yield the part of the stream that is complete after `data`, bytes in one dimension."""
         for start in range(0, len(data), _PIECE):
             if made := self._zstd.compress(data[start : start + _PIECE]):
                 yield made
@@ -38,10 +38,10 @@ def decompressed(path: Path) -> io.BytesIO:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no whole stream.
+        ValueError: the stream is not complete.
     """
     try:
         with zstd.open(path, "rb") as stream:
             return io.BytesIO(stream.read())
     except (zstd.ZstdError, EOFError) as error:
-        raise ValueError(f"is no whole zstd stream: {error}") from error
+        raise ValueError(f"is not a complete zstd stream: {error}") from error

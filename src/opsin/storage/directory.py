@@ -1,4 +1,4 @@
-"""The run directory: what each file is, who may write it, and how a file is replaced whole.
+"""The run directory: its files, and the lock that lets one process write them.
 
 DIR/
 ├── recipe.yaml          the effective recipe; training it does the run again
@@ -7,12 +7,12 @@ DIR/
 ├── events.jsonl         what happened, one JSON object per line
 ├── summary.json         last and best of each score, steps, seconds, peak memory
 ├── quarantine.txt       images that could not be read
-├── put_aside.json       images that are not read because training crashed with them
-├── splits.json          from which steps on batches are in more parts, where memory ended
+├── put_aside.json       excluded images: training crashed while reading them
+├── splits.json          steps from which batches are computed in more parts, after memory ran out
 ├── checkpoints/         step-00000123/, ...
 ├── plots/               pictures
-├── maps/                what it sees, predicts and looks at in a few images (with an evaluator `maps`)
-├── profile/             steps taken apart: split.json, split.png, trace.json (with profile.steps)
+├── maps/                pictures of masks, errors and attention (with an evaluator `maps`)
+├── profile/             the time of single steps: split.json, split.png, trace.json (with profile.steps)
 ├── model.safetensors    the final weights
 └── .lock                held by the process that writes the run
 """
@@ -20,7 +20,8 @@ DIR/
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,15 +30,27 @@ from typing import Any, Literal, Self
 
 from opsin.__version__ import __version__
 from opsin.errors import RunError
-from opsin.storage.files import remove_leftovers, write_atomic
+from opsin.storage.files import remove_leftovers, write_atomic, writing
 from opsin.storage.lock import RunLock
+from opsin.storage.records import Record
 
 _PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "pydantic", "safetensors")
 _UNWRITTEN = "choose another folder with --out, or make room for this one"
 
 
+@dataclass(frozen=True, slots=True)
+class _RunFacts:
+    """The part of `run.json` that is read again."""
+
+    recipe: str
+    sessions: list[dict[str, Any]]
+
+
+_RUN_FACTS = Record(_RunFacts)
+
+
 class RunDirectory:
-    """The files of a run by name. Made by `prepare` it also holds the lock, until `close` or `with` ends."""
+    """The files of a run by name. Made by `prepare` or `locked` it holds the lock, until `close` or `with` ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,49 +67,40 @@ class RunDirectory:
         self.profile = path / "profile"
         self.model = path / "model.safetensors"
         self.averaged = path / "model_ema.safetensors"
+        self.notes: list[str] = []
+        """Sentences for people on how the lock was taken, and on the earlier run."""
         self._lock = RunLock(path / ".lock")
         self._facts: dict[str, Any] = {}
 
     @classmethod
-    def prepare(
-        cls,
-        path: Path,
-        recipe_yaml: str,
-        *,
-        fresh: bool,
-        differences: Callable[[str], Sequence[str]],
-        notice: Callable[[str], None] = lambda text: None,
-    ) -> Self:
-        """The directory at `path`, locked, with this recipe: a new one, or that of a run to be continued.
+    def prepare(cls, path: Path, *, fresh: bool) -> Self:
+        """Return the directory at `path`, locked: a new one, or that of a run to be continued.
 
-        `differences` gets the text of the recipe that is there and gives one line for each difference
-        that forbids to continue. `fresh` moves a run that is there to `DIR.before-1` (or the next free number),
-        beside the folder that `path` links to where it is a link.
+        `fresh` moves an existing run to `DIR.before-1` (or the next free number), beside the folder that `path` links
+        to if it is a link.
 
         Raises:
-            RunError: unwritable; no run directory; in use; or a run of another recipe.
+            RunError: it cannot be written, holds other files than a run, or is in use.
         """
         run = cls(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            run._check_foreign()
-            run._take_lock(notice)
-            if fresh and run.exists():
-                notice(f"{path}: the earlier run was moved to {run._move_aside()}")
-                run._take_lock(notice)
-            run._take_recipe(recipe_yaml, differences)
-            for leftover in path.glob(".*.writing"):
-                leftover.unlink(missing_ok=True)
-        except BaseException as error:
-            run.close()
-            if isinstance(error, OSError):
-                raise RunError(f"{path}: cannot be written: {_reason(error)}; {_UNWRITTEN}") from error
-            raise
+        with writing(path, _UNWRITTEN):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                run._check_foreign()
+                run._take_lock()
+                if fresh and run.exists():
+                    run.notes.append(f"{path}: the earlier run was moved to {run._move_away()}")
+                    run._take_lock()
+                for leftover in path.glob(".*.writing"):
+                    leftover.unlink(missing_ok=True)
+            except BaseException:
+                run.close()
+                raise
         return run
 
     @classmethod
-    def locked(cls, path: Path, notice: Callable[[str], None] = lambda text: None) -> Self:
-        """The directory of a run that was begun, locked; what a killed process left half done in it is finished.
+    def locked(cls, path: Path) -> Self:
+        """Return the directory of an existing run, locked; what a killed process left unfinished in it is completed.
 
         Raises:
             RunError: another process is writing it.
@@ -104,29 +108,43 @@ class RunDirectory:
         """
         run = cls(path)
         try:
-            run._take_lock(notice)
+            run._take_lock()
         except BaseException:
             run.close()
             raise
         return run
 
+    def take_recipe(self, text: str, *, differences: Sequence[str] = ()) -> None:
+        """Write the effective recipe. `differences` from the recipe that is there forbid to continue its run.
+
+        Raises:
+            RunError: there are differences, one line each; or the file cannot be written.
+        """
+        if differences:
+            raise RunError(
+                f"{self.path}: holds a run of another recipe",
+                *(f"{self.recipe}: {line}" for line in differences),
+                f"choose another --out, start over with --fresh (the earlier run is kept), "
+                f"or go on with changed keys: opsin resume {self.path} key=value",
+            )
+        with writing(self.path, _UNWRITTEN):
+            write_atomic(self.recipe, text.encode())
+
     def exists(self) -> bool:
-        """Whether a run was begun here."""
+        """True if a run was begun here."""
         return self.recipe.exists() or self.run_json.exists()
 
     def recipe_name(self) -> str | None:
-        """The name of the recipe that the run began with; None where no session was noted.
+        """The name of the recipe that the run began with; None before its first session.
 
         Raises:
             RunError: `run.json` is damaged.
         """
-        try:
-            return str(json.loads(self.run_json.read_text())["recipe"]) if self.run_json.exists() else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
+        facts = self._earlier_facts()
+        return None if facts is None else facts.recipe
 
     def check_held(self) -> None:
-        """See that the lock that was taken is still this process's; cheap enough for every row.
+        """Check that this process still holds the lock; cheap enough for every row.
 
         Raises:
             LockLost: another process has taken it over and writes the run.
@@ -146,34 +164,38 @@ class RunDirectory:
         self.close()
 
     def begin_session(self, *, recipe: str, seed: int, hardware: Mapping[str, object]) -> None:
-        """Note in `run.json` that this process trains the run; a resume adds a session to those before.
+        """Record in `run.json` that this process trains the run; a resume adds a session to those before.
 
         `hardware` holds plain facts without the name of the machine.
 
         Raises:
             RunError: `run.json` is damaged or cannot be written.
         """
-        sessions = self._earlier_sessions()
+        earlier = self._earlier_facts()
+        sessions = [] if earlier is None else earlier.sessions
+        for session in sessions:
+            if session.get("status") == "running":
+                session["status"] = "killed"
         now = {"status": "running", "started": _now(), "ended": None, "reason": None}
         about = {"versions": installed_versions(), "git": git_state(), "hardware": dict(hardware)}
         self._facts = {"recipe": recipe, "seed": seed, "sessions": [*sessions, {**now, **about}]}
         self._write_facts()
 
     def end_session(self, status: Literal["done", "stopped", "failed"], reason: str | None = None) -> None:
-        """Note how the session that `begin_session` began has ended.
+        """Record how the session that `begin_session` began has ended.
 
         Raises:
             RunError: `run.json` cannot be written.
-            LockLost: it is another process's.
+            LockLost: another process holds the lock.
         """
         assert self._facts, "no session was begun"
         self.check_held()
         self._facts["sessions"][-1].update(status=status, ended=_now(), reason=reason)
         self._write_facts()
 
-    def _take_lock(self, notice: Callable[[str], None]) -> None:
-        """Take the lock, and finish what the process before was killed in: who looks now sees every checkpoint."""
-        self._lock.take(notice)
+    def _take_lock(self) -> None:
+        """Take the lock, and complete what an earlier process left unfinished: every checkpoint is visible then."""
+        self.notes += self._lock.take()
         remove_leftovers(self.checkpoints)
 
     def _check_foreign(self) -> None:
@@ -185,55 +207,32 @@ class RunDirectory:
                 "choose an empty or a new folder with --out"
             )
 
-    def _move_aside(self) -> Path:
-        """Where the run is now; an empty folder has taken its place."""
-        # A link stays, and goes on to lead to the disk that was chosen for the run.
-        place = self.path.resolve() if self.path.is_symlink() else self.path
+    def _move_away(self) -> Path:
+        """Rename the run, and make an empty folder of its old name; return the new path of the run."""
+        # A link stays, and still leads to the disk that was chosen for the run.
+        folder = self.path.resolve() if self.path.is_symlink() else self.path
         number = 1
-        while (target := place.with_name(f"{place.name}.before-{number}")).exists():
+        while (target := folder.with_name(f"{folder.name}.before-{number}")).exists():
             number += 1
-        place.rename(target)
-        place.mkdir()
+        folder.rename(target)
+        folder.mkdir()
         return target
 
-    def _take_recipe(self, recipe_yaml: str, differences: Callable[[str], Sequence[str]]) -> None:
-        before = self.recipe.read_text() if self.recipe.exists() else recipe_yaml
-        different = [] if before == recipe_yaml else differences(before)
-        if different:
-            raise RunError(
-                f"{self.path}: holds a run of another recipe",
-                *(f"{self.recipe}: {line}" for line in different),
-                f"choose another --out, start over with --fresh (the earlier run is kept), "
-                f"or go on with changed keys: opsin resume {self.path} key=value",
-            )
-        write_atomic(self.recipe, recipe_yaml.encode())
-
-    def _earlier_sessions(self) -> list[dict[str, Any]]:
-        if not self.run_json.exists():
-            return []
+    def _earlier_facts(self) -> _RunFacts | None:
         try:
-            sessions: list[dict[str, Any]] = json.loads(self.run_json.read_text())["sessions"]
-            for session in sessions:
-                if session["status"] == "running":
-                    session["status"] = "killed"
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
-        return sessions
-
-    def _damaged(self, error: Exception) -> RunError:
-        return RunError(f"{self.run_json}: is damaged ({error}); delete it to go on without its history")
+            return _RUN_FACTS.read(self.run_json, "delete it to go on without its history")
+        except FileNotFoundError:
+            return None
 
     def _write_facts(self) -> None:
         sessions = self._facts["sessions"]
         facts = {**self._facts, **sessions[-1], "started": sessions[0]["started"], "sessions": sessions}
-        try:
+        with writing(self.run_json, _UNWRITTEN):
             write_atomic(self.run_json, (json.dumps(facts, indent=2) + "\n").encode())
-        except OSError as error:
-            raise RunError(f"{self.run_json}: cannot be written: {_reason(error)}; {_UNWRITTEN}") from error
 
 
 def spelled_out(path: Path) -> Path:
-    """`path`, in full where it ends in no name (`.`, `..`): such a path leads elsewhere once its folder has moved."""
+    """Return `path`, in full if it ends in `.` or `..`: such a path leads elsewhere once its folder has moved."""
     return path if path.name not in ("", "..") else path.resolve()
 
 
@@ -249,7 +248,7 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def git_state() -> dict[str, str | bool] | None:
-    """Commit of the working directory, and whether tracked files differ from it; None outside git."""
+    """Return the commit of the working directory, and True if tracked files differ from it; None outside git."""
     commit, changes = _git("rev-parse", "--verify", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
 
@@ -264,8 +263,3 @@ def _git(*arguments: str) -> str | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _reason(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"

@@ -1,20 +1,46 @@
-"""Files and folders that take the place of others whole, whenever the process is killed or the power goes.
+"""Files and folders that are replaced whole or not at all, whenever the process is killed or the power goes.
 
-A file or a folder is made under a hidden name and renamed. A folder that takes the place of another is first renamed to
-`.replacing-NAME`: from there on it is finished whatever happens, at the latest by the next process that may write.
+A file or a folder is made under a hidden name and renamed. A folder that replaces another is first renamed to
+`.replacing-NAME`. From then on the replacement is certain: the next process that may write completes it.
 """
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from opsin.errors import OpsinError, RunError
+
 REPLACING = ".replacing-"
-"""Before the name of a folder that is complete and about to take the place of an older one."""
+"""Prefix of the name of a complete folder that is about to replace an older one."""
+
+
+@contextmanager
+def writing(path: Path, advice: str, kind: type[OpsinError] = RunError) -> Iterator[None]:
+    """Turn an OSError of the block into an error for the user: `path` cannot be written, the reason, and `advice`.
+
+    Raises:
+        OpsinError: of the given `kind`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{path}: cannot be written: {reason_of(error)}{_folder_above(path, error)}; {advice}") from error
+
+
+def reason_of(error: OSError) -> str:
+    """The system's words for an error, without file names."""
+    return error.strerror or str(error)
+
+
+def _folder_above(path: Path, error: OSError) -> str:
+    """` (FOLDER)` where the fault is in a folder that leads to `path`, else nothing."""
+    return f" ({error.filename})" if error.filename and Path(error.filename) in path.parents else ""
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, by whomever it was written, or the names in a folder survive a power cut."""
+    """Make the content of a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,7 +55,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Put `data` in the place of the file `path`: a reader, or a crash, sees the old content or the new.
+    """Replace the content of the file `path` by `data`: a reader, or a crash, sees the old content or the new.
 
     Raises:
         OSError: it cannot be written; the old content stays.
@@ -58,24 +84,24 @@ def replace_file(path: Path, chunks: Iterable[bytes], *, temporary: Path) -> Non
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Give the folder `partial`, which is complete and synced, the name `path`; an older one there goes.
+    """Give the folder `partial`, which is complete and synced, the name `path`; an older one there is deleted.
 
     Raises:
-        OSError: it cannot be renamed; the older one is there, or `remove_leftovers` brings the new one.
+        OSError: it cannot be renamed; the older one stays, or `remove_leftovers` completes the replacement.
     """
     if not path.exists():
         partial.rename(path)
         sync(path.parent)
         return
     complete = path.with_name(f"{REPLACING}{path.name}")
-    shutil.rmtree(complete, ignore_errors=True)  # of an earlier failure; the older one is still in its place
+    shutil.rmtree(complete, ignore_errors=True)  # of an earlier failure; the older one is still there
     partial.rename(complete)
     sync(path.parent)
     _replace(complete, path)
 
 
 def rename_over(path: Path, target: Path) -> None:
-    """Give a folder another name; an older folder of that name goes.
+    """Give a folder another name; an older folder of that name is deleted.
 
     Raises:
         OSError: it cannot be renamed, or the older one not be deleted.
@@ -86,7 +112,7 @@ def rename_over(path: Path, target: Path) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Delete a folder; killed in the middle, no half of it is left under its name.
+    """Delete a folder; a process killed in the middle leaves no half of it under its name.
 
     Raises:
         OSError: it cannot be deleted.
@@ -97,10 +123,10 @@ def remove_whole(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Finish or delete what killed processes left half done in `folder`. Only for the one that holds the run's lock.
+    """Complete or delete what killed processes left unfinished; only for the holder of the run's lock.
 
     Raises:
-        OSError: a complete folder cannot take its place.
+        OSError: a complete folder cannot be renamed.
     """
     for complete in folder.glob(f"{REPLACING}step-*"):
         _replace(complete, folder / complete.name.removeprefix(REPLACING))
@@ -112,7 +138,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _replace(complete: Path, path: Path) -> None:
-    """Give `complete` the name of the older folder, which goes."""
+    """Give `complete` the name of the older folder, which is deleted."""
     doomed = path.with_name(f".removing-{path.name}-{os.getpid()}")
     if path.exists():
         path.rename(doomed)
@@ -122,7 +148,7 @@ def _replace(complete: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Put `data` in the place of the file `path`, and make the folders that lead to it.
+    """Replace the content of the file `path` by `data`, and make the folders that lead to it.
 
     Raises:
         OSError: it cannot be written; the old content stays.

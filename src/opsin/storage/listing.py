@@ -12,7 +12,7 @@ from opsin.storage.table import aligned
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """A run in a list. `status` is that of `run.json`, or `killed`, `new`, `damaged` where that says nothing."""
+    """A run in a list. `status` is that of `run.json`, or else `killed`, `new` or `damaged`."""
 
     name: str
     status: str
@@ -22,12 +22,12 @@ class RunSummary:
     started: str | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """The same as plain values."""
+        """Return the fields as plain values."""
         return asdict(self)
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """The runs in `folder`, by name; none where there is no such folder."""
+    """Return the runs in `folder`, sorted by name; none where there is no such folder."""
     if not folder.is_dir():
         return []
     paths = [folder] if RunDirectory(folder).exists() else sorted(path for path in folder.iterdir() if path.is_dir())

@@ -1,13 +1,12 @@
-"""The lock of a run directory: one process writes it, and a dead one keeps nobody out.
+"""The lock of a run directory: one process writes it, and a dead process blocks no other.
 
-The kernel holds the lock (`flock`) and lets go of it when the process ends, however it does. The file says who holds
-it. A file system without `flock` gets a lease instead: the holder renews the file's time while it lives, and who finds
-an old one takes it over. That keeps out mistakes, not two processes that start within the same instant.
+The kernel holds the lock (`flock`) and releases it when the process ends, however it ends. The file names the holder.
+A file system without `flock` gets a lease instead: the holder renews the time of the file while it lives, and a process
+that finds an expired lease takes it over. Two processes that start at the same instant may still clash.
 """
 
 import errno
 import fcntl
-import json
 import os
 import socket
 import threading
@@ -16,11 +15,15 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from opsin.errors import DataError, LockLost, RunError
+from opsin.storage.records import Record
 
 _RENEWED_S, _EXPIRES_S = 5.0, 60.0
 _SETTLE_S = 0.2
@@ -36,19 +39,19 @@ class Holder:
     host: str
     since: str
     token: str = ""
-    """Tells two holders with the same number apart."""
-    pid_scope: str = ""
-    """Of which processes `pid` is one: the start of the machine and the PID namespace; empty where that is unknown."""
+    """A random name that distinguishes two holders with the same pid."""
+    pid_scope: Annotated[str, Field(alias="numbers")] = ""
+    """The start of the machine and the PID namespace in which `pid` is valid; empty where they are unknown."""
 
     @classmethod
     def this_process(cls) -> "Holder":
-        """The holder to be."""
+        """Return the holder that this process would be."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(os.getpid(), socket.gethostname(), since, uuid.uuid4().hex, _pid_scope())
 
     @classmethod
     def read(cls, path: Path) -> "Holder | None":
-        """Who stands in the file; None where nobody does."""
+        """Return the holder that the file names; None where it names none."""
         try:
             text = path.read_text().strip()
         except (FileNotFoundError, UnicodeDecodeError):
@@ -56,9 +59,8 @@ class Holder:
         if not text:
             return None
         try:
-            facts = json.loads(text)
-            return cls(facts["pid"], facts["host"], facts["since"], facts["token"], facts.get("numbers", ""))
-        except (ValueError, LookupError, TypeError):  # an older opsin wrote its number alone
+            return _HOLDER.parse(text.encode())
+        except ValueError:  # an older opsin wrote its pid alone
             return cls(int(text) if text.isdecimal() else None, "an unknown host", "an unknown time")
 
     @property
@@ -67,8 +69,8 @@ class Holder:
         return f"process {'of unknown number' if self.pid is None else self.pid}"
 
     def is_dead(self) -> bool:
-        """Whether this machine knows that the process has ended."""
-        # Containers may share the name of their host, but not its numbers.
+        """True if this machine knows that the process has ended."""
+        # Containers may share the name of their host, but not its pids.
         if self.pid is None or not self.pid_scope or self.pid_scope != _pid_scope():
             return False
         try:
@@ -80,8 +82,11 @@ class Holder:
         return False
 
 
+_HOLDER = Record(Holder)
+
+
 class RunLock:
-    """The lock file of a run. `take` and `release`; the end of the process releases it too."""
+    """The lock file of a run. The end of the process releases the lock, too."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -89,15 +94,15 @@ class RunLock:
         self._lease: Holder | None = None
         self._seen_s = 0.0
 
-    def take(self, notice: Callable[[str], None] = lambda text: None) -> None:
-        """Hold the lock. `notice` is told when it was that of a dead process, or the file system has none.
+    def take(self) -> list[str]:
+        """Hold the lock. Return sentences for people if a dead process had it, or the file system has no locks.
 
         Raises:
             RunError: another process holds it.
             OSError: the file cannot be written.
         """
         self.release()
-        me = Holder.this_process()
+        me, notes = Holder.this_process(), []
         descriptor, has_flock = self._open()
         try:
             before = Holder.read(self._path)
@@ -114,24 +119,25 @@ class RunLock:
             self._release = weakref.finalize(self, _end_lease, self._path, me, _keep_renewing(self._path, me))
             self._settle(me)
             self._lease, self._seen_s = me, time.time()
-            notice(
+            notes.append(
                 f"{self._path.parent}: this file system has no locks: {self._path.name} is renewed every "
                 f"{_RENEWED_S:g} s instead, and a process that finds it {_EXPIRES_S:g} s old takes it over; "
                 "start no two runs here at the same moment"
             )
         if before is not None:
-            notice(
+            notes.append(
                 f"{self._path.parent}: took over the lock of {before.process} on {before.host}, "
                 f"which wrote this run since {before.since} and has died"
             )
+        return notes
 
     def check(self) -> None:
-        """See that a lease is still held: it may have run out while the machine slept. The kernel's lock does not.
+        """Check that a lease is still held: it may have expired while the machine slept. The kernel's lock never does.
 
         Raises:
             LockLost: another process has taken it over.
         """
-        # By the clock that goes on in sleep; where it is set anew the file is looked at once more.
+        # By the clock that goes on in sleep; if somebody sets it, the file is read once more than needed.
         if self._lease is None or abs(time.time() - self._seen_s) < _RENEWED_S:
             return
         try:
@@ -149,13 +155,13 @@ class RunLock:
         )
 
     def release(self) -> None:
-        """Let other processes have it."""
+        """Let other processes take the lock."""
         self._lease = None
         self._release()
         self._release = lambda: None
 
     def _open(self) -> tuple[int, bool]:
-        """The open lock file, and whether the kernel's lock on it is held."""
+        """Return the open lock file, and True if the kernel's lock on it is held."""
         for _ in range(_OPENED):
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -165,11 +171,11 @@ class RunLock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # the run was moved away meanwhile, with its lock: this one is of nothing
+            os.close(descriptor)  # the run was moved away meanwhile, with its lock file
         raise self._busy(Holder.read(self._path))
 
     def _flock(self, descriptor: int) -> bool:
-        """Take the kernel's lock; whether the file system has any."""
+        """Take the kernel's lock. False if the file system has no locks."""
         for _ in range(10):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,7 +193,7 @@ class RunLock:
             raise self._busy(before, f"; if it is dead, its lease ends in {left:.0f} s")
 
     def _settle(self, me: Holder) -> None:
-        """Another process may have found the same old lease: the last one that wrote has it."""
+        """Wait: another process may have found the same expired lease, and the last one that wrote holds it."""
         time.sleep(_SETTLE_S)
         now = Holder.read(self._path)
         if now != me:
@@ -203,7 +209,7 @@ class RunLock:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a living process holds the lock file at `path`."""
+    """True if a living process holds the lock file at `path`."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -218,7 +224,7 @@ def is_held(path: Path) -> bool:
 
 
 def _pid_scope() -> str:
-    """Within what the number of a process means it: this start of the machine and this PID namespace."""
+    """Names of the start of the machine and of the PID namespace in which a pid means one process."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux
@@ -226,7 +232,7 @@ def _pid_scope() -> str:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is the one at `path`."""
+    """True if the open file is the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -234,23 +240,21 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _write_holder(descriptor: int, holder: Holder, *, needed: bool) -> None:
-    """Say who has the lock. Where the kernel knows it and it is not `needed`, a full disk may keep it back.
+    """Write the holder into the file. It may be missing on a full disk unless it is `needed`.
 
     Raises:
         OSError: it cannot be written.
     """
     os.ftruncate(descriptor, 0)
-    facts = asdict(holder)
-    facts["numbers"] = facts.pop("pid_scope")
     try:
-        os.pwrite(descriptor, f"{json.dumps(facts)}\n".encode(), 0)
+        os.pwrite(descriptor, _HOLDER.dump(holder), 0)
     except OSError as error:
         if needed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
 
 
 def _let_go(descriptor: int, pid: int) -> None:
-    # A fork of the holder that ends must not let go of what the holder still has.
+    # A fork of the holder must not release at its end what the holder still has.
     if os.getpid() == pid:
         os.ftruncate(descriptor, 0)
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -258,7 +262,7 @@ def _let_go(descriptor: int, pid: int) -> None:
 
 
 def _lease_left_s(path: Path) -> float:
-    """Seconds until a lease is nobody's, by the clock of the file system: hosts may disagree on the time."""
+    """Seconds until a lease expires, by the clock of the file system: hosts may disagree on the time."""
     now = path.with_name(f"{path.name}.{uuid.uuid4().hex}.writing")
     try:
         now.touch()
@@ -270,7 +274,7 @@ def _lease_left_s(path: Path) -> float:
 
 
 def _keep_renewing(path: Path, me: Holder) -> threading.Event:
-    """Renew the lease in a thread until the event is set, or somebody else has it."""
+    """Renew the lease in a thread until the event is set, or another process has it."""
     ended = threading.Event()
 
     def renew() -> None:
@@ -292,12 +296,12 @@ def _end_lease(path: Path, me: Holder, ended: threading.Event) -> None:
         if os.getpid() == me.pid and Holder.read(path) == me:
             os.truncate(path, 0)
     except OSError:
-        return  # it runs out by itself
+        return  # it expires by itself
 
 
 @contextmanager
 def one_process_in(folder: Path) -> Iterator[None]:
-    """Create `folder` and wait until no other process of this machine is in this block for it.
+    """Create `folder`, and wait until no other process of this machine is in this block for the same folder.
 
     Raises:
         DataError: the folder cannot be created or written.

@@ -17,7 +17,8 @@ from tests.unit.training.tiny_run import Story, equal, flip_byte, fresh, train
 
 def begin(path: Path, *overrides: str) -> None:
     yaml = to_yaml(read("quickstart", overrides), comments=False)
-    RunDirectory.prepare(path, yaml, fresh=False, differences=lambda before: ()).close()
+    with RunDirectory.prepare(path, fresh=False) as run:
+        run.take_recipe(yaml)
 
 
 @pytest.fixture

@@ -16,18 +16,10 @@ from opsin.storage.listing import list_runs, runs_table
 RECIPE = "seed: 0\n"
 
 
-def no_differences(before: str) -> list[str]:
-    return []
-
-
-def prepare(path: Path, recipe: str = RECIPE, *, fresh: bool = False, notices: list[str] | None = None) -> RunDirectory:
-    return RunDirectory.prepare(
-        path,
-        recipe,
-        fresh=fresh,
-        differences=lambda before: [f"seed: {before[6:].strip()} there, {recipe[6:].strip()} asked for"],
-        notice=(notices if notices is not None else []).append,
-    )
+def prepare(path: Path, recipe: str = RECIPE, *, fresh: bool = False) -> RunDirectory:
+    run = RunDirectory.prepare(path, fresh=fresh)
+    run.take_recipe(recipe)
+    return run
 
 
 # --- prepare ------------------------------------------------------------------------------------
@@ -49,15 +41,15 @@ def test_the_same_recipe_continues(tmp_path: Path) -> None:
 def test_a_recipe_that_differs_in_form_only_continues_and_is_written_anew(tmp_path: Path) -> None:
     prepare(tmp_path / "run").close()
     text = "# a comment\n" + RECIPE
-    with RunDirectory.prepare(tmp_path / "run", text, fresh=False, differences=no_differences) as run:
+    with prepare(tmp_path / "run", text) as run:
         assert run.recipe.read_text() == text
 
 
 def test_another_recipe_is_an_error_that_shows_the_difference_and_the_ways_out(tmp_path: Path) -> None:
     path = tmp_path / "run"
     prepare(path).close()
-    with pytest.raises(RunError) as caught:
-        prepare(path, "seed: 1\n")
+    with pytest.raises(RunError) as caught, RunDirectory.prepare(path, fresh=False) as run:
+        run.take_recipe("seed: 1\n", differences=["seed: 0 there, 1 asked for"])
     what, difference, way_out = caught.value.faults
     assert what == f"{path}: holds a run of another recipe"
     assert difference == f"{path}/recipe.yaml: seed: 0 there, 1 asked for"
@@ -67,11 +59,12 @@ def test_another_recipe_is_an_error_that_shows_the_difference_and_the_ways_out(t
 
 
 def test_fresh_moves_the_earlier_run_aside_and_says_so(tmp_path: Path) -> None:
-    path, notices = tmp_path / "run", list[str]()
+    path, notes = tmp_path / "run", list[str]()
     for seed in range(3):
-        with prepare(path, f"seed: {seed}\n", fresh=True, notices=notices) as run:
+        with prepare(path, f"seed: {seed}\n", fresh=True) as run:
+            notes += run.notes
             run.metrics.write_text(f"run {seed}")
-    assert notices == [f"{path}: the earlier run was moved to {path}.before-{number}" for number in (1, 2)]
+    assert notes == [f"{path}: the earlier run was moved to {path}.before-{number}" for number in (1, 2)]
     kept = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run.before-1", "run.before-2", "run")]
     assert kept == ["run 0", "run 1", "run 2"]
 
@@ -110,14 +103,9 @@ def test_who_takes_the_lock_finishes_what_a_killed_process_left_half_done(tmp_pa
         for name in (".replacing-step-00000005", ".removing-step-00000004-1", ".writing-6-1"):
             (folder / name).mkdir(parents=True)
 
-    def differences(before: str) -> list[str]:
-        seen.extend(path.name for path in folder.iterdir())
-        return []
-
-    seen: list[str] = []
     leave()
-    RunDirectory.prepare(tmp_path, "seed: 1\n", fresh=False, differences=differences).close()
-    assert seen == ["step-00000005"], "before anything is decided by what there is"
+    with RunDirectory.prepare(tmp_path, fresh=False):
+        assert [path.name for path in folder.iterdir()] == ["step-00000005"], "before the recipes are compared"
     leave()
     with RunDirectory.locked(tmp_path):
         assert [path.name for path in folder.iterdir()] == ["step-00000005"]
@@ -126,9 +114,7 @@ def test_who_takes_the_lock_finishes_what_a_killed_process_left_half_done(tmp_pa
 def test_a_place_that_cannot_be_written_is_an_error_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
-        with pytest.raises(
-            RunError, match=rf"{path}: cannot be written: {reason} .*; choose another folder with --out"
-        ):
+        with pytest.raises(RunError, match=rf"{path}: cannot be written: {reason}.*; choose another folder with --out"):
             prepare(path)
 
 
@@ -146,8 +132,8 @@ def test_two_processes_never_write_one_run(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"
         "from opsin.storage.directory import RunDirectory\n"
-        f"RunDirectory.prepare(pathlib.Path(sys.argv[1]), {RECIPE!r}, fresh=False, differences=list)\n"
-        "lock = RunDirectory.prepare(pathlib.Path(sys.argv[1]), 'seed: 0\\n', fresh=False, differences=list)\n"
+        f"RunDirectory.prepare(pathlib.Path(sys.argv[1]), fresh=False).take_recipe({RECIPE!r})\n"
+        "lock = RunDirectory.prepare(pathlib.Path(sys.argv[1]), fresh=False)\n"
         "print('locked', flush=True)\n"
         "sys.stdin.read()\n"
     )

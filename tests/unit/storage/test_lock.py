@@ -70,11 +70,10 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def taken(path: Path) -> list[str]:
     """Take the lock and release it; what was said about those before."""
-    said: list[str] = []
     lock = RunLock(path)
-    lock.take(said.append)
+    notes = lock.take()
     lock.release()
-    return [text for text in said if "has no locks" not in text]
+    return [text for text in notes if "has no locks" not in text]
 
 
 def test_a_living_process_keeps_others_out_and_is_named(path: Path, kind: str) -> None:
@@ -153,9 +152,8 @@ def test_a_lease_is_renewed_while_its_holder_lives_and_said_to_be_one(
     path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runlock, "_RENEWED_S", 0.05)
-    said: list[str] = []
     lock = RunLock(path)
-    lock.take(said.append)
+    said = lock.take()
     assert "this file system has no locks: .lock is renewed every 0.05 s instead" in said[0]
     os.utime(path, (1.0, 1.0))
     end = time.monotonic() + 20
