@@ -1,9 +1,9 @@
-"""How often something happens during a run: `500 steps`, `1 epoch`, `10 minutes`, `never`."""
+"""Cadences, the intervals between events of a run: `500 steps`, `1 epoch`, `10 minutes`, `never`."""
 
 import math
 import re
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import AfterValidator
 
@@ -15,7 +15,7 @@ _FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?")
 
 @cache
 def parse(text: str) -> tuple[float, Unit]:
-    """The number and its unit.
+    """The number and the unit of a cadence.
 
     Raises:
         ValueError: another form, zero, or a fraction of a step.
@@ -25,14 +25,12 @@ def parse(text: str) -> tuple[float, Unit]:
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} does not fit; must be like '500 steps', '1 epoch', '10 minutes' or 'never'")
-    number, unit = float(match[1]), match[2]
+    number, unit = float(match[1]), cast(Unit, f"{match[2]}s")
     if number == 0:
         raise ValueError(f"{text!r} does not fit; must be more than zero: write 'never' to switch it off")
-    if unit == "step":
-        if not number.is_integer():
-            raise ValueError(f"{text!r} does not fit; must be a whole number of steps")
-        return number, "steps"
-    return (number, "epochs") if unit == "epoch" else (number, "minutes")
+    if unit == "steps" and not number.is_integer():
+        raise ValueError(f"{text!r} does not fit; must be a whole number of steps")
+    return number, unit
 
 
 def _check(text: str) -> str:
@@ -55,10 +53,9 @@ StepEvery = Annotated[str, AfterValidator(_check_without_clock)]
 
 
 def is_due(every: str, timeline: Timeline, step: int, minutes: float = 0.0) -> bool:
-    """Whether something with this cadence happens after `step` updates.
+    """True if an event of this cadence is due after `step` updates.
 
-    A pure function of the step, but for minutes: `minutes` is the training time since the last
-    time it happened.
+    A pure function of the step, except for cadences in minutes: `minutes` is the training time since the last event.
     """
     number, unit = parse(every)
     if unit == "never" or step <= 0:
@@ -73,9 +70,8 @@ def is_due(every: str, timeline: Timeline, step: int, minutes: float = 0.0) -> b
 
 
 def longest_gap(every: str, timeline: Timeline) -> int:
-    """The most steps from one time to the next, of a cadence in steps or epochs; 0 for `never`."""
+    """Largest number of steps between two events of a cadence in steps or epochs; 0 for `never`."""
     number, unit = parse(every)
-    assert unit != "minutes", "those have no number of steps"
-    return (
-        math.ceil(number * max(stage.steps_per_epoch for stage in timeline.stages)) if unit == "epochs" else int(number)
-    )
+    assert unit != "minutes", "minutes are not a number of steps"
+    per_unit = max(stage.steps_per_epoch for stage in timeline.stages) if unit == "epochs" else 1
+    return math.ceil(number * per_unit)

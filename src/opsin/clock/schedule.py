@@ -16,12 +16,12 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 def linear(progress: float, start: float, end: float) -> float:
-    """From `start` to `end` in a straight line while `progress` goes from 0 to 1."""
+    """A straight line from `start` to `end` while `progress` goes from 0 to 1."""
     return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
 def cosine(progress: float, start: float, end: float) -> float:
-    """From `start` to `end` along half a cosine while `progress` goes from 0 to 1."""
+    """Half a cosine from `start` to `end` while `progress` goes from 0 to 1."""
     return end + (start - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
@@ -33,7 +33,7 @@ class Schedule(Family, ABC):
     warmup_start: float = Field(0.0, ge=0, le=1)
     """Factor at the first step of the warm-up."""
     over: Literal["run", "stage"] = "run"
-    """What it spans: the whole run, or each stage anew."""
+    """Span of the schedule: the whole run, or each stage by itself."""
 
     def __call__(self, clock: Clock) -> float:
         """The factor for the update at `clock`."""
@@ -43,24 +43,24 @@ class Schedule(Family, ABC):
         return self.after_warmup(self._progress(clock))
 
     def momentum_at(self, clock: Clock) -> float | None:
-        """The momentum for the update at `clock`, where the schedule says one."""
+        """The momentum for the update at `clock`; None if the schedule leaves it alone."""
         return None
 
     def _progress(self, clock: Clock) -> float:
-        """How much of the time after the warm-up has passed, 0 to 1."""
+        """Share of the time after the warm-up that has passed, 0 to 1."""
         epoch, total = self._span(clock)
         rest = total - self.warmup_epochs
         return max(epoch - self.warmup_epochs, 0.0) / rest if rest > 0 else 1.0
 
     def _span(self, clock: Clock) -> tuple[float, float]:
-        """Epochs since the beginning of what it spans, and in all of it."""
+        """Epochs since the beginning of the span, and in the whole span."""
         if self.over == "stage":
             return clock.stage_epoch, clock.stage.passes
         return clock.epoch, clock.total_epochs
 
     @abstractmethod
     def after_warmup(self, progress: float) -> float:
-        """The factor when `progress` (0 to 1) of the time after the warm-up has passed."""
+        """The factor after `progress`, 0 to 1, of the time that follows the warm-up."""
 
 
 class Constant(Schedule):
@@ -105,14 +105,14 @@ class OneCycle(Schedule):
     end: float = Field(0.0, ge=0)
     """Factor at the end of the run."""
     shape: Literal["cosine", "linear"] = "cosine"
-    """How both halves bend."""
+    """Shape of the rise and of the fall."""
     momentum: tuple[Momentum, Momentum] | None = None
     """Momentum (beta1 of Adam) at both ends and at the peak of the learning rate, such as [0.95, 0.85]."""
 
     @model_validator(mode="after")
     def _rises_once(self) -> "OneCycle":
         if self.warmup_epochs:
-            raise ValueError("onecycle has a rise of its own; leave warmup_epochs out, and set start and peak")
+            raise ValueError("onecycle rises by itself; leave warmup_epochs out, and set start and peak")
         return self
 
     def after_warmup(self, progress: float) -> float:

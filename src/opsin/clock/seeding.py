@@ -1,4 +1,4 @@
-"""Random numbers as functions of where they are used, never of what was drawn before.
+"""Random numbers as functions of their use, never of earlier draws.
 
 A draw is addressed by `(seed, epoch, sample id, stream)`: the same number comes out in any
 worker, on any device, in any order, after any resume. Nothing has to be saved.
@@ -24,7 +24,7 @@ def fold_in(seed: int, *values: int | str) -> int:
 def uniform(seed: int, epoch: int, ids: Tensor, stream: str, count: int) -> Tensor:
     """`count` numbers in [0, 1) for every sample: float32 [B, count], on the device of `ids`.
 
-    `ids` is int64 [B]. `stream` names what the numbers are for, so that two uses never share them.
+    `ids` is int64 [B]. `stream` names the use, so that two uses never share numbers.
     The values have 24 random bits, hence are exact in float32 and equal on every device.
     """
     key = fold_in(seed, epoch, stream)
@@ -46,9 +46,9 @@ def permutation(seed: int, epoch: int, size: int) -> Tensor:
 
 
 def seed_layers(seed: int, step: int, rank: int, part: int) -> None:
-    """Seed what layers draw in one forward pass (dropout, drop path): every device of this process."""
+    """Seed the draws of layers in one forward pass (dropout, drop path) on every device of this process."""
     number = fold_in(seed, "layers", step, rank, part)
-    # Not torch.manual_seed: without a GPU it formats a stack trace for each call, in case one comes up later.
+    # Not torch.manual_seed: without a GPU it formats a stack trace at each call, for a GPU that may start later.
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)

@@ -36,7 +36,7 @@ from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.ema import ema_decay, follow
 from opsin.nn.position import grid_positions
 from opsin.nn.predictor import Predictor
-from opsin.nn.vit import VisionTransformer, ViTConfig
+from opsin.nn.vit import VisionTransformer, ViTConfig, checkpoint_blocks
 from opsin.settings.family import Range, Settings
 
 
@@ -163,9 +163,7 @@ class IJepa(Method):
         return self.encoder
 
     def checkpoint_blocks(self) -> bool:
-        for predictor in self.predictors:
-            assert isinstance(predictor, Predictor)
-            predictor.checkpointing = True
+        checkpoint_blocks(self.predictors)
         return super().checkpoint_blocks()
 
     def views(self, image_size: int) -> Views:

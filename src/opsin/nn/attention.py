@@ -1,7 +1,7 @@
 """Self-attention, and the choice of how it is computed.
 
-Shapes: B images, T tokens, Q tokens that ask, H heads, E width of a head, D = H x E. Images of several sizes are
-packed: their tokens stand one after the other in [M, D], and sizes tell how many images have how many tokens.
+Shapes: B images, T tokens, Q queries, H heads, E width of a head, D = H x E. Images of several sizes are packed:
+their tokens follow each other in [M, D], and `Sizes` counts the images and their tokens.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, queries: int | None = None, seen: Tensor | None = None) -> Tensor:
-        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first Q tokens ask: [B, Q, D].
+        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first Q tokens are computed: [B, Q, D].
 
-        Nobody looks at a token whose `seen`, bool [B, T], is false.
+        A token whose `seen`, bool [B, T], is false changes no other token.
         """
         q, k, v = self._project(x, queries)
         mask = None if seen is None else seen[:, None, None]
@@ -43,18 +43,18 @@ class Attention(nn.Module):
         return out
 
     def forward_packed(self, x: Tensor, sizes: Sizes) -> Tensor:
-        """Packed tokens [M, D] to [M, D]; tokens look at those of their own image."""
+        """Packed tokens [M, D] to [M, D]; tokens attend to those of their own image."""
         mixed = [self._mix(*self._split(part, 3)).flatten(0, 1) for part in unpack(self.qkv(x), sizes)]
         out: Tensor = self.proj_drop(self.proj(torch.cat(mixed)))
         return out
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """How much each token looks at each other: [B, H, T, T], rows sum to 1, without dropout."""
+        """Attention of each token, a row, to each token: [B, H, T, T], rows sum to 1, without dropout."""
         q, k, _ = self._project(x, None)
         return self._probabilities(q, k)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Values [B, H, T, E] as each query [B, H, Q, E] sees them: [B, Q, D]."""
+        """Values [B, H, T, E], averaged by the attention of each query [B, H, Q, E]: [B, Q, D]."""
         if self.fused_attn:
             rate = self.attention_dropout if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
@@ -85,16 +85,16 @@ class Attention(nn.Module):
 
 
 def unpack(x: Tensor, sizes: Sizes) -> list[Tensor]:
-    """Packed tokens [M, D] as [B, T, D] of each size."""
+    """Packed tokens [M, D] as one [B, T, D] for each size."""
     parts = x.split([images * tokens for images, tokens in sizes])
     return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def set_attention(module: nn.Module, kind: AttentionKind) -> int:
-    """Compute every attention inside `module` by `kind`; gives how many were set.
+    """Compute every attention inside `module` by `kind`; return the number of attention layers.
 
-    `explicit` is softmax and matrix products, `fused` is `F.scaled_dot_product_attention`. Covers
-    our layers and timm's: both are told by their attribute `fused_attn`.
+    `explicit` is softmax and matrix products, `fused` is `F.scaled_dot_product_attention`. Our layers
+    and timm's both have the attribute `fused_attn`.
     """
     layers = [layer for layer in module.modules() if isinstance(getattr(layer, "fused_attn", None), bool)]
     for layer in layers:
@@ -103,7 +103,7 @@ def set_attention(module: nn.Module, kind: AttentionKind) -> int:
 
 
 def choose_attention(device: torch.device, precision: str) -> tuple[AttentionKind, str]:
-    """The faster kind on `device` at `precision` (fp32, bf16 or fp16), and why."""
+    """The faster kind on `device` at `precision` (fp32, bf16 or fp16), and the reason."""
     if device.type == "cpu":
         return "explicit", f"on a CPU in {precision}, matrix products are at least as fast as the fused kernel"
     return "fused", f"{device.type} has a fused kernel that never stores the attention matrix"

@@ -1,4 +1,4 @@
-"""What every method may rely on in a network: images in, `Tokens` out.
+"""The interface of every network: images in, `Tokens` out.
 
 Shapes: B images, C channels, S side in pixels, N patches, D width.
 """
@@ -16,7 +16,7 @@ from opsin.settings.family import Family
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Features of a batch: one vector per image and one per place of the final grid."""
+    """Features of a batch: one vector per image and one per cell of the final grid."""
 
     pooled: Tensor
     """[B, D]"""
@@ -30,27 +30,27 @@ class Backbone(nn.Module, ABC):
     width: int
     """D, the size of a feature vector."""
     image_size: int
-    """The side in pixels that the weights are laid out for."""
+    """The side in pixels of the images that the weights are made for."""
     channels: int
     """C, the channels of an image."""
     num_blocks: int = 1
-    """How many last blocks `pool_blocks` can look at."""
+    """Number of last blocks that `pool_blocks` can return."""
     loaded: frozenset[str] = frozenset()
-    """The tensors that were filled from weights: `prepare` leaves them as they are."""
+    """Tensors that were filled from weights: `prepare` leaves them unchanged."""
     computed: frozenset[str] = frozenset()
-    """Tensors that follow from the settings: weights from elsewhere do not change them."""
+    """Tensors that follow from the settings: loaded weights do not change them."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tokens:
         """Normalised images [B, C, S, S] to features."""
 
     def pool(self, images: Tensor) -> Tensor:
-        """The pooled features [B, D] alone, with less work where the architecture allows it."""
+        """The pooled features [B, D] alone, with less work if the architecture allows it."""
         pooled: Tensor = self(images).pooled
         return pooled
 
     def pool_blocks(self, images: Tensor, blocks: int) -> Tensor:
-        """[B, blocks D]: pooled features after each of so many last blocks, at most `num_blocks`, in their order."""
+        """Pooled features after each of the last `blocks` blocks, at most `num_blocks`, in order: [B, blocks D]."""
         assert blocks == 1, "FeatureScoreConfig.check refuses more than num_blocks"
         return self.pool(images)
 
@@ -59,7 +59,7 @@ class Backbone(nn.Module, ABC):
         return torch.cat([self.pool(of_size) for of_size in images])
 
     def checkpoint_blocks(self) -> bool:
-        """From now on, compute each block once more in the backward pass; False where it has no blocks."""
+        """Compute each block once more in the backward pass, from now on; False if the network has no blocks."""
         return False
 
     def layers(self) -> Mapping[str, int]:
@@ -67,10 +67,10 @@ class Backbone(nn.Module, ABC):
         return {name: 0 for name, _ in self.named_parameters()}
 
     def check_size(self, image_size: int, *, key: str) -> None:
-        """See that the network takes images of another side than its own, which the recipe calls `key`.
+        """Check that the network accepts images of the side that the recipe calls `key`.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: the network refuses them.
         """
         if image_size == self.image_size:
             return
@@ -84,24 +84,23 @@ class Backbone(nn.Module, ABC):
         except ConfigError as error:
             raise ConfigError(*(f"{key}={image_size}: {fault}" for fault in error.faults)) from error
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"{key}={image_size}: the network is laid out for images of {self.image_size} pixels and takes no "
-                f"others ({reason}); leave the size as it is, or take a network that does"
+                f"{key}={image_size}: the network is made for images of {self.image_size} pixels and refuses others "
+                f"({first_line(error)}); keep this size, or choose a network that accepts others"
             ) from error
         finally:
             for module, training in modes:
                 module.training = training
 
     def prepare(self, images: Callable[[], Tensor]) -> None:
-        """Initialise from data, where the architecture does: `images` loads some, as `forward` takes them."""
+        """Initialise from data if the architecture needs it: `images` loads a batch for `forward`."""
 
 
 class ModelConfig(Family, ABC):
     """The settings of a backbone."""
 
     weights: str | None = None
-    """Start from these weights: a .safetensors or .pt file, a run directory, or `pretrained` for timm's own."""
+    """Weights to start from: a .safetensors or .pt file, a run directory, or `pretrained` for those of timm."""
 
     def without_drops(self) -> "ModelConfig":
         """The same network without dropout and drop path."""
@@ -113,5 +112,10 @@ class ModelConfig(Family, ABC):
         """The network with fresh weights, on the CPU.
 
         Raises:
-            ConfigError: the settings do not fit together or the image size.
+            ConfigError: the settings do not fit each other or the image size.
         """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

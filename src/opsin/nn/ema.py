@@ -17,26 +17,27 @@ class EmaConfig(Settings):
     """A moving average of the weights, scored beside them."""
 
     decay: float = Field(0.999, gt=0, lt=1)
-    """What is kept of the average at each update."""
+    """Share of the average that remains at each update."""
     warmup: bool = True
-    """Begin with a smaller decay, (1 + step) / (10 + step), so that the first weights are soon forgotten."""
+    """Begin with a smaller decay, (1 + step) / (10 + step), to forget the first weights soon."""
 
 
 class ModelEma:
     """The moving average of every floating-point parameter and buffer of a network, under its own name."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._live = {name: tensor for name, tensor in _tensors(network).items() if tensor.is_floating_point()}
+        tensors = network.state_dict(keep_vars=True)
+        self._live = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         self.average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
 
     @torch.no_grad()
     def update(self, decay: float, applied: Tensor) -> None:
-        """`average = decay * average + (1 - decay) * weights`; nothing where the scalar `applied` is 0."""
+        """`average = decay * average + (1 - decay) * weights`; unchanged if the scalar `applied` is 0."""
         follow(list(self.average.values()), list(self._live.values()), applied * (1 - decay))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the network has the average for weights; after, its own, bit for bit."""
+        """Give the network the average as weights inside the context, and its own, bit for bit, after it."""
         self._exchange()
         try:
             yield
@@ -48,7 +49,7 @@ class ModelEma:
         return dict(self.average)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over an average with the same names and shapes."""
+        """Copy an average with the same names and shapes."""
         assert state.keys() == self.average.keys(), "the average of another network"
         with torch.no_grad():
             for name, tensor in self.average.items():
@@ -61,7 +62,7 @@ class ModelEma:
 
 @torch.no_grad()
 def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], share: Tensor) -> None:
-    """Move each average by `share`, a scalar tensor, of its way to the weight; by nothing where that is 0."""
+    """Move each average by `share`, a scalar tensor, of its distance to the weight."""
     averages, weights = list(averages), list(weights)
     if share.device.type == "cpu":
         # One pass over memory instead of three; on a GPU the host would wait for the number.
@@ -73,9 +74,5 @@ def follow(averages: Sequence[Tensor], weights: Sequence[Tensor], share: Tensor)
 
 
 def ema_decay(step: int, *, decay: float, warmup: bool) -> float:
-    """The decay of update `step`, counted from 0; with `warmup` it rises from 0.1: early weights are soon forgotten."""
+    """The decay of update `step`, counted from 0; with `warmup` it rises from 0.1."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return dict(network.state_dict(keep_vars=True))

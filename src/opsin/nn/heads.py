@@ -1,4 +1,4 @@
-"""From features to class scores, and to the unit vectors that DINO compares.
+"""Heads: from features to class scores, and to the unit vectors that DINO compares.
 
 Shapes: B images, D width, K classes, d bottleneck.
 """

@@ -1,4 +1,4 @@
-"""The networks that a recipe or an export can name: importing this file makes them known to `ModelConfig`."""
+"""Networks that a recipe or an export can name: importing this file makes them members of `ModelConfig`."""
 
 from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.timm_backbone import TimmConfig

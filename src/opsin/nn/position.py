@@ -1,4 +1,4 @@
-"""Position embeddings: learned ones for another grid than their own, and fixed ones for any place.
+"""Position embeddings: learned ones, interpolated to another grid, and fixed ones for any position.
 
 Shapes: H, W the old grid, h, w the new one, D width.
 """
@@ -22,12 +22,12 @@ def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
 
 
 def sincos_positions(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Fixed embeddings [..., width] of places, given in patches: float [...] each; `width` is a multiple of 4.
+    """Fixed embeddings [..., width] of positions in units of patches, float [...] each; `width` is a multiple of 4.
 
     Sine and cosine of the column at width / 4 wavelengths from 2 pi to 20,000 pi, then of the row (Vaswani et al.
     2017, section 3.5, in two dimensions as for MAE and I-JEPA). float32, computed in float64.
     """
-    assert width % 4 == 0, f"width {width} is no multiple of 4"
+    assert width % 4 == 0, f"width {width} is not a multiple of 4"
     exponents = torch.arange(width // 4, dtype=torch.float64, device=rows.device) / (width / 4)
     waves = torch.stack([columns, rows], -1).double()[..., None] / 10_000**exponents  # [..., 2, width / 4]
     return torch.stack([waves.sin(), waves.cos()], -2).flatten(-3).float()
@@ -42,6 +42,6 @@ def grid_positions(height: int, width: int, size: int, *, side: int = 1, device:
 
 
 def _interpolation(old: int, new: int, device: torch.device) -> Tensor:
-    # Interpolation is linear: what it does to the unit vectors, as the columns of an image, is its matrix.
+    # Interpolation is linear: the interpolated unit vectors, as columns of an image, are its matrix.
     units = torch.eye(old, device=device)[None, None]
     return F.interpolate(units, size=(new, old), mode="bicubic", antialias=True)[0, 0]

@@ -1,4 +1,4 @@
-"""Prototypes, and the cross-entropy of teacher and student over them without ever holding all scores.
+"""Prototypes, and the cross-entropy of teacher and student over them without all scores in memory.
 
 The head and the loss of DINO (Caron et al. 2021, sections 3.1 and 3.2). A score is the product of a unit vector
 and a prototype of fixed length. For a student's vector z, prototypes W and the teacher's probabilities q
@@ -6,8 +6,8 @@ and a prototype of fixed length. For a student's vector z, prototypes W and the 
     -sum_k q_k log p_k = log sum_k exp(z W_k / t) - z (sum_k q_k W_k) / t,
 
 so a pass over the prototypes, some thousand at a time, needs three running sums: of exp, of exp W and of q W.
-They also give the gradient for z; that for W comes from a second look at the same exponentials. Teacher
-probabilities are shared by all views, so q W is computed once for each teacher view.
+They also give the gradient for z; that for W comes from a second pass over the same exponentials. All views
+share the teacher's probabilities, so q W is computed once for each teacher view.
 
 Shapes: K prototypes, C of a chunk, d their width, G teacher views, V student views, B images.
 """
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 _CHUNK = 2048
 _KEPT_BYTES = 128 << 20
-# Exponents that need not be made smaller: far from the ends of what a format holds, also times 65,536.
+# Exponents that need not be reduced: far from the limits of the format, also when multiplied by 65,536.
 _SAFE_EXPONENT = {torch.float64: 60.0, torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 8.0}
 
 
@@ -43,38 +43,38 @@ class Prototypes(nn.Module):
         nn.init.uniform_(self.weight_v, -bound, bound)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Unit vectors [..., d] to scores [..., K]; all at once, for small K."""
+        """Unit vectors [..., d] to scores [..., K] in one piece, for small K."""
         return F.linear(vectors, self.weight_g * F.normalize(self.weight_v, dim=1))
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some prototypes at a time, as [C, d] in `dtype`, and the lengths of their vectors, [C, 1]; no gradient."""
+        """Chunks of prototypes, [C, d] in `dtype`, with the lengths of their vectors, [C, 1]; without gradient."""
         for part in _parts(len(self.weight_v)):
             vectors = self.weight_v.detach()[part]
             norms = vectors.norm(dim=1, keepdim=True)
             yield part, (vectors * (self.weight_g.detach()[part] / norms)).to(dtype), norms
 
     def reach(self) -> float | None:
-        """The highest score of a unit vector, where it is known for all time: lengths are not learned."""
+        """The highest score of a unit vector; None if lengths are learned."""
         return None if self.weight_g.requires_grad else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What the teacher says of every image: its probabilities, as exponentials and the shares that they count for."""
+    """The teacher's probabilities of every image, as exponentials with a factor for each chunk."""
 
     exponentials: Tensor
     """[G, B, K]"""
     shares: Tensor
-    """[chunks, G, B]: factors from exponentials to probabilities; each chunk of prototypes has its own."""
+    """[chunks, G, B]: factors from exponentials to probabilities, one for each chunk of prototypes."""
     mean_scores: Tensor
     """[K]: the scores before centring, averaged over views and images."""
     entropy: Tensor
     """[G, B], in nats."""
     winners: Tensor
-    """int64 [G, B]: the most probable prototype of each."""
+    """int64 [G, B]: the most probable prototype of each image."""
 
     def probabilities(self) -> Tensor:
-        """[G, B, K]; all at once, for small K."""
+        """[G, B, K] in one piece, for small K."""
         parts = zip(_parts(self.exponentials.shape[-1]), self.shares, strict=True)
         return torch.cat([self.exponentials[..., part] * share[..., None] for part, share in parts], -1)
 
@@ -116,10 +116,10 @@ def teacher_targets(vectors: Tensor, prototypes: Prototypes, center: Tensor, tem
 def cross_entropy(
     vectors: Tensor, prototypes: Prototypes, targets: Targets, pairs: Tensor, *, temperature: float, learn: bool
 ) -> Tensor:
-    """The sum over images, and over the pairs of views, of the cross-entropy with the teacher's probabilities.
+    """The cross-entropy with the teacher's probabilities, summed over images and pairs of views.
 
-    `vectors` are the student's unit vectors [V, B, d]. `pairs` [V, G] is the weight of a student view's answer to a
-    teacher view. The gradient reaches the prototypes only with `learn`.
+    `vectors` are the student's unit vectors [V, B, d], `pairs` [V, G] the weights of pairs of a student's and a
+    teacher's view. The gradient reaches the prototypes only with `learn`.
     """
     learned = [weight if learn else weight.detach() for weight in (prototypes.weight_v, prototypes.weight_g)]
     loss: Tensor = _CrossEntropy.apply(vectors, *learned, prototypes, targets, pairs, temperature)
@@ -141,16 +141,16 @@ class _CrossEntropy(torch.autograd.Function):
         temperature: float,
     ) -> Tensor:
         with torch.autocast(vectors.device.type, enabled=False):
-            one = _Pass(vectors, prototypes, targets, pairs.to(vectors.dtype), temperature)
-            loss, grad = one.look()
-            learned = one.look_again(ctx.needs_input_grad[2]) if ctx.needs_input_grad[1] else (None, None)
+            passes = _Passes(vectors, prototypes, targets, pairs.to(vectors.dtype), temperature)
+            loss, grad = passes.loss()
+            learned = passes.prototype_grads(ctx.needs_input_grad[2]) if ctx.needs_input_grad[1] else (None, None)
             ctx.grads = (grad, *learned)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled where they are: those of the prototypes are the largest tensors of a step.
+        # Scaled without a copy: those of the prototypes are the largest tensors of a step.
         grads, ctx.grads = ctx.grads, None
         assert grads is not None, "one backward pass for each forward pass"
         if factor.device.type == "cpu" and factor == 1:  # on a GPU the host would wait for the number
@@ -158,15 +158,15 @@ class _CrossEntropy(torch.autograd.Function):
         return *(None if grad is None else grad.mul_(factor) for grad in grads), None, None, None, None
 
 
-class _Pass:
-    """The student's side of one loss, a chunk of prototypes at a time."""
+class _Passes:
+    """Passes of the student over all prototypes, a chunk at a time."""
 
     def __init__(
         self, vectors: Tensor, prototypes: Prototypes, targets: Targets, pairs: Tensor, temperature: float
     ) -> None:
         self.dtype = targets.exponentials.dtype
         self.prototypes = prototypes
-        self.asked = targets.exponentials.flatten(0, 1)  # [G B, K]
+        self.teacher = targets.exponentials.flatten(0, 1)  # [G B, K]
         self.shares = targets.shares.flatten(1)[..., None]  # [chunks, G B, 1]
         self.pairs = pairs
         self.temperature = temperature
@@ -175,22 +175,22 @@ class _Pass:
         self.sharp = (self.flat / temperature).to(self.dtype)
         self.sums = self.flat.new_zeros(len(self.flat), 1)
         self.top = torch.full_like(self.sums, -math.inf)
-        """The highest exponent of each vector so far, which is taken off all; 0 where none can grow large."""
+        """The highest exponent of each vector so far, which is subtracted from all; unused with `bounded`."""
         reach = prototypes.reach()
         self.bounded = reach is not None and reach / temperature < _SAFE_EXPONENT[self.dtype]
-        num_bytes = (len(self.flat) + len(self.asked)) * len(prototypes.weight_v) * self.dtype.itemsize
+        num_bytes = (len(self.flat) + len(self.teacher)) * len(prototypes.weight_v) * self.dtype.itemsize
         self.keeps = num_bytes <= _KEPT_BYTES
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.norms: list[Tensor] = []
 
-    def look(self) -> tuple[Tensor, Tensor]:
+    def loss(self) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient for the vectors."""
         pushed = torch.zeros_like(self.flat)  # sum_k exp(s_k) W_k
-        pulled = self.flat.new_zeros(len(self.asked), self.flat.shape[1])  # sum_k q_k W_k
+        pulled = self.flat.new_zeros(len(self.teacher), self.flat.shape[1])  # sum_k q_k W_k
         for (part, weights, norms), shares in zip(self.prototypes.chunks(self.dtype), self.shares, strict=True):
-            both, high = self._both(weights, part)
+            both, high = self._exponentials(weights, part)
             adding = both[: len(self.flat)].sum(1, keepdim=True, dtype=self.sums.dtype)
-            # Not `@`: linear layers take the faster kernels of a CPU.
+            # Not `@`: linear layers use the faster kernels of a CPU.
             pushing, pulling = F.linear(both, weights.T).tensor_split([len(self.flat)])
             pulled += pulling * shares
             if self.bounded:
@@ -210,13 +210,13 @@ class _Pass:
         loss = (totals * logs.view(self.vectors.shape[:2])).sum() - (self.vectors * answers).sum() / self.temperature
         return loss, (totals[..., None] * (pushed / self.sums).view(self.vectors.shape) - answers) / self.temperature
 
-    def look_again(self, scale_learns: bool) -> tuple[Tensor, Tensor | None]:
-        """The gradients for the prototypes' vectors [K, d] and lengths [K, 1]; call `look` first."""
+    def prototype_grads(self, scale_learns: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradients for the prototypes' vectors [K, d] and lengths [K, 1]; call `loss` first."""
         weight_v, weight_g = self.prototypes.weight_v.detach(), self.prototypes.weight_g.detach()
         totals = self.pairs.sum(1).repeat_interleave(self.vectors.shape[1])[:, None]
         pushing = self.flat * (totals / self.sums / self.temperature)
         pulling = torch.einsum("vg,vbd->gbd", self.pairs, self.vectors).flatten(0, 1) / self.temperature
-        # Taken off before half precision, which has no room below, and put back after.
+        # Divided out before half precision, whose range ends soon below, and multiplied back after.
         unit = torch.maximum(pushing.abs().max(), (pulling * self.shares).abs().max())
         pushing, pulling = pushing / unit, pulling / unit
         grad_v = torch.empty_like(weight_v)
@@ -224,34 +224,30 @@ class _Pass:
         for index, (part, norms) in enumerate(zip(_parts(len(weight_v)), self.norms, strict=True)):
             vectors, lengths = weight_v[part], weight_g[part]
             weights = None if self.keeps else (vectors * (lengths / norms)).to(self.dtype)
-            both, high = self.kept[index] if weights is None else self._both(weights, part)
+            both, high = self.kept[index] if weights is None else self._exponentials(weights, part)
             own = pushing if self.bounded else pushing * torch.exp(high - self.top)
             factors = torch.cat([own, -pulling * self.shares[index]])
             grad = F.linear(both.T, factors.T.to(self.dtype)).to(weight_v.dtype)
             along = (grad * vectors).sum(1, keepdim=True) / norms
             if grad_g is not None:
                 grad_g[part] = along * unit
-            # Across the vector only, and straight into its place: these are the largest tensors of a step.
+            # Across the vector only, and without a copy: these are the largest tensors of a step.
             slopes = lengths / norms * unit
             torch.mul(grad, slopes, out=grad_v[part]).addcmul_(vectors, along / norms * slopes, value=-1)
         return grad_v, grad_g
 
-    def _both(self, weights: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """The exponentials of student and teacher, [V B + G B, C], for prototypes [C, d].
+    def _exponentials(self, weights: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Exponentials of student and teacher, [V B + G B, C], for prototypes [C, d].
 
-        Also what was taken off each exponent of the student, [V B, 1].
+        Also what was subtracted from each exponent of the student, [V B, 1]; unused with `bounded`.
         """
-        exponentials, high = self._exponentials(weights)
-        return torch.cat([exponentials, self.asked[:, part]]), high
-
-    def _exponentials(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """[V B, C] for prototypes [C, d], and what was taken off each exponent, [V B, 1]."""
         logits: Tensor = F.linear(self.sharp, weights)
-        if self.bounded:
-            return logits.exp_(), self.sums
-        exact = logits.to(self.flat.dtype)
-        high = exact.amax(1, keepdim=True)
-        return exact.sub_(high).exp_().to(self.dtype), high
+        high = self.sums
+        if not self.bounded:
+            logits = logits.to(self.flat.dtype)
+            high = logits.amax(1, keepdim=True)
+            logits = logits.sub_(high)
+        return torch.cat([logits.exp_().to(self.dtype), self.teacher[:, part]]), high
 
 
 def _parts(count: int) -> Iterator[slice]:

@@ -1,6 +1,6 @@
 """Any network of timm as a backbone.
 
-timm is imported where it is used: it takes seconds, and most commands do not need it.
+Functions import timm themselves: it takes seconds, and most commands do not need it.
 
 Shapes: B images, C channels, S side in pixels, h x w the final grid, N = h x w patches, D width.
 """
@@ -14,23 +14,23 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from opsin.errors import ConfigError
-from opsin.nn.backbone import Backbone, ModelConfig, Tokens
+from opsin.nn.backbone import Backbone, ModelConfig, Tokens, first_line
 
 _OWN_KEYS = {"num_classes": "the method's head", "in_chans": "the images", "pretrained": "model.weights=pretrained"}
 _KEY_OF_ARGUMENT = {"drop_path_rate": "model.drop_path", "drop_rate": "model.dropout"}
 
 
 class TimmConfig(ModelConfig):
-    """A network of timm, by its name there: resnet50, convnext_tiny, vit_small_patch16_224, ..."""
+    """A network of timm, by its name in timm: resnet50, convnext_tiny, vit_small_patch16_224 or any other."""
 
     name: str = "resnet50"
-    """Any name that `timm.list_models()` gives, also with a tag of pretrained weights."""
+    """Any name of `timm.list_models()`, also with a tag of pretrained weights."""
     drop_path: float | None = Field(None, ge=0.0, lt=1.0)
-    """Chance that an image skips a residual branch of the last block; none: timm's default."""
+    """Probability that an image skips a residual branch of the last block; null takes timm's default."""
     dropout: float | None = Field(None, ge=0.0, lt=1.0)
-    """Share of the pooled features dropped; none: timm's default."""
+    """Share of the pooled features that is dropped; null takes timm's default."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    """`small` begins a ResNet with a 3 x 3 filter of stride 1 and no pooling, for images up to 64 pixels."""
+    """First layers: `small` gives a ResNet a 3 x 3 filter of stride 1 without pooling, for images up to 64 pixels."""
     options: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Further arguments of `timm.create_model`, such as `patch_size`."""
 
@@ -39,14 +39,14 @@ class TimmConfig(ModelConfig):
     def _leaves_own_keys(cls, options: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
         for key in options:
             if key in _OWN_KEYS:
-                raise ValueError(f"option {key} is decided by {_OWN_KEYS[key]}; leave it out")
+                raise ValueError(f"option {key} follows from {_OWN_KEYS[key]}; leave it out")
         return options
 
     def build(self, *, image_size: int, channels: int = 3) -> "TimmBackbone":
         """The network with fresh weights, on the CPU.
 
         Raises:
-            ConfigError: timm has no such name or option, or the network cannot take such images.
+            ConfigError: timm does not know the name or an option, or the network refuses such images.
         """
         return TimmBackbone(self, image_size=image_size, channels=channels)
 
@@ -54,8 +54,8 @@ class TimmConfig(ModelConfig):
 class TimmBackbone(Backbone):
     """A network of timm without its classifier, as `network`.
 
-    `pooled` is what the classifier would see. `patches` is the final grid without class or register
-    tokens; its width, `patch_width`, differs from `width` where a layer lies between the two.
+    `pooled` is the input of the classifier. `patches` is the final grid without class or register
+    tokens; its width, `patch_width`, differs from `width` if a layer lies between the two.
     """
 
     def __init__(self, config: TimmConfig, *, image_size: int, channels: int) -> None:
@@ -82,11 +82,11 @@ class TimmBackbone(Backbone):
         try:
             super().check_size(image_size, key=key)
         except ConfigError as error:
-            hint = "timm's vision transformers take several with model.options={dynamic_img_size: true}"
+            hint = "timm's vision transformers accept several with model.options={dynamic_img_size: true}"
             raise ConfigError(*(f"{fault}; {hint}" for fault in error.faults)) from error
 
     def checkpoint_blocks(self) -> bool:
-        """As timm divides the network; False for those that it cannot divide."""
+        """Checkpoint as timm divides the network; False if timm cannot divide it."""
         try:
             self.network.set_grad_checkpointing(True)
         except (AttributeError, AssertionError):
@@ -94,23 +94,23 @@ class TimmBackbone(Backbone):
         return True
 
     def layers(self) -> dict[str, int]:
-        """As timm groups them for layer-wise learning rates."""
+        """Layers as timm groups them for layer-wise learning rates."""
         from timm.models import group_parameters
 
         found = group_parameters(self.network, self.network.group_matcher(coarse=False), reverse=True)
         return {f"network.{name}": int(layer) for name, layer in found.items()}
 
     def pretrained_state(self) -> dict[str, Tensor]:
-        """The published weights for `network`, laid out for this image size and these channels.
+        """The published weights for `network`, fitted to its image size and channels.
 
         Raises:
-            ConfigError: there are none, or they cannot be fetched.
+            ConfigError: timm has no weights for it, or they cannot be fetched.
         """
         return dict(_create(self.config, self.image_size, self.channels, pretrained=True).state_dict())
 
     def _probe(self) -> Tokens:
-        """Features of one black image: sizes, and proof that the network takes such images."""
-        # timm leaves out the pixels that fill no patch, without a word.
+        """Features of one black image: the sizes, and the proof that the network accepts such images."""
+        # timm silently ignores pixels that do not fill a patch.
         cut = getattr(getattr(self.network, "patch_embed", None), "proj", None)
         if isinstance(cut, nn.Conv2d) and cut.kernel_size == cut.stride and self.image_size % cut.stride[0]:
             patch = cut.stride[0]
@@ -126,7 +126,7 @@ class TimmBackbone(Backbone):
         except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError) as error:
             raise ConfigError(
                 f"model.name = {self.config.name!r}: cannot take images of {self.image_size} x {self.image_size} "
-                f"pixels ({_first_line(error)}); change data.image_size or model.options"
+                f"pixels ({first_line(error)}); change data.image_size or model.options"
             ) from error
         finally:
             self.train()
@@ -140,7 +140,7 @@ def _create(config: TimmConfig, image_size: int, channels: int, *, pretrained: b
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name, [*ModelConfig.members(), *timm.list_models()], n=1)
         way_out = f"did you mean {near[0]!r}?" if near else "timm.list_models() gives all names"
-        raise ConfigError(f"model.name = {config.name!r}: neither opsin nor timm has such a model; {way_out}")
+        raise ConfigError(f"model.name = {config.name!r}: unknown to opsin and timm; {way_out}")
     arguments: dict[str, Any] = {"in_chans": channels}
     if config.drop_path is not None:
         arguments["drop_path_rate"] = config.drop_path
@@ -155,7 +155,7 @@ def _create(config: TimmConfig, image_size: int, channels: int, *, pretrained: b
     except OSError as error:
         raise ConfigError(
             f"model.weights = 'pretrained': the weights of {config.name} could not be fetched "
-            f"({_first_line(error)}); connect this machine to the network, or give a file"
+            f"({first_line(error)}); connect this machine to the network, or give a file"
         ) from error
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise _refusal(config, error, pretrained=pretrained) from error
@@ -168,14 +168,14 @@ def _refusal(config: TimmConfig, error: Exception, *, pretrained: bool) -> Confi
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unknown:
         key = _KEY_OF_ARGUMENT.get(unknown[1], f"model.options.{unknown[1]}")
-        return ConfigError(f"{key}: {config.name} has no such option; leave it out")
+        return ConfigError(f"{key}: {config.name} does not have this option; leave it out")
     if pretrained:
         return ConfigError(
-            f"model.weights = 'pretrained': {config.name} cannot load them ({_first_line(error)}); "
+            f"model.weights = 'pretrained': {config.name} cannot load them ({first_line(error)}); "
             "give a file or another model.name"
         )
     return ConfigError(
-        f"model.name = {config.name!r}: timm cannot build it ({_first_line(error)}); change its tag or model.options"
+        f"model.name = {config.name!r}: timm cannot build it ({first_line(error)}); change its tag or model.options"
     )
 
 
@@ -191,7 +191,3 @@ def _use_small_stem(network: nn.Module, name: str) -> None:
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     network.set_submodule("conv1", stem)
     network.set_submodule("maxpool", nn.Identity())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

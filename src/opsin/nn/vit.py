@@ -1,4 +1,4 @@
-"""A vision transformer that can also leave patches out and show what it looks at.
+"""A vision transformer that can also leave out patches and show its attention.
 
 Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, with the parameter names, the arithmetic
 and the initialisation of timm's: tests/unit/nn/test_vit.py compares them.
@@ -7,7 +7,7 @@ Shapes: B images, C channels, N patches, K kept patches, T tokens (class token a
 """
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -36,15 +36,15 @@ class ViTConfig(ModelConfig):
     patch: int = Field(16, ge=1)
     """Side of a patch in pixels; divides `data.image_size`."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of values dropped after the position embedding, after each attention and in each MLP."""
+    """Share of values that is dropped after the position embedding, after each attention and in each MLP."""
     attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of attention probabilities dropped."""
+    """Share of attention probabilities that is dropped."""
     drop_path: float = Field(0.0, ge=0.0, lt=1.0)
-    """Chance that an image skips a residual branch of the last block; grows linearly from 0 at the first."""
+    """Probability that an image skips a residual branch of the last block; it grows linearly from 0 at the first."""
     class_token: bool = True
-    """Whether a learned token goes along with the patches."""
+    """True if a learned token joins the patches."""
     pool: Literal["token", "mean"] = "token"
-    """What stands for the image: the class token, or the mean of the patches."""
+    """Features of the image: the class token, or the mean of the patches."""
     position: Literal["learned", "sincos"] = "learned"
     """Position embeddings: learned, or fixed sines and cosines of row and column."""
 
@@ -88,7 +88,6 @@ class VisionTransformer(Backbone):
         self.grid = image_size // config.patch
         self.pool_kind = config.pool
         self.prefix = int(config.class_token)
-        self.checkpointing = False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_token else None
         self.sincos = config.position == "sincos"
         self.computed = frozenset({"pos_embed"} if self.sincos else ())
@@ -111,39 +110,39 @@ class VisionTransformer(Backbone):
         return self.forward_tokens(images, class_token_only=self.pool_kind == "token").pooled
 
     def pool_sizes(self, images: Sequence[Tensor]) -> Tensor:
-        # What a layer does to each token on its own, it does to those of all sizes at once.
+        # Layers that treat each token by itself treat the tokens of all sizes at once.
         if len(images) == 1:
             return self.pool(images[0])
         tokens = [self._embed(of_size, None) for of_size in images]
         sizes = [(len(part), part.shape[1]) for part in tokens]
         x = torch.cat([part.flatten(0, 1) for part in tokens])
         for block in self.blocks[:-1]:
-            x = self._run(block, x, sizes=sizes)
+            x = block(x, sizes=sizes)
         of_token = self.pool_kind == "token"
         return torch.cat([self._finish(part, class_token_only=of_token).pooled for part in unpack(x, sizes)])
 
     def checkpoint_blocks(self) -> bool:
-        """From now on, keep only the tokens between blocks for the backward pass."""
-        self.checkpointing = True
+        checkpoint_blocks(self)
         return True
 
     def layers(self) -> dict[str, int]:
         """Embeddings are layer 0, block i is layer i + 1, the last norm belongs to the last block."""
-        depth = len(self.blocks)
-
-        def layer(name: str) -> int:
-            if name.startswith("blocks."):
-                return int(name.split(".")[1]) + 1
-            return depth if name.startswith("norm.") else 0
-
-        return {name: layer(name) for name, _ in self.named_parameters()}
+        depth = self.num_blocks
+        return {
+            name: int(name.split(".")[1]) + 1
+            if name.startswith("blocks.")
+            else depth
+            if name.startswith("norm.")
+            else 0
+            for name, _ in self.named_parameters()
+        }
 
     def forward_tokens(self, images: Tensor, keep: Tensor | None = None, *, class_token_only: bool = False) -> Tokens:
-        """Features of a part of each image, or for less work.
+        """Features of some patches, or of the class token alone.
 
-        Only the patches whose indices stand in `keep`, int64 [B, K], go through; `patches` is then
-        [B, K, D] in their order. With `class_token_only`, the last block computes the class token
-        alone and `patches` is [B, 0, D]: `pooled` is the same, for a cheaper last block.
+        With the indices `keep`, int64 [B, K], only these patches enter; `patches` is then [B, K, D] in
+        their order. With `class_token_only`, the last block computes the class token alone, `pooled`
+        stays the same, and `patches` is [B, 0, D].
 
         Raises:
             ValueError: `class_token_only` without `pool: token`.
@@ -152,23 +151,23 @@ class VisionTransformer(Backbone):
             raise ValueError(f"class_token_only needs pool 'token', not '{self.pool_kind}'")
         x = self._embed(images, keep)  # [B, T, D]
         for block in self.blocks[:-1]:
-            x = self._run(block, x)
+            x = block(x)
         return self._finish(x, class_token_only=class_token_only)
 
     def forward_depths(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
-        """Patch tokens [B, N, D] as the first 1, 2, ... blocks leave them; after the last one with the final norm."""
+        """Patch tokens [B, N, D] after each of the numbers of blocks `depths`; after all blocks with the final norm."""
         left = self._left(images, depths)
         return [(self.norm(left[d]) if d == self.num_blocks else left[d])[:, self.prefix :] for d in depths]
 
     def pool_blocks(self, images: Tensor, blocks: int) -> Tensor:
-        # Each with the final norm, as the linear probes of DINO and I-JEPA take them.
+        # Each with the final norm, as in the linear probes of DINO and I-JEPA.
         left = self._left(images, range(self.num_blocks - blocks + 1, self.num_blocks + 1))
         return torch.cat([self._read(self.norm(x)).pooled for x in left.values()], dim=1)
 
     def attention(self, images: Tensor) -> Tensor:
-        """What the last block looks at: [B, heads, T, T], row = the token that asks, rows sum to 1.
+        """Attention of the last block, [B, heads, T, T], without dropout: a row for each token, of sum 1.
 
-        Token 0 is the class token where there is one; patches follow row by row.
+        Token 0 is the class token if the network has one; patches follow row by row.
         """
         x = self._embed(images, None)
         *first, last = self.blocks
@@ -178,35 +177,32 @@ class VisionTransformer(Backbone):
         return last.attn.probabilities(last.norm1(x))
 
     def _left(self, images: Tensor, depths: Sequence[int]) -> dict[int, Tensor]:
-        """What the first so many blocks leave, tokens [B, T, D], by their number in rising order."""
+        """Tokens [B, T, D] after each of the numbers of blocks `depths`, in rising order."""
         x = self._embed(images, None)
         found: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks[: max(depths)], start=1):
-            x = self._run(block, x)
+            x = block(x)
             if number in depths:
                 found[number] = x
         return found
 
     def _finish(self, x: Tensor, *, class_token_only: bool) -> Tokens:
         """The last block and the norm, for tokens [B, T, D] of one size."""
-        return self._read(self.norm(self._run(self.blocks[-1], x, 1 if class_token_only else None)))
+        return self._read(self.norm(self.blocks[-1](x, 1 if class_token_only else None)))
 
     def _read(self, x: Tensor) -> Tokens:
         """The features in tokens [B, T, D] after the norm."""
         patches = x[:, self.prefix :]
         return Tokens(x[:, 0] if self.pool_kind == "token" else patches.mean(dim=1), patches)
 
-    def _run(self, block: nn.Module, x: Tensor, queries: int | None = None, sizes: Sizes | None = None) -> Tensor:
-        return run_block(block, x, queries, sizes=sizes, twice=self.checkpointing)
-
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         height, width = (side // self.patch for side in images.shape[-2:])
         positions = self.pos_embed[0, self.prefix :]  # [N, D]
-        if (height, width) != (self.grid, self.grid) and self.sincos:
-            positions = grid_positions(height, width, self.width, device=positions.device).to(positions.dtype)
-        elif (height, width) != (self.grid, self.grid):
-            square = positions.reshape(self.grid, self.grid, -1)
-            positions = resize_grid(square, height, width).flatten(0, 1)
+        if (height, width) != (self.grid, self.grid):
+            if self.sincos:
+                positions = grid_positions(height, width, self.width, device=positions.device).to(positions.dtype)
+            else:
+                positions = resize_grid(positions.unflatten(0, (self.grid, -1)), height, width).flatten(0, 1)
         x = self.patch_embed(images, keep) + (positions if keep is None else positions[keep])
         if self.cls_token is not None:
             token = self.cls_token + self.pos_embed[:, :1]
@@ -232,8 +228,7 @@ class VisionTransformer(Backbone):
 class PatchEmbed(nn.Module):
     """Cuts images into patches and projects each to a token.
 
-    `proj` is a convolution by its parameters only. As a matrix product the patches that are left out
-    cost nothing.
+    `proj` has the parameters of a convolution. As a matrix product, omitted patches cost nothing.
     """
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
@@ -242,12 +237,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Images [B, C, S, S] to tokens [B, N, D], row by row, or to [B, K, D] of the kept ones."""
+        """Images [B, C, S, S] to tokens [B, N, D], row by row, or [B, K, D] of the patches `keep`."""
         height, width = images.shape[-2:]
         if height % self.patch or width % self.patch:
             raise ConfigError(
                 f"model.patch = {self.patch}: images of {height} x {width} pixels cannot be cut into such patches; "
-                "use a size that is a multiple of it"
+                "use a multiple of the patch"
             )
         rows, columns = height // self.patch, width // self.patch
         cut = images.reshape(*images.shape[:2], rows, self.patch, columns, self.patch)  # [B, C, h, P, w, P]
@@ -263,6 +258,7 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, *, drop_path: float) -> None:
         super().__init__()
         self.drop_path = drop_path
+        self.checkpointing = False
         self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
         self.attn = Attention(
             config.width, config.heads, attention_dropout=config.attention_dropout, dropout=config.dropout
@@ -273,10 +269,15 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, queries: int | None = None, seen: Tensor | None = None, sizes: Sizes | None = None
     ) -> Tensor:
-        """Tokens [B, T, D] to [B, T, D]; with `queries`, only the first of them come out. `seen` as for `Attention`.
+        """Tokens [B, T, D] to [B, T, D], with `queries` and `seen` as for `Attention`.
 
         With `sizes`, packed tokens [M, D] to [M, D].
         """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, queries, seen, sizes, use_reentrant=False)
+        return self._compute(x, queries, seen, sizes)
+
+    def _compute(self, x: Tensor, queries: int | None, seen: Tensor | None, sizes: Sizes | None) -> Tensor:
         if sizes is not None:
             x = x + self._skip(self.attn.forward_packed(self.norm1(x), sizes), sizes)
         else:
@@ -284,7 +285,7 @@ class Block(nn.Module):
         return x + self._skip(self.mlp(self.norm2(x)), sizes)
 
     def _skip(self, branch: Tensor, sizes: Sizes | None = None) -> Tensor:
-        """Drop the whole branch for some images, and scale it for the others to keep its mean."""
+        """Drop the whole branch for some images, and scale it for the others to preserve its mean."""
         if self.drop_path == 0.0 or not self.training:
             return branch
         kept = 1.0 - self.drop_path
@@ -294,19 +295,11 @@ class Block(nn.Module):
         return branch * torch.cat([part.reshape(-1, 1) for part in factors])
 
 
-def run_block(
-    block: nn.Module,
-    x: Tensor,
-    queries: int | None = None,
-    seen: Tensor | None = None,
-    sizes: Sizes | None = None,
-    *,
-    twice: bool,
-) -> Tensor:
-    """What a `Block` makes of its arguments; `twice` computes it once more in the backward pass to save memory."""
-    if twice and torch.is_grad_enabled():
-        return cast(Tensor, checkpoint(block, x, queries, seen, sizes, use_reentrant=False))
-    return cast(Tensor, block(x, queries, seen, sizes))
+def checkpoint_blocks(module: nn.Module) -> None:
+    """Compute each `Block` inside `module` once more in the backward pass, to save memory."""
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.checkpointing = True
 
 
 class Mlp(nn.Module):

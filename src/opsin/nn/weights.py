@@ -1,4 +1,4 @@
-"""Weights from a file or another run into a network, with an account of what fitted.
+"""Weights from a file or another run for a network, and a report of the tensors that fitted.
 
 Shapes: T tokens, D width, C channels, P side of a filter.
 """
@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opsin.errors import CheckpointError, ConfigError
-from opsin.nn.backbone import Backbone, ModelConfig
+from opsin.nn.backbone import Backbone, ModelConfig, first_line
 from opsin.nn.position import resize_grid
 from opsin.nn.timm_backbone import TimmBackbone
 from opsin.storage.compression import SUFFIX, decompressed
@@ -28,42 +29,31 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Reshaped:
-    """A tensor that was laid out anew to fit."""
-
-    name: str
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} {list(self.before)} -> {list(self.after)}"
-
-
-@dataclass(frozen=True, slots=True)
 class WeightReport:
-    """What became of each tensor. Names are the network's own, without `prefix`."""
+    """The fate of each tensor. Names are those of the network, without `prefix`."""
 
     source: str
     prefix: str
     loaded: tuple[str, ...]
-    """Filled from the source, the reshaped ones included."""
+    """Tensors filled from the source, with the reshaped ones."""
     missing: tuple[str, ...]
-    """In the network only: still as initialised."""
+    """Tensors of the network alone: still as initialised."""
     unexpected: tuple[str, ...]
-    """In the source only, below the prefix."""
-    reshaped: tuple[Reshaped, ...]
+    """Tensors of the source alone, below the prefix."""
+    reshaped: tuple[str, ...]
+    """Tensors that were reshaped to fit, as `NAME [shape] -> [shape]`."""
     outside: int = 0
-    """Tensors of the source that do not start with the prefix: other networks."""
+    """Number of tensors of the source without the prefix: of other networks."""
 
     def lines(self) -> list[str]:
-        """The report for a reader; one line where everything fitted."""
+        """The report for a reader; one line if everything fitted."""
         total = len(self.loaded) + len(self.missing)
         below = f" below {self.prefix!r}" if self.prefix else ""
         lines = [f"weights: {len(self.loaded)} of {total} tensors from {self.source}{below}"]
         for label, names in (
             ("missing, fresh here", self.missing),
             ("unexpected, not used", self.unexpected),
-            ("reshaped", [str(change) for change in self.reshaped]),
+            ("reshaped", self.reshaped),
         ):
             if names:
                 lines.append(f"  {label}: {len(names)} ({_first(names)})")
@@ -71,10 +61,10 @@ class WeightReport:
 
 
 def initialise(backbone: Backbone, config: ModelConfig) -> WeightReport | None:
-    """Load what `config.weights` names into `backbone`; nothing where it names nothing.
+    """Load the weights that `config.weights` names into `backbone`; return None if it names none.
 
     Raises:
-        ConfigError: pretrained weights were asked for where there are none, or no network.
+        ConfigError: pretrained weights do not exist for this model, or cannot be fetched.
         CheckpointError: the file cannot be read or does not fit.
     """
     if config.weights is None:
@@ -86,7 +76,7 @@ def initialise(backbone: Backbone, config: ModelConfig) -> WeightReport | None:
         return report
     if not isinstance(backbone, TimmBackbone):
         raise ConfigError(
-            f"model.weights = 'pretrained': model {config.name!r} has none; "
+            f"model.weights = 'pretrained': only timm has them, not model {config.name!r}; "
             "give a file, or a timm name such as model.name=vit_tiny_patch16_224"
         )
     state = backbone.pretrained_state()
@@ -98,12 +88,12 @@ def load_weights(
 ) -> WeightReport:
     """Fill `module` from a file, a run directory or a checkpoint directory: wholly or not at all.
 
-    Of the prefixes that the names in the source may have, the one that fits most names is taken, the
-    first among equals. A position embedding for another grid is interpolated; a first filter for
-    other channels gets their mean, scaled to keep the size of its output.
+    Names in the source may have a prefix: the one that fits most names is used, the first among equals.
+    A position embedding for another grid is interpolated; a first filter for other channels becomes
+    their mean, scaled to preserve the size of its output.
 
     Raises:
-        CheckpointError: unreadable; a tensor of another shape; fewer than half of the tensors found.
+        CheckpointError: the source is unreadable, a tensor does not fit, or more than half of the tensors are missing.
     """
     return _fill(module, _read(Path(os.path.expanduser(reference))), str(reference), prefix_candidates)
 
@@ -125,28 +115,24 @@ def _read(path: Path) -> dict[str, Tensor]:
         content: object = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors, or is no torch file, and is not opened for safety; "
+            f"{path}: holds more than tensors, or is not a torch file, and is not opened for safety; "
             "save its state dict alone, as .safetensors"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path}: cannot be read ({reason}); copy it again, or give another file") from error
-    while isinstance(content, Mapping) and (key := next((c for c in _CONTAINERS if _holds(content, c)), None)):
-        content = content[key]
-    tensors = dict(content) if isinstance(content, Mapping) else {}
+    tensors: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
+    while inner := [tensors[key] for key in _CONTAINERS if isinstance(tensors.get(key), Mapping)]:
+        tensors = inner[0]
     state = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(f"{path}: holds no named tensors; give a file with a state dict")
     return state
 
 
-def _holds(content: Mapping[str, object], key: str) -> bool:
-    return isinstance(content.get(key), Mapping)
-
-
 def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, prefixes: Sequence[str]) -> WeightReport:
     own = module.state_dict()
-    # A timm network lies one level deeper in our own files.
+    # In our own files, the tensors of a timm network have one more prefix.
     candidates = [prefix + inner for prefix in prefixes for inner in ("", "network.")]
     prefix = max(candidates, key=lambda candidate: sum(candidate + name in state for name in own))
     found = {name: state[prefix + name] for name in own if prefix + name in state}
@@ -169,7 +155,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, prefixes:
     ]
     if faults:
         raise CheckpointError(
-            f"{source}: of another shape: {_first(faults)}; set the model's keys as they were for these weights"
+            f"{source}: tensors do not fit: {_first(faults)}; set the model's keys as they were for these weights"
         )
     with torch.no_grad():
         for name, value in fitted.items():
@@ -183,7 +169,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, prefixes:
         missing=tuple(name for name in own if name not in found),
         unexpected=tuple(name for name in below if name not in own),
         reshaped=tuple(
-            Reshaped(name, tuple(found[name].shape), tuple(own[name].shape))
+            f"{name} {list(found[name].shape)} -> {list(own[name].shape)}"
             for name in fitted
             if found[name].shape != own[name].shape
         ),
@@ -192,7 +178,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, prefixes:
 
 
 def _fit(name: str, tensor: Tensor, own: Tensor, first_filter: str | None) -> Tensor | None:
-    """The tensor in the shape of `own`; none where there is no faithful way."""
+    """The tensor in the shape of `own`; None if it cannot be reshaped faithfully."""
     if tensor.shape == own.shape:
         return tensor
     if name.rpartition(".")[2] == "pos_embed":
@@ -203,11 +189,11 @@ def _fit(name: str, tensor: Tensor, own: Tensor, first_filter: str | None) -> Te
 
 
 def _resize_positions(tensor: Tensor, own: Tensor) -> Tensor | None:
-    """Position embeddings [1, T, D] for the grid of `own`; none where these are not square grids."""
+    """Position embeddings [1, T, D] for the grid of `own`; None if a grid is not square."""
     if tensor.ndim != 3 or tensor.shape[0] != own.shape[0] or tensor.shape[2] != own.shape[2]:
         return None
     (prefix, side), (own_prefix, own_side) = _square(tensor.shape[1]), _square(own.shape[1])
-    # Before the grid: nothing, a class token, or a class token and four registers.
+    # Before the grid: no token, a class token, or a class token and four registers.
     if {prefix, own_prefix} - {0, 1, 5}:
         return None
     grid = resize_grid(tensor[0, prefix:].float().reshape(side, side, -1), own_side, own_side)
@@ -219,13 +205,13 @@ def _resize_positions(tensor: Tensor, own: Tensor) -> Tensor | None:
 
 
 def _square(tokens: int) -> tuple[int, int]:
-    """Tokens before the grid, and the side of the largest square grid."""
+    """Number of tokens before the grid, and the side of the largest square grid."""
     side = math.isqrt(tokens)
     return tokens - side * side, side
 
 
 def _change_channels(tensor: Tensor, own: Tensor) -> Tensor | None:
-    """Filters [D, C, P, P] for as many channels as `own` has; none where more than C differs."""
+    """Filters [D, C, P, P] for the channels of `own`; None if more than C differs."""
     if tensor.ndim != 4 or tensor.shape[0] != own.shape[0] or tensor.shape[2:] != own.shape[2:]:
         return None
     mean = tensor.float().mean(dim=1, keepdim=True) * (tensor.shape[1] / own.shape[1])

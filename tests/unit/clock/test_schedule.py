@@ -83,5 +83,5 @@ def test_a_schedule_over_stages_begins_anew_in_each() -> None:
 
 
 def test_onecycle_has_no_warm_up_besides_its_own_rise() -> None:
-    with pytest.raises(ValueError, match="onecycle has a rise of its own; leave warmup_epochs out"):
+    with pytest.raises(ValueError, match="onecycle rises by itself; leave warmup_epochs out"):
         OneCycle(warmup_epochs=1)

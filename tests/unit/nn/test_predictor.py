@@ -31,7 +31,7 @@ def predictor() -> Predictor:
 def inputs() -> dict[str, Tensor]:
     """Four contexts of five tokens; six places are asked for, some of them padding."""
     generator = torch.Generator().manual_seed(1)
-    sizes = {"tokens": (4, 5, 12), "places": (4, 5, 8), "asked": (4, 6, 8)}
+    sizes = {"tokens": (4, 5, 12), "positions": (4, 5, 8), "queries": (4, 6, 8)}
     found = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
     return {**found, "valid": torch.arange(6) < torch.tensor([6, 4, 1, 3])[:, None]}
 
@@ -52,8 +52,8 @@ def test_equals_plain_pytorch(
     set_attention(predictor, kind)
     plain = plain_copy(predictor)
     valid = inputs["valid"] if padded else None
-    found = predictor(inputs["tokens"], inputs["places"], inputs["asked"], valid)
-    expected = plain(inputs["tokens"], inputs["places"], inputs["asked"], valid)
+    found = predictor(inputs["tokens"], inputs["positions"], inputs["queries"], valid)
+    expected = plain(inputs["tokens"], inputs["positions"], inputs["queries"], valid)
     assert found.shape == (4, 6, 12)
     torch.testing.assert_close(found, expected, **CLOSE)
     for out in (found, expected):
@@ -69,28 +69,28 @@ def test_padding_changes_no_other_prediction(
     set_attention(predictor, kind)
     valid = inputs["valid"]
     before = predictor(**inputs)
-    changed = inputs["asked"].where(valid[..., None], 1000.0)
-    after = predictor(**{**inputs, "asked": changed})
+    changed = inputs["queries"].where(valid[..., None], 1000.0)
+    after = predictor(**{**inputs, "queries": changed})
     assert torch.equal(before[valid], after[valid])
     assert not torch.equal(before[~valid], after[~valid])
     # Without padding at all: each sum has fewer terms.
     for image, count in enumerate(valid.sum(1).tolist()):
         alone = predictor(
-            *(inputs[name][image, None] for name in ("tokens", "places")), inputs["asked"][image, None, :count]
+            *(inputs[name][image, None] for name in ("tokens", "positions")), inputs["queries"][image, None, :count]
         )
         torch.testing.assert_close(alone[0], before[image, :count], **CLOSE)
 
 
 def test_what_is_valid_is_seen_by_the_others(predictor: Predictor, inputs: dict[str, Tensor]) -> None:
-    changed = inputs["asked"].clone()
+    changed = inputs["queries"].clone()
     changed[:, 0] = -changed[:, 0]
-    before, after = predictor(**inputs), predictor(**{**inputs, "asked": changed})
+    before, after = predictor(**inputs), predictor(**{**inputs, "queries": changed})
     assert (before[0, 1:] != after[0, 1:]).any(-1).all()
 
 
 def test_predictions_go_with_the_places_that_are_asked_for(predictor: Predictor, inputs: dict[str, Tensor]) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    turned = {**inputs, "asked": inputs["asked"][:, order], "valid": inputs["valid"][:, order]}
+    turned = {**inputs, "queries": inputs["queries"][:, order], "valid": inputs["valid"][:, order]}
     torch.testing.assert_close(predictor(**turned), predictor(**inputs)[:, order], **CLOSE)
 
 
@@ -98,10 +98,10 @@ def test_blocks_of_an_image_have_its_context_each_on_its_own(predictor: Predicto
     generator = torch.Generator().manual_seed(2)
     asked = torch.randn(8, 6, 8, generator=generator, dtype=torch.float64)
     valid = torch.arange(6) < torch.tensor([6, 4, 1, 3, 6, 6, 2, 5])[:, None]
-    together = predictor(inputs["tokens"], inputs["places"], asked, valid)
+    together = predictor(inputs["tokens"], inputs["positions"], asked, valid)
     for block in range(2):
         own = slice(block, None, 2)
-        alone = predictor(inputs["tokens"], inputs["places"], asked[own], valid[own])
+        alone = predictor(inputs["tokens"], inputs["positions"], asked[own], valid[own])
         torch.testing.assert_close(together[own][valid[own]], alone[valid[own]], **CLOSE)
 
 

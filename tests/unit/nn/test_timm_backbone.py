@@ -86,8 +86,8 @@ def build(size: int = 64, **settings: Any) -> TimmBackbone:
     [
         ({"name": "resnet81"}, r"model\.name = 'resnet81': .* did you mean 'resnet18'\?"),
         ({"name": "resnet18.no_such_tag"}, r"timm cannot build it .*no_such_tag"),
-        ({"name": "resnet18", "options": {"depht": 3}}, r"model\.options\.depht: resnet18 has no such option"),
-        ({"name": "vgg11", "drop_path": 0.1}, r"model\.drop_path: vgg11 has no such option"),
+        ({"name": "resnet18", "options": {"depht": 3}}, r"model\.options\.depht: resnet18 does not have this option"),
+        ({"name": "vgg11", "drop_path": 0.1}, r"model\.drop_path: vgg11 does not have this option"),
         ({"name": "vit_tiny_patch16_224", "options": {"num_heads": 7}}, r"timm cannot build it .*divisible"),
         ({"name": "vit_tiny_patch16_224", "size": 50}, r"image_size 50 .* patch, 16; use data\.image_size=48"),
         ({"name": "convnext_atto", "size": 8}, r"cannot take images of 8 x 8 pixels .*data\.image_size"),
@@ -102,5 +102,5 @@ def test_what_cannot_be_built_is_named(settings: dict[str, Any], message: str) -
 
 
 def test_options_that_opsin_decides_are_refused() -> None:
-    with pytest.raises(ValidationError, match="num_classes is decided by the method's head"):
+    with pytest.raises(ValidationError, match="num_classes follows from the method's head"):
         TimmConfig(name="resnet18", options={"num_classes": 10})

@@ -194,7 +194,8 @@ def test_images_of_several_sizes_are_pooled_as_each_size_alone(
 ) -> None:
     vit = ViTConfig(**SMALL, pool=pool).build(image_size=16).double()  # type: ignore[arg-type]  # one of its words
     set_attention(vit, kind)
-    vit.checkpointing = checkpointing
+    if checkpointing:
+        vit.checkpoint_blocks()
     sizes = [images.double(), torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.randn(1, 3, 16, 8).double()]
     apart = torch.cat([vit.pool(of_size) for of_size in sizes])
     together = vit.pool_sizes(sizes)

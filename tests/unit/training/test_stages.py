@@ -108,9 +108,7 @@ def test_a_stage_that_the_network_cannot_take_is_refused_before_the_first_step(
 def test_a_network_of_timm_that_takes_one_size_only_says_so(tmp_path: Path) -> None:
     vit = ("model.name=vit_tiny_patch16_224", "model.options={depth: 1}", "data.image_size=32", "epochs=null")
     stages = "stages=[{epochs: 0.2, image_size: 16}]"
-    with pytest.raises(
-        ConfigError, match=r"stages.0.image_size=16: the network is laid out for images of 32 pixels.*dyn"
-    ):
+    with pytest.raises(ConfigError, match=r"stages.0.image_size=16: the network is made for images of 32 pixels.*dyn"):
         train_digits(tmp_path / "run", stages, *vit, model=())
     train_digits(tmp_path / "run", stages, *vit, "model.options.dynamic_img_size=true", model=())
 
