@@ -29,7 +29,7 @@ def predictor() -> Predictor:
 
 @pytest.fixture
 def inputs() -> dict[str, Tensor]:
-    """Four contexts of five tokens; six places are asked for, some of them padding."""
+    """Four contexts of five tokens; six queries, some of them padding."""
     generator = torch.Generator().manual_seed(1)
     sizes = {"tokens": (4, 5, 12), "positions": (4, 5, 8), "queries": (4, 6, 8)}
     found = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
@@ -88,7 +88,7 @@ def test_what_is_valid_is_seen_by_the_others(predictor: Predictor, inputs: dict[
     assert (before[0, 1:] != after[0, 1:]).any(-1).all()
 
 
-def test_predictions_go_with_the_places_that_are_asked_for(predictor: Predictor, inputs: dict[str, Tensor]) -> None:
+def test_predictions_go_with_their_queries(predictor: Predictor, inputs: dict[str, Tensor]) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     turned = {**inputs, "queries": inputs["queries"][:, order], "valid": inputs["valid"][:, order]}
     torch.testing.assert_close(predictor(**turned), predictor(**inputs)[:, order], **CLOSE)
@@ -96,12 +96,12 @@ def test_predictions_go_with_the_places_that_are_asked_for(predictor: Predictor,
 
 def test_blocks_of_an_image_have_its_context_each_on_its_own(predictor: Predictor, inputs: dict[str, Tensor]) -> None:
     generator = torch.Generator().manual_seed(2)
-    asked = torch.randn(8, 6, 8, generator=generator, dtype=torch.float64)
+    queries = torch.randn(8, 6, 8, generator=generator, dtype=torch.float64)
     valid = torch.arange(6) < torch.tensor([6, 4, 1, 3, 6, 6, 2, 5])[:, None]
-    together = predictor(inputs["tokens"], inputs["positions"], asked, valid)
+    together = predictor(inputs["tokens"], inputs["positions"], queries, valid)
     for block in range(2):
         own = slice(block, None, 2)
-        alone = predictor(inputs["tokens"], inputs["positions"], asked[own], valid[own])
+        alone = predictor(inputs["tokens"], inputs["positions"], queries[own], valid[own])
         torch.testing.assert_close(together[own][valid[own]], alone[valid[own]], **CLOSE)
 
 
