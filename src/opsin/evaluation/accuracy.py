@@ -130,7 +130,7 @@ class Accuracy:
         """
         assert isinstance(method, Classifier), "checked when the run was assembled"
         report = self.report(method)
-        self._context.write(self._context.folder / self._file, confusion_json(report))
+        self._context.write(self._context.folder / self._file, (json.dumps(report.as_dict()) + "\n").encode())
         return report.values
 
     def report(self, method: Classifier) -> AccuracyReport:
@@ -193,8 +193,3 @@ def mean_scores(logits: list[Tensor]) -> Tensor:
     if len(logits) == 1:
         return logits[0]
     return torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
-
-
-def confusion_json(report: AccuracyReport) -> bytes:
-    """Classes, confusion matrix (row = true class) and accuracy per class as JSON; NaN becomes null."""
-    return (json.dumps(report.as_dict()) + "\n").encode()

@@ -173,12 +173,14 @@ class FeatureScore:
 
     def _features(self, method: FeatureNetwork, started: float) -> "_Extracted":
         """The features of bank and queries, or of their first images; those of another score if they serve."""
-        cache, config = self._context.features, self._config
-        kept, wanted = cache.kept, _Wanted(method, self._labelled, config.batch_size, config.blocks)
-        if isinstance(kept, _Extracted) and kept.serves(wanted, self._seconds):
+        config, sets = self._config, (self._labelled.queries, self._labelled.bank)
+        # Batches of another size round differently, and sharing must not change a score.
+        key = (method, self._labelled, config.batch_size, config.blocks)
+        kept = self._context.features.kept
+        if isinstance(kept, _Extracted) and kept.key == key and (kept.is_whole or self._seconds <= kept.seconds):
             return kept
-        images = [data.facts.samples for data in (self._labelled.queries, self._labelled.bank)]
-        # The queries first, in their share of the time: what they leave is for the bank.
+        images = [data.facts.samples for data in sets]
+        # The queries first, in their share of the time: the bank gets the rest.
         ends = [started + _FEATURES_SHARE * self._seconds * part for part in (images[0] / sum(images), 1.0)]
         queries, bank = (
             extract(
@@ -190,39 +192,26 @@ class FeatureScore:
                 blocks=config.blocks,
                 until_s=until_s,
             )
-            for data, until_s in zip((self._labelled.queries, self._labelled.bank), ends, strict=True)
+            for data, until_s in zip(sets, ends, strict=True)
         )
-        found = _Extracted(wanted, self._seconds, bank, queries)
-        cache.keep(found)
+        is_whole = images == [len(queries.labels), len(bank.labels)]
+        found = _Extracted(key, self._seconds, bank, queries, is_whole)
+        self._context.features.keep(found)
         return found
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """The settings that features depend on."""
-
-    network: FeatureNetwork
-    labelled: Labelled
-    batch_size: int
-    """Batches of another size round differently, and sharing must not change a score."""
-    blocks: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Extracted:
-    """Features of bank and queries, and the settings that they were computed with."""
+    """Features of bank and queries, with all that they depend on."""
 
-    wanted: _Wanted
+    key: tuple[FeatureNetwork, Labelled, int, int]
+    """Network, images, batch size and number of blocks."""
     seconds: float
-    """Time for the evaluation; if it was too short, some images have no features."""
+    """Time for the evaluation."""
     bank: Features
     queries: Features
-
-    def serves(self, wanted: _Wanted, seconds: float) -> bool:
-        """True if a score with these settings would get the same features, or has no more time to get more."""
-        pairs = ((self.bank, wanted.labelled.bank), (self.queries, wanted.labelled.queries))
-        is_whole = all(len(features.labels) == images.facts.samples for features, images in pairs)
-        return self.wanted == wanted and (is_whole or seconds <= self.seconds)
+    is_whole: bool
+    """False if time was too short for some images."""
 
 
 def extract(

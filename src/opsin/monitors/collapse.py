@@ -1,4 +1,4 @@
-"""Whether features still tell images apart, and whether a teacher still teaches.
+"""A monitor of collapse: features that no longer distinguish images, a teacher that no longer teaches.
 
 Shapes: N feature vectors, D width, K prototypes.
 """
@@ -21,16 +21,16 @@ from opsin.training.state import StepReport, TrainState
 _FEWEST = 8
 """Feature vectors below which neither spread nor rank says anything."""
 _GROWTH = 1.1
-"""A training in which something has grown by this factor since the first bad row gets out of it by itself."""
+"""A training in which something has grown by this factor since the first bad row is recovering by itself."""
 _NOTHING = 1 / 50
-"""This share of a small divergence is none."""
+"""This share of a small divergence counts as none."""
 _SAME = 1 / 100
-"""This share of a small angle is none."""
+"""This share of a small angle counts as none."""
 _LONG = 10
-"""So many times the patience is given to features that are narrow and have never been much wider."""
+"""Multiple of the patience for features that are narrow and have never been much wider."""
 _PREDICTED = "prediction"
-"""How the names of features begin that no encoder gives. What cannot be predicted yet is predicted by its mean: that
-such features are narrow says how little is known, not that encoders have collapsed."""
+"""Prefix of the names of features that no encoder gives. A predictor begins with the mean of its targets: narrow
+predictions show an untrained predictor, not collapsed encoders."""
 
 
 class CollapseConfig(MonitorConfig):
@@ -41,27 +41,27 @@ class CollapseConfig(MonitorConfig):
     """Steps at the start that are not judged, since a fresh network looks collapsed; `auto` is 100, or 1 % of a long
     run."""
     patience: int = Field(50, ge=0)
-    """Steps over which every measurement must look bad, two at least, and none better than the first."""
+    """Steps over which every measurement must be bad, two at least, and none better than the first."""
     uniform_entropy: float = Field(0.99, gt=0, le=1)
-    """Uniform collapse: the entropy of the teacher is above this share of ln K ..."""
+    """Uniform collapse needs a teacher whose entropy exceeds this share of ln K."""
     uniform_kl: float = Field(0.05, ge=0)
-    """... while the student has little to learn: its divergence from the teacher is below this, in nats, with features
-    below `std`, or below a 50th of this."""
+    """Uniform collapse needs a student whose divergence from the teacher is below this, in nats, while features are
+    below `std`; or below a 50th of this."""
     peaked_entropy: float = Field(0.5, ge=0, lt=1)
-    """One-prototype collapse: the entropy of the teacher is below this share of ln K ..."""
+    """One-prototype collapse needs a teacher whose entropy is below this share of ln K."""
     prototypes: float = Field(4.0, ge=1)
-    """... while no more than this many prototypes are the first choice for any image of a batch."""
+    """One-prototype collapse needs a batch with at most this number of prototypes as first choices of its images."""
     std: float = Field(0.1, ge=0)
-    """Feature collapse: `collapse/<encoder>_std` is below this, and below half of its largest value or for 10 times
-    the patience."""
+    """Features have collapsed if `collapse/<encoder>_std` is below this, and below half of its largest value or for 10
+    times the patience."""
     rank: float = Field(2.0, ge=1)
-    """Feature collapse: `collapse/<encoder>_rank` is below this."""
+    """Features have collapsed if `collapse/<encoder>_rank` is below this."""
     cosine: float = Field(0.999, gt=0, le=1)
-    """No teacher: the features of teacher and student have at least this cosine while they are below `std`, or come a
-    hundred times closer to 1."""
+    """A teacher does not teach if its features and the student's have at least this cosine while they are below `std`,
+    or a cosine a hundred times closer to 1."""
 
     def delay(self, row_steps: int, timeline: Timeline) -> int:
-        # A measurement until it is there, the longest patience, and one more where that ends between two.
+        # One interval until it is measured, the longest patience, and one more if that ends between two.
         return _LONG * self.patience + 2 * super().delay(row_steps, timeline)
 
     def build(self, timeline: Timeline) -> "Collapse":
@@ -81,7 +81,7 @@ class Collapse(Monitor):
         self._config = config
         self._warmup = warmup
         patience = config.patience
-        # The first that holds is the verdict: what comes first explains what follows.
+        # The first that holds is the verdict: it explains those that follow.
         self._spells = {
             "no_teacher": _Spell(patience),
             "uniform_collapse": _Spell(patience),
@@ -129,10 +129,10 @@ class Collapse(Monitor):
         spell = self._spells[self._verdict]
         assert spell.since is not None, "it lasts"
         text = f"{spell.text} since step {spell.since}"
-        return Finding(self._verdict.split()[0], text, spell.since, spell.good)
+        return Finding(self._verdict.split()[0], text, spell.since, spell.last_good_step)
 
     def _symptoms(self, values: Mapping[str, float]) -> "dict[str, _Symptom]":
-        """What this row says of each kind; nothing where it lacks the values."""
+        """The symptom of each kind in this row, except where it lacks the values."""
         found = self._feature_symptoms(values)
         cosine = values.get("collapse/cosine", math.nan)
         if not math.isnan(cosine):
@@ -146,7 +146,7 @@ class Collapse(Monitor):
         share, kl, winners, used = (values.get(f"train/{name}", math.nan) for name in names)
         if not math.isnan(share + kl):
             found["uniform_collapse"] = self._uniform(share, kl)
-        # Of few images the winners are few: a batch that is computed in single ones says nothing.
+        # Few images have few winners: a batch that is computed image by image says nothing.
         if not math.isnan(share) and winners >= _FEWEST * used:
             found["one_prototype_collapse"] = self._peaked(share, winners)
         return found
@@ -184,7 +184,7 @@ class Collapse(Monitor):
 
 
 def spread(features: Tensor) -> Tensor:
-    """How different the directions of features [N, D] are: 0 where all are one, 1 where they lie all over the sphere.
+    """Spread of the directions of features [N, D]: 0 if all are equal, 1 if they are uniform on the sphere.
 
     The mean over the dimensions of the standard deviation of normalised features, times sqrt(D).
     """
@@ -193,9 +193,9 @@ def spread(features: Tensor) -> Tensor:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """Number of directions that features [N, D] really use, between 1 and the smaller of N - 1 and D.
+    """Effective number of directions of features [N, D], between 1 and the smaller of N - 1 and D.
 
-    exp(entropy of the normalised singular values) of the centred features (Roy & Vetterli 2007); 1 where all are equal.
+    exp(entropy of the normalised singular values) of the centred features (Roy & Vetterli 2007); 1 if all are equal.
     """
     singular = torch.linalg.svdvals(features - features.mean(dim=0))
     shares = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
@@ -205,31 +205,30 @@ def effective_rank(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Symptom:
-    """What one row says of a kind of collapse."""
+    """A kind of collapse in one row."""
 
     is_there: bool
     text: str
     ways_out: tuple[float, ...] = ()
-    """Values that grow where the training gets out of it by itself."""
+    """Values that grow if the training recovers by itself."""
 
 
 class _Spell:
-    """Rows, one after the other, in which something is wrong and gets no better."""
+    """Consecutive rows in which something is wrong and gets no better."""
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
         self._first: tuple[float, ...] = ()
-        self.good = 0
-        """The step of the last row that was not bad."""
+        self.last_good_step = 0
         self.since: int | None = None
         self._last = 0
         """The step of the last row that was bad."""
         self.text = ""
 
     def note(self, step: int, symptom: _Symptom) -> None:
-        """Begin, go on, begin again where it gets better, or end."""
+        """Begin, continue, begin again if it gets better, or end."""
         if not symptom.is_there:
-            self.since, self.good = None, step
+            self.since, self.last_good_step = None, step
             return
         grows = any(now > _GROWTH * first for now, first in zip(symptom.ways_out, self._first, strict=False))
         if self.since is None or grows:
@@ -238,7 +237,7 @@ class _Spell:
 
     @property
     def lasts(self) -> bool:
-        """Whether it was seen twice or more, over as many steps as the patience. Rows that say nothing do not count."""
+        """True if it was seen at least twice, over as many steps as the patience; rows without values do not count."""
         return self.since is not None and self._last - self.since >= max(self._patience, 1)
 
 

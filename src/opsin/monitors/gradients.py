@@ -1,4 +1,4 @@
-"""Whether gradients stay within their usual size."""
+"""A monitor of the gradient norm."""
 
 import math
 from collections import deque
@@ -13,17 +13,17 @@ from opsin.training.monitor import Finding, Monitor, MonitorConfig
 
 _HISTORY = 50
 _FEWEST = 5
-"""Rows before which nothing is usual; the first norms of a run are the largest."""
+"""Rows before the first verdict; the first norms of a run are the largest."""
 
 
 class GradientsConfig(MonitorConfig):
-    """Tells when the gradient norm, before any clip, is large as such and for this run; measures nothing."""
+    """Reports a gradient norm, before clipping, that is large in itself and for this run; measures nothing."""
 
     name: Literal["gradients"] = "gradients"
     limit: float = Field(10.0, gt=0)
-    """Gradient norm that is never too large, since large networks have large ones."""
+    """Gradient norm up to which nothing is reported, since large networks have large ones."""
     factor: float = Field(5.0, gt=1)
-    """Multiple of its median over the 50 rows before that is not too large either."""
+    """Multiple of the median norm of the last 50 rows up to which nothing is reported."""
 
     def build(self, timeline: Timeline) -> "Gradients":
         return Gradients(self)
@@ -36,8 +36,7 @@ class Gradients(Monitor):
         self._config = config
         self._norms: deque[float] = deque(maxlen=_HISTORY)
         self._since: int | None = None
-        self._good = 0
-        """The step of the last row whose norm was not too large."""
+        self._last_good_step = 0
 
     def judge(self, row: Row) -> Finding | None:
         norm = row.values.get("train/grad_norm", math.nan)
@@ -46,7 +45,7 @@ class Gradients(Monitor):
         usual = median(self._norms) if len(self._norms) >= _FEWEST else math.inf
         self._norms.append(norm)
         if norm <= max(self._config.limit, self._config.factor * usual):
-            self._since, self._good = None, row.step
+            self._since, self._last_good_step = None, row.step
             return None
         self._since = row.step if self._since is None else self._since
         return Finding(
@@ -54,5 +53,5 @@ class Gradients(Monitor):
             f"gradient explosion: norm {norm:.3g}, {norm / max(usual, 1e-9):.0f} times its median, "
             f"since step {self._since}; lower optim.lr, or set optim.clip_norm",
             self._since,
-            self._good,
+            self._last_good_step,
         )

@@ -1,10 +1,10 @@
-"""How large the gradients are in each part of a network: what a single norm hides.
+"""Sizes of the gradients in each part of a network, which a single norm hides.
 
 Shapes: P parts, Q quantiles, n gradients of a part that are looked at.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -26,17 +26,17 @@ class HistogramsConfig(MonitorConfig):
 
     name: Literal["histograms"] = "histograms"
     every: StepEvery = "1 epoch"
-    """How often they are measured."""
+    """Interval between measurements."""
     by: Literal["depth", "module"] = "depth"
-    """The parts: `depth` is each layer of the network that learns and what stands around it, `module` what the method
-    consists of."""
+    """The parts: `depth` takes each layer of the trained network and the modules around it, `module` the modules of the
+    method."""
 
     def build(self, timeline: Timeline) -> "Histograms":
         return Histograms(self, timeline)
 
 
 class Histograms(Monitor):
-    """Sorts the gradients of an update before it is made, and tells quantiles of their absolute values."""
+    """Measures quantiles of the absolute gradients of an update, just before it is made."""
 
     def __init__(self, config: HistogramsConfig, timeline: Timeline) -> None:
         self._config = config
@@ -46,13 +46,13 @@ class Histograms(Monitor):
 
     @torch.no_grad()
     def view_gradients(self, method: Method, step: int) -> None:
-        """Keep the quantiles if update `step` is one to be measured. The device is not waited for."""
+        """Keep the quantiles of update `step` if it is measured, without waiting for the device."""
         if is_due(self._config.every, self._timeline, step):
             parts = parts_by_depth(method) if self._config.by == "depth" else parts_by_module(method)
             self._seen = {part: quantiles(grads) for part, grads in parts.items()}
 
     def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
-        """`gradients/<part>_q05` to `_q100`; none of a part where some are not finite."""
+        """`gradients/<part>_q05` to `_q100`, except for a part in which some are not finite."""
         seen, self._seen = self._seen, {}
         if not seen:
             return {}
@@ -66,32 +66,31 @@ class Histograms(Monitor):
 
 
 def parts_by_depth(method: Method) -> dict[str, list[Tensor]]:
-    """Gradients by `layer_00`, ... of the network that learns, and by module where they are of another."""
+    """Gradients by layer of the trained network (`layer_00`), the others by module."""
     layers, params = method.trained_backbone.layers(), method.trained_backbone.named_parameters()
     of_layers = {id(param): f"layer_{layers[name]:02}" for name, param in params}
-    return _grouped(method, lambda name, param: of_layers.get(id(param), name.partition(".")[0]))
+    return _grouped(method, of_layers)
 
 
 def parts_by_module(method: Method) -> dict[str, list[Tensor]]:
-    """Gradients by the module of the method that they are of."""
-    return _grouped(method, lambda name, param: name.partition(".")[0])
+    """Gradients by module of the method."""
+    return _grouped(method, {})
 
 
 def quantiles(grads: Sequence[Tensor]) -> Tensor:
-    """Of all absolute values together, the largest of the smallest 5 %, 25 %, ...: float32 [Q], on their device.
+    """Percentiles of all absolute values together: float32 [Q], on their device.
 
     NaN counts as larger than all numbers.
     """
     stride = -(-sum(grad.numel() for grad in grads) // _MOST)
     values = torch.cat([grad.flatten()[::stride] for grad in grads]).float().abs().sort()[0]  # [n]
-    places = [max(-(-len(values) * percent // 100) - 1, 0) for percent in PERCENTS]
-    return torch.stack([values[place] for place in places])
+    return torch.stack([values[max(-(-len(values) * percent // 100) - 1, 0)] for percent in PERCENTS])
 
 
-def _grouped(method: Method, part_of: Callable[[str, Tensor], str]) -> dict[str, list[Tensor]]:
-    """The gradients that there are, by part in the order of the parts' names."""
+def _grouped(method: Method, part_of: Mapping[int, str]) -> dict[str, list[Tensor]]:
+    """The gradients by part, sorted by name; the part of a parameter is that of its `id`, or its module."""
     parts: dict[str, list[Tensor]] = {}
     for name, param in method.named_parameters():
         if param.grad is not None:
-            parts.setdefault(part_of(name, param), []).append(param.grad)
+            parts.setdefault(part_of.get(id(param), name.partition(".")[0]), []).append(param.grad)
     return dict(sorted(parts.items()))

@@ -1,4 +1,4 @@
-"""Whether the loss stays within the band that it has moved in."""
+"""A monitor of the loss: it reports a leap out of the usual band."""
 
 import math
 from collections import deque
@@ -14,25 +14,25 @@ from opsin.training.monitor import Finding, Monitor, MonitorConfig
 
 _HISTORY = 50
 _NEAR = 3
-"""Rows whose largest loss the band begins above: a loss that rises slowly, as where features spread, takes it along."""
+"""Rows whose largest loss is the lower end of the band, so that a slow rise, as features spread, moves the band."""
 _FEWEST = 10
-"""Rows of a stage before which there is no band; the first losses of a run are the largest."""
+"""Rows of a stage before it has a band; the first losses of a run are the largest."""
 _OF_START = 0.005
-"""A deviation counts as at least this share of the first losses: near zero everything leaps."""
+"""A deviation counts as at least this share of the first losses: near zero every change is large."""
 _TO_DEVIATION = 1.4826
-"""Standard deviation over median absolute deviation, where values are spread normally."""
+"""Standard deviation of normally distributed values, over their median absolute deviation."""
 
 
 class LossConfig(MonitorConfig):
-    """Tells when the loss leaps out of its band and stays there; measures nothing."""
+    """Reports a loss that leaps out of its usual band and stays there; measures nothing."""
 
     name: Literal["loss"] = "loss"
     factor: float = Field(10.0, gt=0)
     """Height of the band above the largest of the last 3 rows, in robust deviations of the last 50."""
     floor: float = Field(0.05, ge=0)
-    """A deviation counts as at least this share of that loss: 0.05 times a factor of 10 allows half as much again."""
+    """The least deviation, as a share of that loss: 0.05 with a factor of 10 allows a rise by half."""
     patience: int = Field(2, ge=1)
-    """Rows in a row that must lie above the band."""
+    """Consecutive rows that must lie above the band."""
 
     def delay(self, row_steps: int, timeline: Timeline) -> int:
         return self.patience * row_steps
@@ -56,8 +56,7 @@ class Loss(Monitor):
         self._usual: deque[float] = deque(maxlen=_HISTORY)
         self._high: list[tuple[int, float]] = []
         """Steps and losses of the rows above the band, up to this one."""
-        self._good = 0
-        """The step of the last row within the band."""
+        self._last_good_step = 0
 
     def judge(self, row: Row) -> Finding | None:
         stage = self._timeline.position(row.step - 1).stage
@@ -70,10 +69,10 @@ class Loss(Monitor):
         limit, usual = self._band()
         if loss <= limit:
             self._usual.append(loss)
-            self._high, self._good = [], row.step
+            self._high, self._last_good_step = [], row.step
             return None
         self._high.append((row.step, loss))
-        if len(self._high) > _HISTORY // 2:  # what has stayed so long is usual
+        if len(self._high) > _HISTORY // 2:  # after this long it is usual
             self._usual.extend(value for _, value in self._high)
         if len(self._high) < self._config.patience:
             return None
@@ -82,11 +81,11 @@ class Loss(Monitor):
             f"loss spike: {loss:.4g} where {usual:.4g} is usual and up to {limit:.4g} normal, since step "
             f"{self._high[0][0]}; look at the images of these steps; lower optim.lr, or set optim.clip_norm",
             self._high[0][0],
-            self._good,
+            self._last_good_step,
         )
 
     def _band(self) -> tuple[float, float]:
-        """The largest normal loss, and the usual one."""
+        """The upper and the lower end of the band."""
         if len(self._usual) < _FEWEST:
             return math.inf, math.nan
         if len(self._usual) == _FEWEST:

@@ -1,4 +1,4 @@
-"""Whether memory creeps up: what is never let go ends a run after days."""
+"""A monitor of memory: a leak ends a run after days."""
 
 import math
 import os
@@ -21,33 +21,33 @@ from opsin.training.state import StepReport, TrainState
 
 _GIB = 2**30
 _RISING = 0.8
-"""Share of the steps from one measurement to the next that lead up, where something creeps."""
+"""Share of measurements that must exceed the one before."""
 
 
 class MemoryCreepConfig(MonitorConfig):
-    """Memory of the process and of the GPU, and a verdict where one of them keeps growing."""
+    """Measures the memory of the process and of the GPU, and reports one that keeps growing."""
 
     judges_the_machine: ClassVar[bool] = True
 
     name: Literal["memory"] = "memory"
     every: StepEvery = "1 epoch"
-    """How often it is measured."""
+    """Interval between measurements."""
     skip: int = Field(5, ge=0)
-    """Measurements at the start of a session that are not looked at: what is kept is still being filled."""
+    """Measurements at the start of a session that are ignored, since caches are still filling."""
     measurements: int = Field(20, ge=4)
-    """How many together show a trend."""
+    """Number of measurements that a trend is taken from."""
     growth: float = Field(0.1, gt=0)
-    """Growth over these that counts, as a share of what was held before them ..."""
+    """The least growth over these measurements, as a share of the first; `growth_gib` must be exceeded too."""
     growth_gib: float = Field(0.25, ge=0)
-    """... and in GiB, both to be exceeded."""
+    """The least growth over these measurements, in GiB; `growth` must be exceeded too."""
 
     def build(self, timeline: Timeline) -> "Memory":
         return Memory(self)
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where memory is held."""
+class _Pool:
+    """Memory of one owner."""
 
     name: str
     kind: str
@@ -55,9 +55,9 @@ class _Place:
     advice: str
 
 
-_PLACES = (
-    _Place("system/memory_gib", "memory_creep", "this process", "fewer data.workers, or an object that is kept"),
-    _Place("gpu/memory_gib", "gpu_memory_creep", "the GPU", "tensors that are kept with their graph, or evaluators"),
+_POOLS = (
+    _Pool("system/memory_gib", "memory_creep", "this process", "objects that are kept, or set fewer data.workers"),
+    _Pool("gpu/memory_gib", "gpu_memory_creep", "the GPU", "tensors that are kept with their graph, or at evaluators"),
 )
 
 
@@ -69,7 +69,7 @@ class Memory(Monitor):
     def __init__(self, config: MemoryCreepConfig) -> None:
         self._config = config
         room = config.measurements
-        self._held: dict[str, deque[tuple[int, float]]] = {place.name: deque(maxlen=room) for place in _PLACES}
+        self._held: dict[str, deque[tuple[int, float]]] = {pool.name: deque(maxlen=room) for pool in _POOLS}
         self._skipped = dict.fromkeys(self._held, 0)
 
     def measure(self, state: TrainState, report: StepReport) -> Mapping[str, float]:
@@ -80,17 +80,17 @@ class Memory(Monitor):
         return values
 
     def judge(self, row: Row) -> Finding | None:
-        found = [self._judge(place, row) for place in _PLACES]
+        found = [self._judge(pool, row) for pool in _POOLS]
         return next((finding for finding in found if finding is not None), None)
 
-    def _judge(self, place: _Place, row: Row) -> Finding | None:
-        gib = row.values.get(place.name, math.nan)
+    def _judge(self, pool: _Pool, row: Row) -> Finding | None:
+        gib = row.values.get(pool.name, math.nan)
         if math.isnan(gib):
             return None
-        if self._skipped[place.name] < self._config.skip:
-            self._skipped[place.name] += 1
+        if self._skipped[pool.name] < self._config.skip:
+            self._skipped[pool.name] += 1
             return None
-        held = self._held[place.name]
+        held = self._held[pool.name]
         held.append((row.step, gib))
         if len(held) < self._config.measurements:
             return None
@@ -101,16 +101,16 @@ class Memory(Monitor):
         if rising < _RISING or grown < max(self._config.growth * first, self._config.growth_gib):
             return None
         return Finding(
-            place.kind,
-            f"memory creep: {place.owner} held {first:.2f} GiB at step {since} and holds {gib:.2f} GiB now, "
-            f"{1000 * slope:.2g} GiB more in 1,000 steps; something is never let go: {place.advice}; "
-            "a resume begins anew",
+            pool.kind,
+            f"memory creep: {pool.owner} held {first:.2f} GiB at step {since} and holds {gib:.2f} GiB now, "
+            f"{1000 * slope:.2g} GiB more in 1,000 steps; memory leaks: look for {pool.advice}; "
+            "a resume frees it",
             since,
         )
 
 
 def _slope(points: list[tuple[int, float]]) -> float:
-    """The middle of the slopes between all pairs of points, GiB a step: one leap does not make a trend."""
+    """The median slope between all pairs of points, in GiB per step: one leap is not a trend."""
     return median(
         (gib - earlier_gib) / (step - earlier)
         for index, (step, gib) in enumerate(points)
@@ -119,7 +119,7 @@ def _slope(points: list[tuple[int, float]]) -> float:
 
 
 def _resident_bytes() -> int | None:
-    """None where the system does not tell it as Linux does."""
+    """Memory of this process; None if the system is not Linux."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")

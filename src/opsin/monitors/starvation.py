@@ -1,4 +1,4 @@
-"""Whether training waits for its images."""
+"""A monitor of the time that training waits for images."""
 
 import math
 from collections import deque
@@ -13,17 +13,17 @@ from opsin.training.monitor import Finding, Monitor, MonitorConfig
 
 
 class StarvationConfig(MonitorConfig):
-    """Tells when a large share of a step is spent waiting for data; measures nothing."""
+    """Reports that a large share of a step is spent waiting for data; measures nothing."""
 
     judges_the_machine: ClassVar[bool] = True
 
     name: Literal["starvation"] = "starvation"
     share: float = Field(0.5, gt=0, lt=1)
-    """Waiting is too much above this share of a step ..."""
+    """Share of a step that waiting must exceed, as a median over `rows`."""
     rows: int = Field(10, ge=1)
-    """... in the middle of this many rows of this session ..."""
+    """Number of the last rows of this session that are judged together."""
     seconds: float = Field(20.0, ge=0)
-    """... that together have waited for so long: in a run of a minute it does not matter."""
+    """Seconds of waiting in these rows below which nothing is reported, since a run of a minute may wait."""
 
     def build(self, timeline: Timeline) -> "Starvation":
         return Starvation(self)

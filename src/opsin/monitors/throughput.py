@@ -1,4 +1,4 @@
-"""Whether training is as fast as it was."""
+"""A monitor of speed."""
 
 import math
 from collections import deque
@@ -14,19 +14,19 @@ from opsin.training.monitor import Finding, Monitor, MonitorConfig
 
 
 class ThroughputConfig(MonitorConfig):
-    """Tells when images per second fall behind those of earlier in this session; measures nothing."""
+    """Reports that images per second fall behind those of earlier in this session; measures nothing."""
 
     judges_the_machine: ClassVar[bool] = True
 
     name: Literal["throughput"] = "throughput"
     share: float = Field(0.8, gt=0, lt=1)
-    """Slow is below this share of the baseline."""
+    """Share of the baseline below which a row is slow."""
     skip: int = Field(3, ge=0)
-    """Rows that are not looked at when a session or a stage begins."""
+    """Rows that are ignored when a session or a stage begins."""
     rows: int = Field(20, gt=0)
-    """Rows after them whose median is the baseline."""
+    """Number of rows after these whose median is the baseline."""
     patience: int = Field(5, gt=0)
-    """Rows in a row that must be slow."""
+    """Consecutive rows that must be slow."""
 
     def build(self, timeline: Timeline) -> "Throughput":
         return Throughput(self, timeline)
@@ -44,7 +44,7 @@ class _Pace:
 
 
 class Throughput(Monitor):
-    """Judges `train/images_per_s`. The baseline is that of a session and a stage: others may be of another speed."""
+    """Judges `train/images_per_s`. The baseline is that of a session and a stage: others may have another speed."""
 
     remembers = False
 
@@ -82,7 +82,7 @@ class Throughput(Monitor):
 
 
 def _pace(row: Row, before: Row | None) -> _Pace | None:
-    """None where the row does not tell it."""
+    """The pace of a row; None if the row lacks the values."""
     images_per_s = row.values.get("train/images_per_s", math.nan)
     data_ms = row.values.get("time/data_ms", math.nan)
     if before is None or row.step <= before.step or math.isnan(images_per_s) or math.isnan(data_ms):

@@ -1,13 +1,14 @@
 """The curves of a run in bounded memory, read from a `metrics.jsonl` that may still grow.
 
-However long the run, a curve has at most `MAX_POINTS` points: rows that share one are told by their
+However long the run, a curve has at most `MAX_POINTS` points: rows that share one are shown by their
 mean, their lowest and their highest value.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -55,8 +56,8 @@ class History:
     Reading goes on where it stopped, so that it costs what was added since.
     """
 
-    def __init__(self, path: Path, *, wanted: Callable[[str], bool]) -> None:
-        """`wanted` says which values are kept, by their names."""
+    def __init__(self, path: Path, *, wanted: re.Pattern[str]) -> None:
+        """Values are kept if `wanted` matches their whole name."""
         self._path = path
         self._wanted = wanted
         self._inode = -1
@@ -65,13 +66,13 @@ class History:
         self._last: dict[str, float] = {}
 
     def refresh(self) -> None:
-        """Read what was added; read anew what was rewritten."""
+        """Read the rows that were added; if the file was replaced, read all of it."""
         if not self._path.exists():
             self._forget(inode=-1)
             return
         with self._path.open("rb") as file:
             facts = os.fstat(file.fileno())
-            # The journal cuts a file by putting a new one in its place.
+            # The journal cuts a file by replacing it.
             if facts.st_ino != self._inode or facts.st_size < self._offset:
                 self._forget(inode=facts.st_ino)
             file.seek(self._offset)
@@ -97,7 +98,7 @@ class History:
         table = self._curves.get(name, Curve()).table(last)
         return table if np.isfinite(table[:, MEAN]).any() else None
 
-    def place(self, step: int) -> tuple[float, float]:
+    def position(self, step: int) -> tuple[float, float]:
         """Epoch and minutes after `step` updates, between those of the rows around it."""
         table = self.table("step")
         table = np.zeros((1, 5)) if table is None else np.concatenate([np.zeros((1, 5)), table])
@@ -114,7 +115,7 @@ class History:
         self._offset += len(line)
         row = _parse(line)
         for name, value in row.items():
-            if name == "step" or self._wanted(name):
+            if name == "step" or self._wanted.fullmatch(name):
                 self._curves.setdefault(name, Curve()).add(row["epoch"], row["time_s"] / 60, value)
 
 

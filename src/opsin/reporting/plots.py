@@ -8,6 +8,7 @@ their mean, inside a light band from the lowest to the highest of them.
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SCORES = ("/top1", "/loss")
 _SCHEDULE = {"train/lr": "learning rate", "train/momentum": "momentum"}
 _SPEED = "train/images_per_s"
 _TIMES = {
@@ -36,6 +36,8 @@ _TIMES = {
     "time/backward_ms": "backward",
     "time/optimizer_ms": "optimizer",
 }
+
+_DRAWN = re.compile("|".join([r".*/(top1|loss)", *_SCHEDULE, _SPEED, *_TIMES, rf"{GRADIENTS}/.*"]))
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _FEW_POINTS = 30
@@ -48,7 +50,7 @@ _GRID, _GREY = "#E8E8E8", "#606060"
 
 
 def draw_run(directory: Path) -> list[Path]:
-    """The pictures in `directory`/plots, drawn anew; those without numbers are left out.
+    """Draw all pictures in `directory`/plots, except those without numbers; return their paths.
 
     Raises:
         RunError: matplotlib is missing, or a picture cannot be written.
@@ -61,7 +63,7 @@ class RunPlots:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._history = History(directory / "metrics.jsonl", wanted=_is_drawn)
+        self._history = History(directory / "metrics.jsonl", wanted=_DRAWN)
 
     def draw(self) -> list[Path]:
         """As `draw_run`."""
@@ -73,7 +75,7 @@ class RunPlots:
             "gradients.png": _gradients,
         }
         self._history.refresh()
-        stages = [(name, *self._history.place(step)) for name, step in _stages(self._directory / "events.jsonl")]
+        stages = [(name, *self._history.position(step)) for name, step in _stages(self._directory / "events.jsonl")]
         sheet = _Sheet(self._name(), stages)
         folder = self._directory / "plots"
         drawn: list[Path] = []
@@ -89,11 +91,11 @@ class RunPlots:
         return drawn
 
     def _name(self) -> str:
-        place = self._directory.resolve().name
+        name = self._directory.resolve().name
         try:
-            return RunDirectory(self._directory).recipe_name() or place
-        except RunError:  # a damaged run.json is told where the run is begun
-            return place
+            return RunDirectory(self._directory).recipe_name() or name
+        except RunError:  # whoever opens the run reports a damaged run.json
+            return name
 
 
 class _Sheet:
@@ -123,13 +125,12 @@ class _Sheet:
         axes.set_xlabel("epoch" if column == EPOCH else "training time (minutes)", fontsize=_TEXT)
         axes.set_ylabel(label, fontsize=_TEXT)
         axes.set_xlim(left=0)
-        # Names stand above the panel, each in the lowest line that is free where it begins; where
-        # four lines are full, the mark must do.
+        # Names are above the panel, each in the lowest of four lines that is free at its begin; else it is left out.
         right = axes.get_xlim()[1]
         per_letter = 0.55 * _SMALL * right / (72 * 0.85 * _PANEL_INCHES[0])
         ends: list[float] = []
-        for name, *place in self._stages if len(self._stages) > 1 else ():
-            begin = place[0 if column == EPOCH else 1]
+        for name, *position in self._stages if len(self._stages) > 1 else ():
+            begin = position[0 if column == EPOCH else 1]
             if begin > 0:
                 axes.axvline(begin, color=_GREY, linewidth=0.7, linestyle=(0, (4, 3)))
             at = max(0.0, min(begin, right - per_letter * len(name)))
@@ -151,39 +152,40 @@ class _Sheet:
 
 
 def _accuracy(sheet: _Sheet, history: History) -> "Figure | None":
-    def label(who: str, table: Table) -> str:
-        return who if who == "train" else f"{who}, best {100 * np.nanmax(table[:, HIGH]):.2f} %"
-
-    return _over_epochs_and_minutes(sheet, history, "/top1", "top-1 accuracy (%)", label, scale=100.0)
+    tables = _tables(history, "/top1")
+    best = {name: f"best {100 * np.nanmax(table[:, HIGH]):.2f} %" for name, table in tables.items()}
+    return _scores(sheet, tables, best, "top-1 accuracy (%)", scale=100.0)
 
 
 def _loss(sheet: _Sheet, history: History) -> "Figure | None":
-    def label(who: str, table: Table) -> str:
-        return who if who == "train" else f"{who}, lowest {np.nanmin(table[:, LOW]):.4g}"
+    tables = _tables(history, "/loss")
+    best = {name: f"lowest {np.nanmin(table[:, LOW]):.4g}" for name, table in tables.items()}
+    return _scores(sheet, tables, best, "loss", scale=1.0)
 
-    return _over_epochs_and_minutes(sheet, history, "/loss", "loss", label, scale=1.0)
+
+def _tables(history: History, ending: str) -> dict[str, Table]:
+    """The values with this ending, by the words for a legend."""
+    names = {name: name.removesuffix(ending).replace("_ema", " (EMA)") for name in history.names(ending)}
+    tables = {words.replace("_", " "): history.table(name) for name, words in names.items()}
+    return {words: table for words, table in tables.items() if table is not None}
 
 
-def _over_epochs_and_minutes(
-    sheet: _Sheet,
-    history: History,
-    ending: str,
-    what: str,
-    label: Callable[[str, Table], str],
-    *,
-    scale: float,
+def _scores(
+    sheet: _Sheet, tables: dict[str, Table], best: dict[str, str], quantity: str, *, scale: float
 ) -> "Figure | None":
-    tables = {_who(name): history.table(name) for name in history.names(ending)}
-    shown = {who: table for who, table in tables.items() if table is not None}
-    if not shown:
+    """The values over epochs and over minutes."""
+    if not tables:
         return None
-    figure, panels = sheet.panels(what.partition(" (")[0], 2, same_height=True)
+    figure, panels = sheet.panels(quantity.partition(" (")[0], 2, same_height=True)
+    means = np.concatenate([table[:, MEAN] for table in tables.values()])
+    spans_decades = np.nanmin(means) > 0 and np.nanmax(means) > 30 * np.nanmin(means)
     for axes, column in zip(panels, (EPOCH, MINUTES), strict=True):
-        for index, (who, table) in enumerate(shown.items()):
-            _line(axes, table, column, index, label(who, table), scale=scale)
-        if ending == "/loss" and _spans_decades([table[:, MEAN] for table in shown.values()]):
+        for index, (name, table) in enumerate(tables.items()):
+            label = name if name == "train" else f"{name}, {best[name]}"
+            _line(axes, table, column, index, label, scale=scale)
+        if quantity == "loss" and spans_decades:
             axes.set_yscale("log")
-        sheet.finish(axes, column, label=what if column == EPOCH else "")
+        sheet.finish(axes, column, label=quantity if column == EPOCH else "")
     _legend(panels[0])
     return figure
 
@@ -225,10 +227,10 @@ def _speed(sheet: _Sheet, history: History) -> "Figure | None":
 
 
 def _gradients(sheet: _Sheet, history: History) -> "Figure | None":
-    """For each part of the network the median size of its gradients, and all quantiles as last measured."""
+    """The median size of the gradients of each part of the network, and the newest of all quantiles."""
     prefix, ending = f"{GRADIENTS}/", "_q50"
     names = [name for name in history.names(ending) if name.startswith(prefix)]
-    # Layers from the image on, then what stands around them.
+    # Layers from the image on, then the modules around them.
     names.sort(key=lambda name: (not name.startswith(f"{prefix}layer_"), name))
     medians = {name[len(prefix) : -len(ending)]: table for name in names if (table := history.table(name)) is not None}
     if not medians:
@@ -252,15 +254,15 @@ def _gradients(sheet: _Sheet, history: History) -> "Figure | None":
     return figure
 
 
-def _shade(place: float) -> Any:
+def _shade(depth: float) -> Any:
     """A colour for a part, from the image (0) to the head (1)."""
     import matplotlib as mpl
 
-    return mpl.colormaps["viridis"](0.9 * place)
+    return mpl.colormaps["viridis"](0.9 * depth)
 
 
 def _positive(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """What a logarithmic axis can show, the rest NaN."""
+    """The values that a logarithmic axis can show, the rest NaN."""
     return np.where(values > 0, values, np.nan)
 
 
@@ -302,8 +304,8 @@ def _line(
 
 
 def _legend(axes: "Axes", *, reverse: bool = False) -> None:
-    place: Literal["best", "upper right"] = "upper right" if reverse else "best"
-    legend = axes.legend(loc=place, reverse=reverse, fontsize=_TEXT - 1, framealpha=0.8, edgecolor="none")
+    corner: Literal["best", "upper right"] = "upper right" if reverse else "best"
+    legend = axes.legend(loc=corner, reverse=reverse, fontsize=_TEXT - 1, framealpha=0.8, edgecolor="none")
     for text in legend.get_texts():
         text.set_parse_math(False)
 
@@ -312,36 +314,22 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _spans_decades(columns: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> bool:
-    values = np.concatenate(columns)
-    return bool(np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values))
-
-
 def _finite(table: Table) -> tuple[Any, Any]:
     whole = np.isfinite(table[:, MEAN])
     return table[whole, EPOCH], table[whole, MEAN]
 
 
-def _who(name: str) -> str:
-    return name.rpartition("/")[0].replace("_ema", " (EMA)").replace("_", " ")
-
-
-def _is_drawn(name: str) -> bool:
-    is_known = name in _SCHEDULE or name in _TIMES or name == _SPEED
-    return is_known or name.endswith(_SCORES) or name.startswith(f"{GRADIENTS}/")
-
-
 def _stages(path: Path) -> list[tuple[str, int]]:
-    """Name and first step of every stage. A resume may tell again which stage it is in."""
-    told = [(str(event.facts.get("name", "")), event.step) for event in read_events(path) if event.kind == "stage"]
-    stages = [(name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…", step) for name, step in told]
+    """Name and first step of every stage. A resume may record its stage again."""
+    begun = [(str(event.facts.get("name", "")), event.step) for event in read_events(path) if event.kind == "stage"]
+    stages = [(name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…", step) for name, step in begun]
     return [stage for index, stage in enumerate(stages) if index == 0 or stage[0] != stages[index - 1][0]]
 
 
 def main() -> None:
     """Draw the run of the command line once for every line of standard input.
 
-    Each is answered by a line: the seconds it took, a space, and what went wrong if anything did.
+    Answer each with a line: the seconds it took, a space, and the fault if there was one.
     """
     os.nice(10)
     plots = RunPlots(Path(sys.argv[1]))
@@ -352,7 +340,7 @@ def main() -> None:
         try:
             plots.draw()
             fault = ""
-        except Exception as error:  # no picture is worth more than a word
+        except Exception as error:  # a fault of a picture is reported, and the next may succeed
             fault = " ".join(str(error).split()) or type(error).__name__
         print(f"{time.monotonic() - started:.3f} {fault}", flush=True)
 

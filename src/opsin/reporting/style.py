@@ -1,4 +1,4 @@
-"""What all drawings share: an empty figure, its PNG, and colours. matplotlib is imported where it is used.
+"""Parts of all drawings: an empty figure, its PNG, and colours. matplotlib is imported where it is used.
 
 The canvas itself, not pyplot: no window, and no state that outlives the picture.
 """
@@ -25,7 +25,7 @@ BLUE, RED, GREEN = COLOURS[:3]
 
 
 def new_figure(width: float, height: float, *, dots_per_inch: int = 160, constrained: bool = True) -> "Figure":
-    """An empty figure of this size in inches; `constrained` finds room for labels by itself.
+    """An empty figure of this size in inches; `constrained` makes room for labels.
 
     Raises:
         RunError: matplotlib cannot be imported.

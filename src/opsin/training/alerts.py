@@ -121,7 +121,7 @@ class Alerts:
             RollBack: always.
         """
         before = max((step for step in self._judged if step < finding.since), default=0)
-        began = before if finding.good is None else finding.good
+        began = before if finding.last_good_step is None else finding.last_good_step
         raise RollBack(monitor, finding, message, began=began, found=found)
 
     def _take_newest(self, state: TrainState) -> list[_Verdict]:

@@ -9,10 +9,17 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy
 
-from opsin.evaluation import logistic
+from opsin.evaluation import linear
 from opsin.evaluation.features import Features
-from opsin.evaluation.linear import LinearConfig, choose_decay, score_linear, standardise
-from opsin.evaluation.logistic import class_scores, fit_logistic, loss_and_gradient
+from opsin.evaluation.linear import (
+    LinearConfig,
+    choose_decay,
+    class_scores,
+    fit_logistic,
+    loss_and_gradient,
+    score_linear,
+    standardise,
+)
 from tests.unit.evaluation.digits import Pixels, RandomFeatures, digits_features
 
 NETWORKS = {"pixels": Pixels, "random": RandomFeatures}
@@ -53,7 +60,7 @@ def test_the_score_is_within_a_point_of_scikit_learn(network: str) -> None:
 def test_the_gradient_is_that_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     data = small_problem()
     weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(logistic, "_CHUNK", 21)  # seven images at a time
+    monkeypatch.setattr(linear, "_SCORES_CHUNK", 21)  # seven images at a time
     loss, gradient = loss_and_gradient(weights, data, 0.3)
     free = weights.double().requires_grad_()
     scores = data.values.double() @ free[:-1] + free[-1]

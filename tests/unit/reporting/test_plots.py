@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def all_of(folder: Path) -> History:
-    history = History(folder / "metrics.jsonl", wanted=lambda name: True)
+    history = History(folder / "metrics.jsonl", wanted=re.compile(".*"))
     history.refresh()
     return history
 
@@ -150,9 +151,9 @@ def test_stages_change_the_picture_and_a_single_one_does_not(tmp_path: Path) -> 
 def test_a_stage_stands_where_its_step_is(tmp_path: Path) -> None:
     write_rows(tmp_path, 20)
     history = all_of(tmp_path)
-    assert history.place(0) == (0.0, 0.0)
-    assert history.place(10) == pytest.approx((1.0, 1.0))
-    assert history.place(13) == pytest.approx((1.3, 1.3))
+    assert history.position(0) == (0.0, 0.0)
+    assert history.position(10) == pytest.approx((1.0, 1.0))
+    assert history.position(13) == pytest.approx((1.3, 1.3))
 
 
 def test_a_short_curve_keeps_every_value(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_reading_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(curves, "_parse", noted)
     history.refresh()
-    journal.log(30, 3.0, {"val/top1": 0.5}, time_s=180.0)  # takes the place of the last line
+    journal.log(30, 3.0, {"val/top1": 0.5}, time_s=180.0)  # replaces the last line
     history.refresh()
     journal.log(31, 3.1, {"val/top1": 0.75}, time_s=186.0)
     history.refresh()
