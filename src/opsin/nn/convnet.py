@@ -19,6 +19,7 @@ from opsin.nn.backbone import Backbone, ModelConfig, Tokens
 
 _PATCH = 2
 _POOLED = 2**3
+_ADDED_VARIANCE = 5e-4
 
 BlockConvs = Literal[2, 3]
 
@@ -74,15 +75,13 @@ class ConvNet(Backbone):
 
     @torch.no_grad()
     def prepare(self, images: Callable[[], Tensor]) -> None:
-        """Set the first layer to the eigenvectors of the patches' covariance, each scaled to unit variance.
+        """Set the first layer to the inverse square root of the patches' covariance, and to its negative.
 
-        One that came with weights stays: the layers above it were trained on its output.
+        A layer that came with weights stays: the layers above it were trained on its output.
         """
         if "whiten.weight" in self.loaded:
             return
-        patches = F.unfold(images().float(), _PATCH).transpose(1, 2).flatten(0, 1)  # [patches, C * 4]
-        variance, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
-        filters = (vectors / (variance + 5e-4).sqrt()).T.flip(0)  # the strongest direction first
+        filters = _whitening(F.unfold(images().float(), _PATCH).transpose(1, 2).flatten(0, 1))
         filters = filters.reshape(-1, *self.whiten.weight.shape[1:]).to(self.whiten.weight)
         # With both signs the activation loses nothing.
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
@@ -114,6 +113,21 @@ def _check_side(image_size: int) -> None:
             f"image_size {image_size}: model.name=convnet halves the image three times and needs at least "
             f"{_POOLED + _PATCH - 1} pixels; use a larger image_size"
         )
+
+
+def _whitening(patches: Tensor) -> Tensor:
+    """The symmetric filters [C * 4, C * 4], in float64, that whiten `patches` [patches, C * 4].
+
+    Eigenvectors as filters would not be determined: their signs are free, and where eigenvalues are equal (the patches
+    of grey images have 8 of 12 that are 0) so are their directions. Each LAPACK chooses others. A function of the
+    matrix does not depend on that choice.
+    """
+    patches = patches.double()
+    variance, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    # Directions that the images do not have contain roundings alone, which would be scaled by 45.
+    scale = torch.where(variance > _ADDED_VARIANCE / 100, (variance + _ADDED_VARIANCE).rsqrt(), 0)
+    filters: Tensor = vectors * scale @ vectors.T
+    return filters
 
 
 def _filter(inputs: int, outputs: int) -> nn.Conv2d:

@@ -1,5 +1,6 @@
 """The fast network for small images."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,58 @@ def test_whitening_is_the_same_each_time_and_needs_no_gradient() -> None:
         network.prepare(natural)
     assert torch.equal(networks[0].whiten.weight, networks[1].whiten.weight)
     assert not networks[0].whiten.weight.requires_grad
+
+
+def whitened_by(images: Tensor) -> Tensor:
+    """The filters that whiten `images`, [C * 4, C * 4]: without their negatives."""
+    network = build(images.shape[-1], images.shape[1])
+    network.prepare(lambda: images)
+    half = network.whiten.weight.flatten(1)
+    return half[: len(half) // 2]
+
+
+def grey() -> Tensor:
+    """Three equal channels: of the 12 directions of a patch, 8 are empty."""
+    return natural(1).expand(-1, 3, -1, -1)
+
+
+def without_direction() -> Tensor:
+    """Noise whose four pixels of a patch are worth the same: every eigenvalue occurs several times, but for chance."""
+    noise = torch.randn(64, 3, 20, 20, generator=torch.Generator().manual_seed(3))
+    turned = torch.cat([noise.rot90(quarter, (2, 3)) for quarter in range(4)])
+    return torch.cat([turned, turned.roll(1, 1), turned.roll(2, 1)])
+
+
+@pytest.mark.parametrize("images", [natural, grey, without_direction])
+def test_filters_follow_from_the_images_whatever_their_roundings(images: Callable[[], Tensor]) -> None:
+    """Eigenvectors would not: their signs are free, and so are their directions where eigenvalues are equal."""
+    exact = images()
+    noise = torch.rand(exact.shape, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    rounded = exact * (1 + 1e-7 * noise)
+    backwards = exact.flip(0).contiguous()  # other sums
+    for others in (rounded, backwards):
+        # Filters have entries of 1 to 10; the weakest direction of `natural` amplifies roundings twenty times.
+        torch.testing.assert_close(whitened_by(others), whitened_by(exact), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("images", [natural, grey, without_direction])
+def test_filters_turn_with_the_pixels(images: Callable[[], Tensor]) -> None:
+    """Mirrored images give mirrored filters: no pixel of a patch is treated as another."""
+    size = (-1, 3, 2, 2)
+    mirrored = whitened_by(images().flip(3)).view(-1, *size[1:])
+    expected = whitened_by(images()).view(3, 2, 2, 3, 2, 2).flip(2, 5).reshape(size)
+    torch.testing.assert_close(mirrored, expected, atol=1e-5, rtol=0)
+
+
+def test_filters_of_grey_images_whiten_what_there_is_and_leave_the_empty_directions_out() -> None:
+    filters, images = whitened_by(grey()).double(), grey()
+    patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1).double()
+    covariance = filters @ (patches.T @ patches / len(patches)) @ filters.T
+    variances = torch.linalg.eigvalsh(covariance)
+    torch.testing.assert_close(variances[8:], torch.ones(4).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(variances[:8], torch.zeros(8).double(), atol=1e-9, rtol=0)
+    colour = torch.eye(3).double()[1] - torch.eye(3).double()[0]
+    assert (filters @ torch.kron(colour, torch.ones(4).double())).abs().max() < 1e-6
 
 
 def test_flat_images_give_finite_filters() -> None:
