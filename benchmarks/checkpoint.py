@@ -20,7 +20,8 @@ from torch import nn
 from interleaved import table
 from opsin.clock.timeline import Stage, Timeline
 from opsin.storage.compression import Compressor
-from opsin.storage.teller import Fact
+from opsin.storage.teller import Fact, Silence
+from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.checkpoints.retention import CheckpointConfig
@@ -48,6 +49,31 @@ def large_state(parameters: int) -> TrainState:
     return TrainState(method, optimizer)  # type: ignore[arg-type]  # a checkpoint needs a module only
 
 
+class _Home:
+    """A folder of checkpoints that nobody else writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoints = folder
+
+    def check_held(self) -> None:
+        pass
+
+
+class _Loud(Silence):
+    """The record of a run in which nothing may go wrong."""
+
+    def tell(
+        self, kind: str, step: int | None = None, *, notice: str | None = None, warn: str | None = None, **facts: Fact
+    ) -> None:
+        assert warn is None, warn
+
+    def sync(self) -> None:
+        pass
+
+    def history(self, name: str) -> Mapping[int, float]:
+        return {}
+
+
 class Way:
     """One way of saving, and what it took round by round."""
 
@@ -55,7 +81,8 @@ class Way:
         timeline = Timeline([Stage(epochs=1, batch_size=1, steps_per_epoch=10**6)])
         config = config.model_copy(update={"every": "1 step", "keep": 1, "best": None})
         self._folder = folder
-        self._checkpoints = Checkpoints(folder, config, timeline, fingerprint="", say=self._note)
+        agenda = Agenda(timeline, timeline.total_steps, checkpoints="1 step")
+        self._checkpoints = Checkpoints(_Home(folder), config, agenda, _Loud(), fingerprint="")
         self.blocked_s: list[float] = []
         self.whole_s: list[float] = []
 
@@ -71,9 +98,6 @@ class Way:
     def num_bytes(self) -> int:
         (path,) = find_checkpoints(self._folder).values()
         return sum(file.stat().st_size for file in path.iterdir())
-
-    def _note(self, kind: str, facts: Mapping[str, Fact]) -> None:
-        assert "warning" not in facts, facts["warning"]
 
 
 def race(state: TrainState, folder: Path, rounds: int) -> None:

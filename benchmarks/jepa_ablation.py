@@ -39,6 +39,7 @@ from opsin.run.images import open_images
 from opsin.run.recipe import Recipe, read
 from opsin.run.results import evaluate_run
 from opsin.run.session import train_recipe
+from opsin.storage.teller import Silence
 from opsin.training.evaluator import LabelledChoice
 
 QUIET = (
@@ -139,7 +140,7 @@ def seconds_per_epoch(recipes: Mapping[str, Recipe], note: Path) -> Mapping[str,
             if number:  # the first round pays for what a process does once
                 spent[name].append((many - few) / (_TIMED[1] - _TIMED[0]))
     for name, recipe in missing.items():
-        images = open_images(recipe, lambda text: None).facts.samples
+        images = open_images(recipe, Silence()).facts.samples
         known[name] = statistics.median(spent[name]) * (images // recipe.batch_size)
     note.write_text(json.dumps(known))
     return known
@@ -192,7 +193,7 @@ def score_fresh(run: Path) -> Scores:
 
 def score_pixels(recipe: Recipe) -> Scores:
     """The scores of the normalised pixels of a recipe's images."""
-    images = open_images(recipe, lambda text: None)
+    images = open_images(recipe, Silence())
 
     def still(source: Source) -> EvaluationData:
         facts = images.facts

@@ -28,7 +28,9 @@ from opsin.methods.base import Method
 from opsin.methods.supervised import Supervised
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
+from opsin.reporting.teller import RunTeller
 from opsin.run.assemble import assemble
+from opsin.run.parts import build_parts
 from opsin.run.recipe import Recipe, read
 from opsin.storage.directory import RunDirectory
 from opsin.training.loop import Run, fit
@@ -72,7 +74,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     """A run of `recipe` as `opsin train` assembles it, without output."""
     folder.mkdir()
     console = Console(io.StringIO(), quiet=True)
-    return assemble(recipe, RunDirectory(folder), Journal(folder, teller=console), console, fingerprint="")
+    teller = RunTeller(Journal(folder, teller=console), console)
+    return assemble(build_parts(recipe, teller), RunDirectory(folder), teller)
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Turns:
 
 def plain_loop(recipe: Recipe, run: Run, steps: int) -> Callable[[], None]:
     """Rounds of a loop as one writes it by hand."""
-    state = run.fresh()
+    state = run.start.fresh()
     method = supervised(state.method)
     optim, total = recipe.optim, run.plan.clock(0).total_steps
     optimizer = torch.optim.AdamW(
@@ -114,7 +117,7 @@ def plain_loop(recipe: Recipe, run: Run, steps: int) -> Callable[[], None]:
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     smoothing = method.config.label_smoothing
-    batches = run.data.batches(0, run.steps)
+    batches = run.data.batches(0, run.agenda.last_step)
     numbers = count(1)
     losses: list[float] = []
 

@@ -35,3 +35,29 @@ class Calm(Story):
 
     def warning(self, text: str) -> None:
         raise AssertionError(text)
+
+
+class Record(Story):
+    """A teller that also is the record of a run, with the step of each event among its facts."""
+
+    def __init__(self, scores: Mapping[int, float] | None = None) -> None:
+        super().__init__()
+        self._scores = scores or {}
+
+    def tell(
+        self, kind: str, step: int | None = None, *, notice: str | None = None, warn: str | None = None, **facts: Fact
+    ) -> None:
+        self.events.append((kind, {"step": step, **facts}))
+        self.warnings += [] if warn is None else [warn]
+        self.notices += [] if notice is None else [notice]
+
+    def sync(self) -> None:
+        pass
+
+    def history(self, name: str) -> Mapping[int, float]:
+        return self._scores
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of the events."""
+        return [kind for kind, _ in self.events]

@@ -17,10 +17,13 @@ from torch import nn
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.errors import CheckpointError
+from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
 from opsin.training.checkpoints.retention import CheckpointConfig
 from opsin.training.state import TrainState
+from tests.story import Record
+from tests.unit.training.tiny_run import Home
 
 pytestmark = pytest.mark.chaos
 
@@ -40,7 +43,14 @@ def state_of(step: int) -> TrainState:
 
 
 def open_checkpoints(folder: Path) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(keep=2), TIMELINE, fingerprint="", say=lambda kind, facts: None)
+    agenda = Agenda(TIMELINE, TIMELINE.total_steps)
+    return Checkpoints(Home(folder), CheckpointConfig(keep=2), agenda, Record(), fingerprint="")
+
+
+def newest(checkpoints: Checkpoints) -> TrainState:
+    state = state_of(0)
+    checkpoints.settle(checkpoints.restore(state), state.step)
+    return state
 
 
 def is_whole(step: int, tensors: list[torch.Tensor]) -> bool:
@@ -50,7 +60,7 @@ def is_whole(step: int, tensors: list[torch.Tensor]) -> bool:
 def write_without_end(folder: Path, told: int) -> None:
     """Go on from the newest checkpoint, write one after another; tell each step to `told` once it is written."""
     checkpoints = open_checkpoints(folder)
-    step = checkpoints.restore(state_of(0)).step
+    step = newest(checkpoints).step
     while True:
         os.write(told, step.to_bytes(8))
         step += 1
@@ -97,7 +107,7 @@ def kill_many(folder: Path) -> None:
     for _ in range(NUM_KILLS):
         step = killed_writer(folder, drawn.uniform(0.0, longest_s))
         caught += any(path.name.startswith((".writing-", ".removing-")) for path in folder.iterdir())
-        state = open_checkpoints(folder).restore(state_of(0))
+        state = newest(open_checkpoints(folder))
         # A checkpoint that was renamed into place and not told yet is complete as well.
         assert state.step in (step, step + 1), (state.step, step)
         moments = [entry["momentum_buffer"] for entry in state.optimizer.state.values()]
@@ -105,7 +115,7 @@ def kill_many(folder: Path) -> None:
         assert all(path.name.startswith("step-") for path in folder.iterdir()), list(folder.iterdir())
     # Writers that die between a rename and the removal of old ones leave more; the next whole save clears up.
     checkpoints = open_checkpoints(folder)
-    checkpoints.save(state_of(checkpoints.restore(state_of(0)).step + 1), reason="chaos")
+    checkpoints.save(state_of(newest(checkpoints).step + 1), reason="chaos")
     assert len(find_checkpoints(folder)) == 2
     print(caught)
 

@@ -42,5 +42,5 @@ def _loader(arguments: argparse.Namespace) -> None:
     from opsin.tuning.loader import tune_loader
 
     recipe = read(arguments.recipe, arguments.overrides)
-    report = tune_loader(recipe, seconds=arguments.seconds, say=CommandTeller().notice)
+    report = tune_loader(recipe, seconds=arguments.seconds, teller=CommandTeller())
     print(json.dumps(report.as_dict()) if arguments.json else "\n".join(report.lines()))

@@ -166,6 +166,10 @@ class Journal:
         score = self._scores.get(name)
         return None if score is None else score.best
 
+    def history(self, name: str) -> Mapping[int, float]:
+        """The recorded values of a score, by step."""
+        return {row.step: row.values[name] for row in self.rows() if name in row.values}
+
     def streak(self, kind: str, step: int) -> int:
         """Number of consecutive steps up to `step` that have an event of this kind on disk."""
         steps = {event.step for event in self.events(kind)}

@@ -1,6 +1,7 @@
 """Tellers: what a run and what a command report, to people and to programs."""
 
 import sys
+from collections.abc import Mapping
 
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
@@ -27,6 +28,14 @@ class RunTeller(Teller):
             step = 0 if self.journal.last is None else self.journal.last.step
         self.journal.event(kind, step, **facts)
         super().tell(kind, step, notice=notice, warn=warn)
+
+    def sync(self) -> None:
+        """Bring what was recorded to the disk; never raises."""
+        self.journal.sync()
+
+    def history(self, name: str) -> Mapping[int, float]:
+        """The recorded values of a score, by step."""
+        return self.journal.history(name)
 
 
 class CommandTeller(Teller):

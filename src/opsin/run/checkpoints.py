@@ -83,6 +83,21 @@ def check(stored: Iterable[Stored]) -> None:
         raise CheckpointError(*faults)
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The needs of a run as its checkpoints name them."""
+
+    folder: Path
+    has_milestones: bool
+    margin: int | None
+
+    def is_milestone(self, step: int) -> bool:
+        return self.has_milestones and _is_milestone(self.folder / name_of(step))
+
+    def reach(self, step: int) -> int | None:
+        return self.margin
+
+
 def superfluous(path: Path, *, keep: int | None = None) -> list[Path]:
     """What the policy of the run's recipe does not keep, and what was set aside, oldest first.
 
@@ -100,8 +115,7 @@ def superfluous(path: Path, *, keep: int | None = None) -> list[Path]:
     retention = Retention(
         folder,
         config,
-        lambda step: config.milestones is not None and _is_milestone(folder / name_of(step)),
-        margin=None if margin is None else lambda step: margin,
+        _Written(folder, has_milestones=config.milestones is not None, margin=margin),
     )
     aside = [item for prefix in (UNHEALTHY, _DAMAGED, LATER) for item in folder.glob(f"{prefix}step-*")]
     found = find_checkpoints(folder)

@@ -1,7 +1,6 @@
 """The images of a recipe: opened, split, and as training and evaluators see them."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,15 +16,13 @@ from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.methods.base import Method
 from opsin.processes.trail import Trail
 from opsin.processes.world import World
-from opsin.reporting.console import Console
 from opsin.reporting.outlets import write_if_possible
 from opsin.run.numerics import Numerics
 from opsin.run.recipe import Recipe
 from opsin.storage.directory import RunDirectory
+from opsin.storage.teller import Teller
 from opsin.training import precision
 from opsin.training.evaluator import EvaluationContext
-
-Say = Callable[[str], None]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _STATISTICS = {
@@ -43,7 +40,7 @@ class Images:
     facts: DataFacts
 
 
-def open_images(recipe: Recipe, say: Say) -> Images:
+def open_images(recipe: Recipe, teller: Teller) -> Images:
     """The training and validation images; without a split of their own, some are held out.
 
     Raises:
@@ -58,12 +55,12 @@ def open_images(recipe: Recipe, say: Say) -> Images:
         label_column=wanted.label_column,
         cache=Path(os.path.expanduser(wanted.cache)),
     )
-    say(f"data: {opened.said}")
+    teller.notice(f"data: {opened.said}")
     train, val = opened.train, opened.val
     if val is None and wanted.holdout > 0:
         # Also where nothing evaluates: looking never changes which images train.
         train, val = hold_out(train, wanted.holdout, recipe.seed)
-        say(f"data: held out {len(val):,} of them for validation (data.holdout={wanted.holdout:g})")
+        teller.notice(f"data: held out {len(val):,} of them for validation (data.holdout={wanted.holdout:g})")
     mean, std = _STATISTICS.get(opened.kind, _IMAGENET)
     facts = DataFacts(
         classes=train.classes,
@@ -78,16 +75,16 @@ def open_images(recipe: Recipe, say: Say) -> Images:
 
 
 def evaluation_context(
-    recipe: Recipe, images: Images, numerics: Numerics, console: Console, folder: Path
+    recipe: Recipe, images: Images, numerics: Numerics, teller: Teller, folder: Path
 ) -> EvaluationContext:
-    """The context of the evaluators of a recipe; `folder` is the run directory."""
+    """What evaluators may look at; `folder` is the run directory."""
 
     def still(source: Source) -> EvaluationData:
-        return still_data(recipe, source, images.facts, numerics, console)
+        return still_data(recipe, source, images.facts, numerics, teller)
 
     def open_path(path: str) -> Opened:
         opened = open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))
-        console.notice(f"labelled images: {opened.said}")
+        teller.notice(f"labelled images: {opened.said}")
         return opened
 
     return EvaluationContext(
@@ -97,17 +94,15 @@ def evaluation_context(
         precision.autocast(numerics.device, numerics.precision),
         numerics.device,
         folder,
-        write=write_if_possible(console),
+        write=write_if_possible(teller),
     )
 
 
-def still_data(
-    recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics, console: Console
-) -> EvaluationData:
+def still_data(recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics, teller: Teller) -> EvaluationData:
     """The images of a source as evaluators see them, normalised as `facts` says."""
     facts = replace(facts, classes=source.classes, samples=len(source), unlabelled=int((source.labels < 0).sum()))
     resize = recipe.data.eval_resize or recipe.data.image_size
-    return EvaluationData(_loading_plan(recipe, source, facts, numerics), resize=resize, teller=console)
+    return EvaluationData(_loading_plan(recipe, source, facts, numerics), resize=resize, teller=teller)
 
 
 def training_data(

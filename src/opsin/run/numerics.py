@@ -1,6 +1,5 @@
 """How this machine computes a recipe: device, number format, attention kernel, memory layout."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +8,8 @@ from torch import nn
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.run.recipe import Recipe
+from opsin.storage.teller import Teller
 from opsin.training import precision
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +22,7 @@ class Numerics:
     channels_last: bool
 
 
-def choose_numbers(recipe: Recipe, say: Say) -> tuple[torch.device, str]:
+def choose_numbers(recipe: Recipe, teller: Teller) -> tuple[torch.device, str]:
     """The device and the number format, with torch's switches set for them.
 
     Raises:
@@ -32,20 +30,22 @@ def choose_numbers(recipe: Recipe, say: Say) -> tuple[torch.device, str]:
     """
     device = precision.choose_device(recipe.device)
     choice = precision.choose_precision(recipe.precision, device)
-    say(f"device: {device} ({precision.describe_device(device)})")
-    say(f"precision: {choice.value} ({choice.reason})")
+    teller.notice(f"device: {device} ({precision.describe_device(device)})")
+    teller.notice(f"precision: {choice.value} ({choice.reason})")
     for line in precision.configure(device, choice.value, deterministic=recipe.deterministic):
-        say(line)
+        teller.notice(line)
     return device, choice.value
 
 
-def settle_numerics(recipe: Recipe, method: Method, device: torch.device, number_format: str, say: Say) -> Numerics:
+def settle_numerics(
+    recipe: Recipe, method: Method, device: torch.device, number_format: str, teller: Teller
+) -> Numerics:
     """What `auto` means for this network on this device."""
     kind, reason = choose_attention(device, number_format)
     if recipe.attention != "auto":
         kind, reason = recipe.attention, "asked for"
     if set_attention(method, kind):
-        say(f"attention: {kind} ({reason})")
+        teller.notice(f"attention: {kind} ({reason})")
     channels_last = recipe.channels_last
     if channels_last == "auto":
         # A vision transformer has one convolution, its patch embedding.

@@ -1,5 +1,7 @@
 """The recipe: everything a run is asked to do, as frozen values."""
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from opsin.nn.models import MODELS
 from opsin.reporting.webhook import AlertsConfig
 from opsin.settings import layers
 from opsin.settings.family import Settings
+from opsin.settings.text import flatten
 from opsin.storage.backup.config import BackupConfig
 from opsin.training.checkpoints.retention import CheckpointConfig
 from opsin.training.evaluator import EvaluatorConfig
@@ -164,3 +167,9 @@ def read(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: one line per fault, all faults at once.
     """
     return layers.read(reference, overrides, Recipe, shipped=shipped)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A short hash of all keys; two recipes with the same one train the same weights."""
+    values = json.dumps(flatten(recipe), sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()[:16]

@@ -5,9 +5,7 @@ one, or an export folder.
 """
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -34,10 +32,9 @@ from opsin.export.encoder import (
 )
 from opsin.methods.base import Method
 from opsin.reporting.console import Console, open_console
-from opsin.reporting.journal import Journal
-from opsin.run.assemble import assemble, build_method
-from opsin.run.images import Images, evaluation_context, open_images
-from opsin.run.numerics import choose_numbers, place, settle_numerics
+from opsin.run.assemble import temporary_run
+from opsin.run.images import Images, evaluation_context
+from opsin.run.parts import build_parts
 from opsin.run.recipe import Recipe, read
 from opsin.storage.directory import RunDirectory
 from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, read_checkpoint
@@ -105,20 +102,17 @@ def evaluate_run(
     """
     run, checkpoint = _find_run(path)
     recipe = read(str(run.recipe))
-    console = open_console(quiet=True)
-    device, number_format = choose_numbers(recipe, console.notice)
-    images = open_images(recipe, console.notice)
-    method = build_method(recipe, images.facts)
+    teller = open_console(quiet=True)
+    parts = build_parts(recipe, teller)
+    images, method, numerics = parts.images, parts.method, parts.numerics
     if weights == "initial":
-        state, source = _initial_weights(recipe, console), run.recipe
+        state, source = _initial_weights(recipe, teller), run.recipe
     else:
         state, source = _read_weights(run, checkpoint, weights)
     _take(method, state, "", source)
-    numerics = settle_numerics(recipe, method, device, number_format, console.notice)
-    method = place(method, numerics)
     if data is not None:
         images = _with_queries(images, data, recipe)
-    context = evaluation_context(recipe, images, numerics, console, run.path)
+    context = evaluation_context(recipe, images, numerics, teller, run.path)
     features: tuple[ScoreName, ...] = ("knn", "linear")
     names = scores or (("accuracy",) if isinstance(method, Classifier) else features)
     if blocks is not None and not set(names) & set(features):
@@ -222,10 +216,8 @@ def _find_run(path: Path) -> tuple[RunDirectory, Path | None]:
 def _initial_weights(recipe: Recipe, console: Console) -> Mapping[str, Tensor]:
     """The weights that the run began with."""
     bare = recipe.model_copy(update={"evaluators": {}, "monitors": {}})
-    with tempfile.TemporaryDirectory(prefix="opsin-eval-", ignore_cleanup_errors=True) as folder:
-        directory = RunDirectory(Path(folder))
-        with closing(Journal(directory.path, teller=console)) as journal:
-            return assemble(bare, directory, journal, console, fingerprint="").fresh().method.state_dict()
+    with temporary_run(bare, console) as run:
+        return run.start.fresh().method.state_dict()
 
 
 def _read_weights(run: RunDirectory, checkpoint: Path | None, weights: Weights) -> tuple[Mapping[str, Tensor], Path]:

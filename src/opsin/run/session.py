@@ -3,7 +3,6 @@
 A run may take several sessions. Each opens the directory, trains, and leaves it whole whatever happens.
 """
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -22,11 +21,13 @@ from opsin.reporting.console import Console, describe, duration, open_console
 from opsin.reporting.journal import Journal, Sink
 from opsin.reporting.painter import Plots
 from opsin.reporting.sinks import CsvTable, TensorBoard, TextLog
+from opsin.reporting.teller import RunTeller
 from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.run.assemble import assemble
+from opsin.run.parts import build_parts
 from opsin.run.rates import find_lr
 from opsin.run.recipe import Recipe, read
-from opsin.settings.text import diff, flatten, to_yaml
+from opsin.settings.text import diff, to_yaml
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
 from opsin.storage.backup.service import open_backup, refuse_taken
@@ -168,12 +169,6 @@ def against_published(recipe: Recipe) -> str | None:
     return f"recipe: differs from the published one ({name}: published -> here) in {'; '.join(lines[:_SHOWN])}{more}"
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """A short hash of all keys; two recipes with the same one train the same weights."""
-    values = json.dumps(flatten(recipe), sort_keys=True)
-    return hashlib.sha256(values.encode()).hexdigest()[:16]
-
-
 def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequence[str], *, quiet: bool) -> Run:
     log = TextLog(directory.path, Silence(), owner=directory)
     console = open_console(quiet=quiet, log=log)
@@ -186,12 +181,12 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     device = choose_device(recipe.device)
     hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
     resuming = bool(find_checkpoints(directory.checkpoints))
-    tell = partial(_tell_of_backup, journal, console)
-    backup = open_backup(recipe.backup, directory.path, resuming=resuming, say=tell)
+    teller = RunTeller(journal, console)
+    backup = open_backup(recipe.backup, directory.path, resuming=resuming, say=partial(_tell_of_backup, teller))
     directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
     with backup:
         with _session(directory, journal, console, device), in_words(recipe):
-            run = assemble(recipe, directory, journal, console, fingerprint=fingerprint(recipe), on_written=backup.take)
+            run = assemble(build_parts(recipe, teller), directory, teller, backup)
             state = fit(run)
             if run.checkpoints.newest_step != state.step:
                 raise RunError(
@@ -223,11 +218,12 @@ def open_sinks(recipe: Recipe, name: str, folder: Path, log: TextLog, teller: Te
     return sinks
 
 
-def _tell_of_backup(journal: Journal, console: Console, kind: str, text: str) -> None:
+def _tell_of_backup(teller: RunTeller, kind: str, text: str) -> None:
     """An event of the backup, for the journal and the reader; in any thread."""
-    is_good = kind in ("backup_recovered", "backup_waiting")
-    journal.event(kind, 0 if journal.last is None else journal.last.step, **{"message" if is_good else "warning": text})
-    (console.notice if is_good else console.warning)(text)
+    if kind in ("backup_recovered", "backup_waiting"):
+        teller.tell(kind, notice=text, message=text)
+    else:
+        teller.tell(kind, warn=text, warning=text)
 
 
 def _last_words(directory: RunDirectory, journal: Journal) -> str:

@@ -5,15 +5,15 @@ begins. With all or none of it the weights are the same bits, unless a monitor m
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import NamedTuple
 
-from opsin.clock.timeline import Timeline
 from opsin.errors import TrainingError
-from opsin.reporting.console import Console
-from opsin.reporting.journal import Journal, Row
+from opsin.reporting.journal import Row
+from opsin.reporting.teller import RunTeller
+from opsin.training.agenda import Agenda
 from opsin.training.monitor import CANCELLED, Action, Finding, Monitor, RollBack
 from opsin.training.state import TrainState
 
@@ -38,24 +38,15 @@ class _Verdict(NamedTuple):
 class Alerts:
     """Has every row of the journal judged, once its scores are in it, and tells what is found."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        timeline: Timeline,
-        console: Console,
-        monitors: Mapping[str, tuple[Action, Monitor]],
-        *,
-        is_regular: Callable[[int], bool] = lambda step: True,
-    ) -> None:
-        """`is_regular` says whether an undisturbed run has a row at a step.
+    def __init__(self, teller: RunTeller, agenda: Agenda, monitors: Mapping[str, tuple[Action, Monitor]]) -> None:
+        """Rows that an undisturbed run does not have, as a stop leaves them, are judged together with the next.
 
-        Other rows, as a stop leaves them, are judged together with the next, as the one row that they would have been.
+        The two are judged as the one row that they would have been.
         """
-        self._journal = journal
-        self._timeline = timeline
-        self._console = console
+        self._teller = teller
+        self._journal = teller.journal
+        self._agenda = agenda
         self._unused = {name: entry for name, entry in monitors.items() if entry[0] != "ignore"}
-        self._is_regular = is_regular
         self._forget()
 
     def _forget(self) -> None:
@@ -139,7 +130,7 @@ class Alerts:
         if self._begun is not None:
             row = _join(self._begun, row, before)
         self._seen = row.step
-        if not self._is_regular(row.step):
+        if not self._agenda.is_regular(row.step):
             self._begun = row
             return []
         self._begun = None
@@ -164,12 +155,12 @@ class Alerts:
             return None
         message = self._in_words(finding, row.step, state)
         if not is_told:
-            self._journal.event("alert", row.step, monitor=name, finding=finding.kind, message=message)
-            self._console.warning(f"step {row.step}: {message}")
+            facts = {"monitor": name, "finding": finding.kind, "message": message}
+            self._teller.tell("alert", row.step, warn=f"step {row.step}: {message}", **facts)
         return _Verdict(name, action, finding, f"step {row.step}: {message}", is_told)
 
     def _in_words(self, finding: Finding, step: int, state: TrainState) -> str:
-        advice = state.method.advice(finding.kind, self._timeline.clock(max(step - 1, 0)))
+        advice = state.method.advice(finding.kind, self._agenda.timeline.clock(max(step - 1, 0)))
         return "; ".join(part for part in (finding.text, advice) if part)
 
 

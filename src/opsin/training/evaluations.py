@@ -1,11 +1,10 @@
 """Evaluations of a run: evaluators run when they are due, and their scores are written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
-from opsin.clock.cadence import is_due
-from opsin.clock.timeline import Timeline
-from opsin.reporting.console import Console
-from opsin.reporting.journal import Journal
+from opsin.reporting.teller import RunTeller
+from opsin.training.agenda import Agenda
 from opsin.training.evaluator import Evaluator, FeatureCache, StepEvaluator
 from opsin.training.observe import Observations
 from opsin.training.state import TrainState
@@ -13,11 +12,16 @@ from opsin.training.state import TrainState
 AVERAGED = "_ema"
 """Behind the prefix of a score: it is one of the averaged weights."""
 
-
 _SUMMARY = ("train/loss", "train/top1", "train/images_per_s")
-
-
 _HIDDEN = ("train/", "loss/", "time/", "collapse/", "system/", "gradients/")
+
+
+class Best(Protocol):
+    """The keeper of the best states."""
+
+    def note_scores(self, state: TrainState, scores: Mapping[str, float]) -> None:
+        """Keep the state if its scores are among the best."""
+        ...
 
 
 class Evaluations:
@@ -25,29 +29,27 @@ class Evaluations:
 
     def __init__(
         self,
-        journal: Journal,
-        timeline: Timeline,
-        evaluators: Mapping[str, tuple[str, Evaluator]],
+        teller: RunTeller,
+        agenda: Agenda,
+        evaluators: Mapping[str, Evaluator],
         *,
-        console: Console,
-        last_step: int,
         observations: Observations,
-        on_scores: Callable[[TrainState, Mapping[str, float]], None],
+        best: Best,
         features: FeatureCache | None = None,
     ) -> None:
-        """`features` is what the evaluators share while the weights are unchanged."""
-        self._journal = journal
-        self._timeline = timeline
+        """`best` gets the scores before they are written; `features` is what evaluators share."""
+        self._journal = teller.journal
+        self._console = teller.console
+        self._agenda = agenda
+        self._timeline = agenda.timeline
         self._evaluators = evaluators
-        self._console = console
-        self._last_step = last_step
         self._observations = observations
-        self._on_scores = on_scores
+        self._best = best
         self._features = features or FeatureCache()
 
     def is_due(self, step: int) -> bool:
-        """Whether any evaluator runs after `step` updates."""
-        return any(self._runs(every, step) for every, _ in self._evaluators.values())
+        """True if an evaluator runs after `step` updates."""
+        return bool(self._agenda.scores(step))
 
     def run_if_due(self, state: TrainState) -> None:
         """Evaluate what is due at this step and has no score yet."""
@@ -56,7 +58,7 @@ class Evaluations:
             if scores:
                 epoch = self._timeline.epoch(state.step)
                 # The best state is marked before the score is written: a run killed in between scores again.
-                self._on_scores(state, scores)
+                self._best.note_scores(state, scores)
                 self._journal.log(state.step, epoch, scores, time_s=state.elapsed_s)
             if self._timeline.ends_epoch(state.step) or scores:
                 self._summarise_epoch(state)
@@ -65,9 +67,9 @@ class Evaluations:
         """What the evaluators say that are due and have no score in the journal, by full name."""
         known = self._journal.row(state.step)
         wanted = {
-            prefix: evaluator
-            for prefix, (every, evaluator) in self._evaluators.items()
-            if self._runs(every, state.step) and not any(name.startswith(f"{prefix}/") for name in known)
+            prefix: self._evaluators[prefix]
+            for prefix in self._agenda.scores(state.step)
+            if not any(name.startswith(f"{prefix}/") for name in known)
         }
         for evaluator in wanted.values():
             if isinstance(evaluator, StepEvaluator):
@@ -85,9 +87,6 @@ class Evaluations:
             for suffix, scores in ((AVERAGED, averaged), ("", trained))
             for name, value in scores.get(prefix, {}).items()
         }
-
-    def _runs(self, every: str, step: int) -> bool:
-        return step == self._last_step or is_due(every, self._timeline, step)
 
     def _summarise_epoch(self, state: TrainState) -> None:
         row = self._journal.row(state.step)

@@ -5,7 +5,7 @@ steps before the replaced ones are taken again with the same bits, however far b
 with rollbacks resumes exactly. docs/decisions/0012-rollback.md says why it is so.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,20 +13,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from opsin.clock.cadence import StepEvery, parse
-from opsin.clock.timeline import Timeline
+from opsin.clock.cadence import StepEvery
 from opsin.errors import Diverged, LockLost, RunError, TransientError
-from opsin.reporting.console import Console
-from opsin.reporting.journal import Event, Journal
+from opsin.reporting.journal import Event
+from opsin.reporting.teller import RunTeller
 from opsin.settings.family import Settings
 from opsin.storage.teller import Fact
+from opsin.training.agenda import Agenda, steps_in
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import DamagedCheckpoint, load_into
 from opsin.training.monitor import RollBack
-from opsin.training.state import Detour, TrainState
-
-_MARGIN = 100
-"""Steps of `margin=auto`, where they are no more than a quarter of an epoch."""
+from opsin.training.state import Detour, Start, TrainState
 
 
 class GuardConfig(Settings):
@@ -44,24 +41,18 @@ class GuardConfig(Settings):
     cancelled: Literal["stop", "rollback"] = "stop"
     """What follows from `limits.cancelled_in_a_row` updates without a finite loss and gradient."""
 
-    def margin_steps(self, timeline: Timeline, step: int) -> int:
-        """`margin` in steps, as it is in the stage of `step`."""
-        if self.margin == "auto":
-            return min(_MARGIN, max(1, _epoch_steps(timeline, step) // 4))
-        return _in_steps(self.margin, timeline, step)
-
-    def detour(self, trouble: RollBack, attempt: int, timeline: Timeline) -> Detour:
-        """The way around a trouble."""
-        began, found = trouble.began, trouble.found
-        first = max(0, began - self.margin_steps(timeline, began))
+    def detour(self, asked: RollBack, attempt: int, agenda: Agenda) -> Detour:
+        """The detour around a fault."""
+        began, found = asked.began, asked.found
+        first = max(0, began - agenda.margin_steps(began))
         slow = self.lr_factor < 1 and self.lr_for != "never"
         return Detour(
             first=first,
             last=found,
             attempt=attempt,
-            kind=trouble.finding.kind,
+            kind=asked.finding.kind,
             lr_factor=self.lr_factor if slow else 1.0,
-            lr_until=found + _in_steps(self.lr_for, timeline, found) if slow else first,
+            lr_until=found + steps_in(self.lr_for, agenda.timeline, found) if slow else first,
         )
 
 
@@ -71,20 +62,17 @@ class Guard:
     def __init__(
         self,
         config: GuardConfig,
-        timeline: Timeline,
+        agenda: Agenda,
         checkpoints: Checkpoints,
-        journal: Journal,
-        console: Console,
-        *,
-        start_over: Callable[[TrainState], None],
+        teller: RunTeller,
+        start: Start,
     ) -> None:
-        """`start_over` puts a state back to what it was before step 0, detours and time aside."""
         self._config = config
-        self._timeline = timeline
+        self._agenda = agenda
         self._checkpoints = checkpoints
-        self._journal = journal
-        self._console = console
-        self._start_over = start_over
+        self._teller = teller
+        self._journal = teller.journal
+        self._start = start
 
     def roll_back(self, state: TrainState, trouble: RollBack) -> None:
         """Put into `state` what was before the trouble, and save it with the detour around it.
@@ -97,10 +85,10 @@ class Guard:
                 trouble are set aside, its rows stay to be looked at: a resume begins before it.
             TransientError: the disk fails on the way; training again goes the same way.
         """
-        detour = self._config.detour(trouble, len(state.detours) + 1, self._timeline)
+        detour = self._config.detour(trouble, len(state.detours) + 1, self._agenda)
         if detour.attempt > self._config.max_rollbacks:
             with _passing(trouble):
-                self._checkpoints.set_aside_after(detour.first)
+                self._checkpoints.retire_after(detour.first)
             raise Diverged(self._diagnosis(state, trouble))
         before, elapsed_s, told = state.detours, state.elapsed_s, self._journal.events("rollback")
         state.whole = False
@@ -115,16 +103,16 @@ class Guard:
     def _restore(self, state: TrainState, first: int) -> None:
         """The newest valid checkpoint of step `first` or before, else the start."""
         while (path := self._checkpoints.healthy(first)) is not None:
-            self._checkpoints.set_aside_after(_step_of(path))
+            self._checkpoints.retire_after(_step_of(path))
             try:
                 load_into(path, state)
             except DamagedCheckpoint as error:
-                self._console.warning(f"{error}; set aside")
-                self._checkpoints.set_aside_after(_step_of(path) - 1)
+                self._teller.warning(f"{error}; set aside")
+                self._checkpoints.retire_after(_step_of(path) - 1)
             else:
                 return
-        self._checkpoints.set_aside_after(-1)
-        self._start_over(state)
+        self._checkpoints.retire_after(-1)
+        self._start.over(state)
         state.step = 0
 
     def _tell_again(self, step: int, detours: Sequence[Detour], told: Sequence[Event]) -> None:
@@ -142,7 +130,7 @@ class Guard:
         if all(event.facts != facts for event in self._journal.events("rollback")):
             self._journal.event("rollback", step, **facts)
         slower = f", learning rate x {detour.lr_factor:g} to step {detour.lr_until}" if detour.lr_factor < 1 else ""
-        self._console.warning(
+        self._teller.warning(
             f"rollback {detour.attempt} of {self._config.max_rollbacks} ({trouble.monitor}): from step {trouble.found} "
             f"to step {step}; steps {detour.first} to {detour.last} get other images{slower}"
         )
@@ -182,13 +170,3 @@ def _facts(detour: Detour) -> dict[str, Fact]:
 
 def _step_of(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
-
-
-def _in_steps(text: str, timeline: Timeline, step: int) -> int:
-    """A length like `200 steps` or `0.5 epochs`, in steps of the stage that `step` lies in."""
-    number, unit = parse(text)
-    return round(number * _epoch_steps(timeline, step)) if unit == "epochs" else int(number)
-
-
-def _epoch_steps(timeline: Timeline, step: int) -> int:
-    return timeline.clock(step).stage.steps_per_epoch

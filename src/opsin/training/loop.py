@@ -1,11 +1,11 @@
 """The loop. Everything it needs stands in `Run`; everything that changes stands in `TrainState`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from opsin.data.base import Data
 from opsin.errors import Stopped
 from opsin.storage.directory import RunDirectory
+from opsin.training.agenda import Agenda
 from opsin.training.alerts import Alerts
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.evaluations import Evaluations
@@ -13,7 +13,7 @@ from opsin.training.guard import Guard
 from opsin.training.monitor import RollBack
 from opsin.training.observe import Observations
 from opsin.training.profile.profile import Profile
-from opsin.training.state import StepPlan, TrainState
+from opsin.training.state import Start, StepPlan, TrainState
 from opsin.training.step import train_step
 from opsin.training.stop import Stop
 
@@ -22,10 +22,10 @@ from opsin.training.stop import Stop
 class Run:
     """The assembled objects of a run. Nothing in it changes what is learned except `plan` and `data`."""
 
-    fresh: Callable[[], TrainState]
+    start: Start
     data: Data
     plan: StepPlan
-    steps: int
+    agenda: Agenda
     checkpoints: Checkpoints
     observations: Observations
     evaluations: Evaluations
@@ -37,7 +37,7 @@ class Run:
 
 
 def fit(run: Run) -> TrainState:
-    """Train to `run.steps`; where checkpoints exist, go on from the newest valid one.
+    """Train to `run.agenda.last_step`; where checkpoints exist, go on from the newest valid one.
 
     Only `train_step` changes weights, but for a rollback, which brings former ones back. Saving comes
     before evaluation, so a long or failing evaluation never costs training.
@@ -47,30 +47,33 @@ def fit(run: Run) -> TrainState:
         TrainingError: too many updates in a row were cancelled, a monitor asks for a stop, or for a rollback too
             many; says why.
     """
-    state = run.checkpoints.restore(run.fresh())
+    state = run.start.fresh()
+    restored = run.checkpoints.restore(state)
+    run.start.commit(state.step)
+    run.checkpoints.settle(restored, state.step)
     with run.stop, run.checkpoints.rescue(state):
         while True:
             try:
                 return _train(run, state)
-            except RollBack as trouble:
-                run.guard.roll_back(state, trouble)
+            except RollBack as asked:
+                run.guard.roll_back(state, asked)
 
 
 def _train(run: Run, state: TrainState) -> TrainState:
-    """Train `state` to `run.steps`."""
+    """Train `state` to `run.agenda.last_step`."""
     with run.alerts.watch(state), run.observations.watch(state):
         run.evaluations.run_if_due(state)
         run.alerts.judge(state)
-        batches = run.observations.waiting(run.data.batches(state.step, run.steps, state.detours))
+        batches = run.observations.waiting(run.data.batches(state.step, run.agenda.last_step, state.detours))
         for batch in run.profile.over(batches, state):
             report = train_step(state, batch, run.plan)
             run.profile.end_step(state)
-            stop = run.stop.requested if state.step < run.steps else None
+            stop = run.stop.requested if state.step < run.agenda.last_step else None
             run.observations.take(state, report, ends=stop is not None)
             run.checkpoints.save_if_due(state, stopping=stop is not None)
             if stop is not None:
                 raise Stopped(
-                    f"{stop}: stopped after step {state.step} of {run.steps}, which is saved; "
+                    f"{stop}: stopped after step {state.step} of {run.agenda.last_step}, which is saved; "
                     f"opsin resume {run.directory.path} goes on"
                 )
             run.evaluations.run_if_due(state)

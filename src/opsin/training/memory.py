@@ -6,7 +6,6 @@ parts a batch is computed decides how sums are rounded and which dropout is draw
 """
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from opsin.errors import ConfigError, RunError
 from opsin.methods.base import Method
 from opsin.settings.family import Settings
 from opsin.storage.files import write_atomic
-from opsin.storage.teller import Fact
+from opsin.storage.teller import Silence, Teller
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
 """What a plain RuntimeError says of it: torch's on the CPU; the driver's; cuBLAS's, cuDNN's and their kin's, which take
@@ -70,7 +69,6 @@ class Splits:
     """The splits of a run. `file` keeps them; without one, nothing is ever split.
 
     `asked` names what the recipe wants of batches: splits that were found under other wishes do not count.
-    `say` gets the kind and the facts of an event, among them `step` and `warning`, a sentence.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Splits:
         file: Path | None = None,
         *,
         asked: str = "",
-        say: Callable[[str, Mapping[str, Fact]], None] = lambda kind, facts: None,
+        teller: Teller | None = None,
     ) -> None:
         """Read those that were found before.
 
@@ -87,7 +85,7 @@ class Splits:
         """
         self._file = file
         self._asked = asked
-        self._say = say
+        self._teller = teller or Silence()
         self._found = () if file is None else _read(file, asked)
         self._unwritten = False
 
@@ -116,7 +114,7 @@ class Splits:
             f"step {step + 1}: out of memory with {largest} images at a time: from here on it is {smaller} at a time "
             f"(accumulate {parts} -> {2 * parts}); the update stays the same"
         )
-        self._say("out_of_memory", {"step": step, "accumulate": 2 * parts, "images_at_once": smaller, "warning": text})
+        self._teller.tell("out_of_memory", step, warn=text, accumulate=2 * parts, images_at_once=smaller, warning=text)
         return True
 
     def take_back(self, before: tuple[Split, ...], step: int) -> None:
@@ -126,7 +124,7 @@ class Splits:
         self._found = before
         self._write(step)
         text = f"step {step + 1}: out of memory with one image at a time: the splits of this step are taken back"
-        self._say("out_of_memory", {"step": step, "images_at_once": 1, "warning": text})
+        self._teller.tell("out_of_memory", step, warn=text, images_at_once=1, warning=text)
 
     def _write(self, step: int) -> None:
         # Before the update that needs it: whatever kills the process, the update is repeated as it was.
@@ -139,7 +137,7 @@ class Splits:
             if not self._unwritten:
                 fault = f"{self._file.name} cannot be written: {error.strerror or error}"
                 text = f"{fault}; it is tried again at each step, and a resume before that may round differently"
-                self._say("splits_unwritten", {"step": step, "warning": text})
+                self._teller.tell("splits_unwritten", step, warn=text, warning=text)
             self._unwritten = True
 
 

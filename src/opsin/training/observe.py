@@ -6,22 +6,32 @@ all or none of it the weights are the same bits.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 
-from opsin.clock.cadence import is_due
-from opsin.clock.timeline import Timeline
 from opsin.data.base import Batch
 from opsin.errors import Diverged
-from opsin.reporting.console import Console
-from opsin.reporting.journal import Journal
+from opsin.reporting.teller import RunTeller
+from opsin.training.agenda import Agenda
+from opsin.training.alerts import Alerts
+from opsin.training.freeze import LayerFreezer
 from opsin.training.monitor import CANCELLED, Finding, Monitor, RollBack
 from opsin.training.precision import peak_memory_bytes
+from opsin.training.stages import announce_stage
 from opsin.training.state import StepReport, TrainState
+
+
+class Saves(Protocol):
+    """The checkpoints of a run, as far as rows depend on them."""
+
+    def is_due(self, state: TrainState) -> bool:
+        """True if the state is about to be saved."""
+        ...
 
 
 class Observations:
@@ -29,33 +39,30 @@ class Observations:
 
     def __init__(
         self,
-        journal: Journal,
-        timeline: Timeline,
-        console: Console,
+        teller: RunTeller,
+        agenda: Agenda,
         *,
-        every: int,
-        last_step: int,
         limit: int,
-        monitors: Sequence[tuple[str, Monitor]] = (),
-        also_when: Callable[[TrainState], bool] = lambda state: False,
-        on_stage: Callable[[int, int], None] = lambda stage, step: None,
-        on_streak: Callable[[Finding, int], None] = lambda finding, step: None,
+        monitors: Mapping[str, Monitor] = MappingProxyType({}),
+        saves: Saves | None = None,
+        freezer: LayerFreezer | None = None,
+        alerts: Alerts | None = None,
     ) -> None:
-        """`every` steps make a window; `limit` cancelled updates in a row end the run, as `last_step` does.
+        """`limit` cancelled updates in a row end the run; with `alerts` they ask for a rollback first.
 
-        `on_stage` gets the number of each stage that begins, and the step. `on_streak` is asked, with the step that
-        was one too many, before cancelled updates end the run; it may raise something else.
+        A row ends where `saves` is about to save, too. Stages are reported with what `freezer` freezes.
         """
-        self._journal = journal
-        self._timeline = timeline
-        self._console = console
-        self._every = every
-        self._last_step = last_step
+        self._teller = teller
+        self._journal = teller.journal
+        self._console = teller.console
+        self._agenda = agenda
+        self._timeline = agenda.timeline
+        self._last_step = agenda.last_step
         self._limit = limit
         self._monitors = monitors
-        self._also_when = also_when
-        self._on_stage = on_stage
-        self._on_streak = on_streak
+        self._saves = saves
+        self._freezer = freezer
+        self._alerts = alerts
         self._window: list[StepReport] = []
         self._started = time.perf_counter()
         self._window_s = 0.0
@@ -112,9 +119,8 @@ class Observations:
         # A monitor with nothing to look at (no features, say) makes no row.
         if measured or ends or self._ends_window(state):
             self._read(state, measured)
-        stage = self._timeline.starts_stage(state.step)
-        if stage is not None and state.step < self._last_step:
-            self._on_stage(stage, state.step)
+        if (stage := self._agenda.stage_begins(state.step)) is not None:
+            self._announce(stage, state.step)
 
     def _read_rest(self, state: TrainState) -> None:
         if self._window and state.whole:
@@ -127,21 +133,19 @@ class Observations:
         stage = self._timeline.position(state.step).stage
         told = self._journal.last_event("stage")
         if told is None or told.facts.get("number") != stage:
-            self._on_stage(stage, state.step)
+            self._announce(stage, state.step)
+
+    def _announce(self, stage: int, step: int) -> None:
+        if self._freezer is not None:
+            announce_stage(self._timeline, self._freezer, self._teller, stage, step)
 
     def _ends_window(self, state: TrainState) -> bool:
-        return (
-            state.step % self._every == 0
-            or self._timeline.ends_epoch(state.step)
-            or self._timeline.starts_stage(state.step) is not None
-            or self._also_when(state)
-        )
+        return self._agenda.row(state.step) or (self._saves is not None and self._saves.is_due(state))
 
     def _measure(self, state: TrainState, report: StepReport) -> dict[str, float]:
         values: dict[str, float] = {}
-        for every, monitor in self._monitors:
-            if is_due(every, self._timeline, report.step):
-                values.update(monitor.measure(state, report))
+        for name in self._agenda.measurements(report.step):
+            values.update(self._monitors[name].measure(state, report))
         return values
 
     def _read(self, state: TrainState, measured: Mapping[str, float] = MappingProxyType({})) -> None:
@@ -203,7 +207,8 @@ class Observations:
             f"step {step}: {what}, and so were the {self._cancelled_in_a_row - 1} updates before it; "
             f"limits.cancelled_in_a_row allows {self._limit}"
         )
-        self._on_streak(Finding("cancelled", text, since), since + self._limit - 1)
+        if self._alerts is not None:
+            self._alerts.roll_back("cancelled", Finding("cancelled", text, since), text, found=since + self._limit - 1)
         return Diverged(
             f"{text}. The weights are those of step {since - 1}. Lower optim.lr, set optim.clip_norm, or try "
             "precision=fp32"

@@ -1,6 +1,6 @@
 """From the stages of a recipe to those of a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Protocol
 
@@ -13,9 +13,8 @@ from opsin.data.config import DataConfig
 from opsin.data.order import check_share, class_share, steps_per_epoch
 from opsin.errors import ConfigError
 from opsin.methods.base import Method
-from opsin.reporting.console import Console
-from opsin.reporting.journal import Journal
 from opsin.settings.family import Settings
+from opsin.storage.teller import Teller
 from opsin.training.freeze import LayerFreezer
 
 
@@ -64,7 +63,7 @@ class Timed(Protocol):
     def data(self) -> DataConfig: ...
 
 
-def plan_time(recipe: Timed, source: Source, say: Callable[[str], None]) -> Timeline:
+def plan_time(recipe: Timed, source: Source, teller: Teller) -> Timeline:
     """The stages of the run, and with them its steps.
 
     Raises:
@@ -77,7 +76,7 @@ def plan_time(recipe: Timed, source: Source, say: Callable[[str], None]) -> Time
     total = sum(stage.epochs for stage in wanted)
     stretch = 1.0 if recipe.epochs is None else recipe.epochs / total
     if stretch != 1:
-        say(f"stages: {total:g} epochs in all, stretched to {recipe.epochs:g} (epochs)")
+        teller.notice(f"stages: {total:g} epochs in all, stretched to {recipe.epochs:g} (epochs)")
     return Timeline([_stage(recipe, number, stage, stretch, source) for number, stage in enumerate(wanted)])
 
 
@@ -130,14 +129,12 @@ def plan_stages(schedule: Schedule, timeline: Timeline, method: Method) -> Layer
     return freezer
 
 
-def announce_stage(
-    timeline: Timeline, freezer: LayerFreezer, journal: Journal, console: Console, number: int, step: int
-) -> None:
+def announce_stage(timeline: Timeline, freezer: LayerFreezer, teller: Teller, number: int, step: int) -> None:
     """Write down that a stage begins; for a reader, where there are several or layers are frozen."""
     stage = timeline.stages[number]
     frozen = freezer.frozen(stage.train)
     facts = {name: value for name, value in asdict(stage).items() if name != "name"}
-    journal.event("stage", step, number=number, name=stage.name, **{**facts, "train": list(stage.train)}, frozen=frozen)
+    teller.tell("stage", step, number=number, name=stage.name, **{**facts, "train": list(stage.train)}, frozen=frozen)
     if len(timeline.stages) == 1 and not frozen:
         return
     words = [f"{stage.passes:.3g} epochs", f"{stage.image_size} px", f"batches of {stage.batch_size}"]
@@ -147,4 +144,4 @@ def announce_stage(
         words.append(f"learning rate x {stage.lr_scale:g}")
     if frozen:
         words.append(f"{len(frozen)} of {len(freezer.learnable)} tensors frozen (events.jsonl names them)")
-    console.notice(f"stage {number + 1} of {len(timeline.stages)}, {stage.name!r}: {', '.join(words)}")
+    teller.notice(f"stage {number + 1} of {len(timeline.stages)}, {stage.name!r}: {', '.join(words)}")

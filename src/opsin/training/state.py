@@ -87,6 +87,25 @@ class TrainState:
         return math.prod(one.lr_factor for one in self.detours if one.first <= self.step < one.lr_until)
 
 
+class Start(Protocol):
+    """The beginning of a run."""
+
+    def fresh(self) -> TrainState:
+        """The state before step 0, or one whose weights a checkpoint will replace."""
+        ...
+
+    def over(self, state: TrainState) -> None:
+        """Take a state back to what it was before step 0, but for its detours and its time."""
+        ...
+
+    def commit(self, step: int) -> None:
+        """Make the run what its recipe says from `step` on, and forget what it did later.
+
+        Not before a state was found to go on from: a recipe that cannot go on must not replace the one that can.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Pace:
     """What the schedules set: the base learning rate, the momentum (beta1 of Adam) and the weight decay."""

@@ -21,16 +21,17 @@ from opsin.data.resident import byte_limit
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import ConfigError
 from opsin.reporting.console import Console
-from opsin.run.assemble import build_method
+from opsin.run.assemble import temporary_run
 from opsin.run.images import open_images
+from opsin.run.parts import build_method
 from opsin.run.recipe import Recipe
 from opsin.storage.table import aligned
+from opsin.storage.teller import Silence, Teller
 from opsin.training.loop import Run
 from opsin.training.precision import choose_device
 from opsin.training.stages import plan_time
 from opsin.training.state import TrainState
 from opsin.training.step import train_step
-from opsin.tuning.aside import assembled_aside
 
 _PREFETCH = (2, 4)
 _MAX_WORKERS = 32
@@ -152,7 +153,7 @@ class LoaderReport:
         return lines
 
 
-def tune_loader(recipe: Recipe, *, seconds: float, say: Callable[[str], None]) -> LoaderReport:
+def tune_loader(recipe: Recipe, *, seconds: float, teller: Teller) -> LoaderReport:
     """Measure the settings of the data path on the first stage of `recipe`, each for twice `seconds`.
 
     Raises:
@@ -164,8 +165,8 @@ def tune_loader(recipe: Recipe, *, seconds: float, say: Callable[[str], None]) -
         raise ConfigError(f"command line: --seconds {seconds:g}: must be above 0; use --seconds 2")
     endless = _endless(recipe)
     device = choose_device(recipe.device)
-    train = open_images(endless, say).train
-    stage = plan_time(endless, train, lambda text: None).stages[0]
+    train = open_images(endless, teller).train
+    stage = plan_time(endless, train, Silence()).stages[0]
     not_resident = _why_not_resident(train, recipe.seed, device)
     settings = list(_settings(os.cpu_count() or 1))
     if not not_resident:
@@ -173,7 +174,7 @@ def tune_loader(recipe: Recipe, *, seconds: float, say: Callable[[str], None]) -
     before = _measure_step(endless, seconds)
     rates: list[Rate] = []
     for setting in settings:
-        say(f"measuring {setting.keys}")
+        teller.notice(f"measuring {setting.keys}")
         try:
             rates.append(_measure(endless, setting, seconds, device))
         except ConfigError:
@@ -209,8 +210,8 @@ def choose_best(rates: Sequence[Rate]) -> Setting:
 
 def measure_copies(recipe: Recipe, setting: Setting, seconds: float, device: torch.device, *, pin: bool) -> float:
     """Images per second that workers read and cut and that are copied to `device`, from pinned memory or not."""
-    images = open_images(recipe, lambda text: None)
-    stage = plan_time(recipe, images.train, lambda text: None).stages[0]
+    images = open_images(recipe, Silence())
+    stage = plan_time(recipe, images.train, Silence()).stages[0]
     crops = build_method(recipe, images.facts).views(stage.image_size).crops
 
     def tasks() -> Iterator[Task]:
@@ -283,8 +284,8 @@ def _silent() -> Console:
 
 def _measure_step(recipe: Recipe, seconds: float) -> float:
     """Images per second of the step on one batch that is on the device already."""
-    with assembled_aside(_with(recipe, Setting(0, 1)), _silent()) as run:
-        state = run.fresh()
+    with temporary_run(_with(recipe, Setting(0, 1)), _silent()) as run:
+        state = run.start.fresh()
         with closing(_batches(run)) as batches:
             batch = next(batches)
         _train(state, run, [batch] * _WARM_UP)
@@ -294,9 +295,9 @@ def _measure_step(recipe: Recipe, seconds: float) -> float:
 def _measure(recipe: Recipe, setting: Setting, seconds: float, device: torch.device) -> Rate:
     # Batches arrive in rounds, one from each worker: whole rounds are counted.
     together = max(1, setting.workers)
-    with assembled_aside(_with(recipe, setting), _silent()) as run:
+    with temporary_run(_with(recipe, setting), _silent()) as run:
         started = time.perf_counter()
-        state = run.fresh()
+        state = run.start.fresh()
         with closing(_batches(run)) as batches:
             _take(batches, 1)
             start_s = time.perf_counter() - started
@@ -313,7 +314,7 @@ def _measure(recipe: Recipe, setting: Setting, seconds: float, device: torch.dev
 
 def _batches(run: Run) -> Generator[Batch]:
     # A generator, whose end is the end of its workers.
-    return cast("Generator[Batch]", run.data.batches(0, run.steps))
+    return cast("Generator[Batch]", run.data.batches(0, run.agenda.last_step))
 
 
 def _take(batches: Iterator[Batch], number: int) -> int:

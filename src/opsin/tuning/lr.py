@@ -21,6 +21,7 @@ from opsin.clock.schedule import Constant
 from opsin.clock.timeline import Clock
 from opsin.errors import ConfigError, RunError, TrainingError
 from opsin.reporting.console import Console, open_console
+from opsin.run.assemble import temporary_run
 from opsin.run.rates import RESULT, sweep_key
 from opsin.run.recipe import Recipe, read, shipped
 from opsin.run.session import in_words
@@ -32,7 +33,6 @@ from opsin.training.optim import AdamW
 from opsin.training.stages import StageConfig
 from opsin.training.state import Pace
 from opsin.training.step import train_step
-from opsin.tuning.aside import assembled_aside
 from opsin.tuning.lr_curve import FEWEST_STEPS, Divergence, Reading, read_curve, sweep_rates
 from opsin.tuning.lr_plot import draw_curve
 
@@ -146,7 +146,7 @@ def run_sweep(recipe: Recipe, asked: SweepRange, console: Console) -> Sweep:
     """The losses of `recipe` trained from its starting weights, each update with the next rate."""
     swept, unit = _swept_recipe(recipe, asked.steps)
     rates = sweep_rates(asked.first, asked.last, asked.steps)
-    with assembled_aside(swept, console) as run:
+    with temporary_run(swept, console) as run:
         losses, stopped = rising_losses(run, [rate / unit for rate in rates], console)
     return Sweep(tuple(rates[: len(losses)]), tuple(losses), stopped)
 
@@ -156,7 +156,7 @@ def rising_losses(run: Run, factors: Sequence[float], console: Console) -> tuple
 
     Each update multiplies every learning rate that the run's own schedule sets by the next of `factors`.
     """
-    state = run.fresh()
+    state = run.start.fresh()
     plan = replace(run.plan, set_pace=_rising(run.plan.set_pace, factors))
     console.start(total_steps=len(factors), first_step=0, total_epochs=plan.clock(len(factors)).epoch)
     # Under fp16 a gradient that overflows only tells the loss scale to fall; not so many times on end.

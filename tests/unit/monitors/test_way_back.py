@@ -13,8 +13,10 @@ from opsin.monitors.gradients import GradientsConfig
 from opsin.monitors.loss import LossConfig
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
-from opsin.run.assemble_guard import reach
+from opsin.reporting.teller import RunTeller
+from opsin.run.assemble import plan_agenda
 from opsin.run.recipe import read
+from opsin.training.agenda import Agenda
 from opsin.training.alerts import Alerts
 from opsin.training.checkpoints.retention import CheckpointConfig, Retention
 from opsin.training.monitor import MonitorConfig, RollBack
@@ -29,7 +31,10 @@ Rows = Iterable[tuple[int, Mapping[str, float]]]
 def asked(folder: Path, config: MonitorConfig, rows: Rows) -> RollBack:
     """The rollback that `config` asks for."""
     state, journal = fresh(), Journal(folder, teller=Calm())
-    alerts = Alerts(journal, TIMELINE, Console(io.StringIO()), {"mine": ("rollback", config.build(TIMELINE))})
+    teller = RunTeller(journal, Console(io.StringIO()))
+    alerts = Alerts(
+        teller, Agenda(TIMELINE, TIMELINE.total_steps, rows=1), {"mine": ("rollback", config.build(TIMELINE))}
+    )
     with alerts.watch(state):
         for step, values in rows:
             state.step = step
@@ -136,12 +141,13 @@ def test_a_checkpoint_from_before_the_slowest_trouble_is_kept(tmp_path: Path, st
     timeline = Timeline(stages)
     recipe = read("quickstart", ["monitors.collapse.action=rollback"])
     monitor = recipe.monitors["collapse"]
-    retention = Retention(tmp_path, CheckpointConfig(keep=2), lambda step: False, margin=reach(recipe, timeline))
+    agenda = plan_agenda(recipe, timeline)
+    retention = Retention(tmp_path, CheckpointConfig(keep=2), agenda)
     delay = monitor.delay(recipe.log.every, timeline)
     steps: set[int] = set()
     for step in range(50, 5000, 50):
         steps = retention.kept({*steps, step}, step)
         # The slowest that may be found now.
         began = max(0, step - delay)
-        first = max(0, began - recipe.guard.margin_steps(timeline, began))
+        first = max(0, began - agenda.margin_steps(began))
         assert first < 50 or min(steps) <= first, step

@@ -115,9 +115,9 @@ def test_restore_takes_an_older_step_and_back_again(run: Path, opsin: Command) -
         f"later ones are kept as later-step-... until opsin checkpoints {run} prune --yes"
     )
     assert names(run) == sorted([*step_names(5, 10, 11), *step_names(12, 13, prefix="later-")])
-    assert equal(Story(run / "checkpoints").checkpoints.restore(fresh()), train(fresh(), to=11))
+    assert equal(Story(run / "checkpoints").restore(fresh()), train(fresh(), to=11))
     assert opsin(run, "restore", "13")[0] == 0
-    assert equal(Story(run / "checkpoints").checkpoints.restore(fresh()), train(fresh(), to=13))
+    assert equal(Story(run / "checkpoints").restore(fresh()), train(fresh(), to=13))
     assert names(run) == sorted([*step_names(5, 10, 11, 13), *step_names(12, prefix="later-")])
     assert opsin(run, "prune", "--yes")[1] == ["removed later-step-00000012"]
 
@@ -137,7 +137,7 @@ def test_restore_refuses_what_cannot_be(run: Path, opsin: Command) -> None:
         assert fault in said
     assert opsin(run, "restore", "11")[0] == 0
     story = Story(run / "checkpoints", every="1 step", keep=9)
-    story.checkpoints.save(train(story.checkpoints.restore(fresh()), to=12), reason="test")
+    story.checkpoints.save(train(story.restore(fresh()), to=12), reason="test")
     assert "later-step-00000012 is there from an earlier restore" in opsin(run, "restore", "11")[2]
 
 
@@ -220,6 +220,6 @@ def test_a_replacement_that_was_broken_off_is_seen_and_finished(run: Path, opsin
 
 
 def test_prune_removes_what_a_rollback_went_back_over(run: Path, opsin: Command) -> None:
-    Story(run / "checkpoints").checkpoints.set_aside_after(12)
+    Story(run / "checkpoints").checkpoints.retire_after(12)
     assert opsin(run, "prune")[1] == ["would remove unhealthy-step-00000013", "--yes removes them"]
     assert opsin(run, "prune", "--yes")[1] == ["removed unhealthy-step-00000013"]

@@ -17,7 +17,8 @@ import opsin
 from opsin.errors import ConfigError, LockLost, OpsinError, RunError
 from opsin.reporting.journal import read_events, read_rows
 from opsin.reporting.sinks import TextLog
-from opsin.run.session import FIXED, fingerprint, in_words, open_sinks, resume_run, train, train_recipe
+from opsin.run.recipe import fingerprint
+from opsin.run.session import FIXED, in_words, open_sinks, resume_run, train, train_recipe
 from opsin.storage import lock as runlock
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
@@ -169,7 +170,7 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
 def test_python_trains_as_the_command_line_does(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"precision": "fp32", "device": "cpu", "data.workers": 0, "model.width": 16}
     run = train("quickstart", out=tmp_path / "python", limits={"steps": 2}, **keys, **{"log.tensorboard": False})
-    assert run.steps == 2
+    assert run.agenda.last_step == 2
     with pytest.raises(ConfigError, match="change a Recipe with model_copy"):
         train(digits_recipe(), out=tmp_path / "other", epochs=1)
 

@@ -17,6 +17,8 @@ from opsin.errors import Stopped, TrainingError
 from opsin.methods.base import Clock
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal, Row, read_events
+from opsin.reporting.teller import RunTeller
+from opsin.training.agenda import Agenda
 from opsin.training.alerts import Alerts
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.loop import Run, fit
@@ -62,14 +64,14 @@ class Scenario:
         action: Action = "warn",
         *,
         remembers: bool = True,
-        is_regular: Callable[[int], bool] = lambda step: True,
+        rows: int = 1,
     ) -> None:
         """A new session."""
         self.journal = Journal(self.folder, teller=Calm())
         self.monitor = High(remembers=remembers)
-        self.alerts = Alerts(
-            self.journal, TIMELINE, Console(self.screen), {"mine": (action, self.monitor)}, is_regular=is_regular
-        )
+        teller = RunTeller(self.journal, Console(self.screen))
+        agenda = Agenda(TIMELINE, TIMELINE.total_steps, rows=rows)
+        self.alerts = Alerts(teller, agenda, {"mine": (action, self.monitor)})
 
     def rows(self, *values: float, every: int = 50) -> None:
         with self.alerts.watch(self.state):
@@ -222,7 +224,7 @@ def test_a_rollback_that_a_session_had_no_time_for_is_asked_for_by_the_next(scen
 
 
 def test_a_row_that_a_stop_has_split_is_judged_as_one(scenario: Scenario) -> None:
-    scenario.open(is_regular=lambda step: step % 100 == 0)
+    scenario.open(rows=100)
     with scenario.alerts.watch(scenario.state):
         for step, values in {
             100: {"value": 0.5, "train/lr": 0.4},
@@ -244,11 +246,10 @@ def test_a_row_that_a_stop_has_split_is_judged_as_one(scenario: Scenario) -> Non
 
 
 def test_a_resume_joins_the_same_rows(scenario: Scenario) -> None:
-    regular = lambda step: step % 100 == 0
-    scenario.open(is_regular=regular)
+    scenario.open(rows=100)
     scenario.rows(0, 0, 2, every=50)
     assert [row.step for row in scenario.monitor.rows] == [100]
-    scenario.open(is_regular=regular)
+    scenario.open(rows=100)
     scenario.rows(2, every=50)
     assert [row.step for row in scenario.monitor.rows] == [100, 200]
     assert scenario.told() == [200]

@@ -13,7 +13,9 @@ from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.reporting.console import open_console
 from opsin.reporting.journal import Journal, read_events, read_rows
+from opsin.reporting.teller import RunTeller
 from opsin.run.assemble import assemble
+from opsin.run.parts import build_parts
 from opsin.run.recipe import read
 from opsin.storage.directory import RunDirectory
 from opsin.training.step import train_step
@@ -51,14 +53,9 @@ class Unlucky(Supervised):
 def skipping(folder: Path, *overrides: str) -> tuple[bytes, list[int]]:
     """The weights of a run that leaves one batch out, in a loop of its own; and the ids of that batch."""
     folder.mkdir()
-    run = assemble(
-        read("quickstart", overrides),
-        RunDirectory(folder),
-        Journal(folder, teller=Calm()),
-        open_console(quiet=True),
-        fingerprint="",
-    )
-    state = run.fresh()
+    teller = RunTeller(Journal(folder, teller=Calm()), open_console(quiet=True))
+    run = assemble(build_parts(read("quickstart", overrides), teller), RunDirectory(folder), teller)
+    state = run.start.fresh()
     skipped: list[int] = []
     for batch in run.data.batches(0, STEPS):
         if state.step == BAD:

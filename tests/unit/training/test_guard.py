@@ -19,13 +19,14 @@ from opsin.data.base import Batch
 from opsin.errors import ConfigError, Diverged, Stopped, TransientError
 from opsin.reporting.journal import Journal, Row, read_events, read_rows
 from opsin.run.recipe import read
+from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
 from opsin.training.guard import GuardConfig
 from opsin.training.loop import Run, fit
 from opsin.training.monitor import Action, Finding, Monitor, RollBack
 from opsin.training.state import Detour
 from tests.story import Calm
-from tests.unit.training.test_loop import LAST, TIMELINE, Numbers, run_in
+from tests.unit.training.test_loop import LAST, Numbers, run_in
 from tests.unit.training.tiny_run import equal, flip_byte, fresh
 
 FEW_STEPS = GuardConfig(margin="1 steps", lr_factor=0.5, lr_for="3 steps")
@@ -62,10 +63,6 @@ class Large(Monitor):
         return Finding("large", f"large since step {row.step}", row.step) if large else None
 
 
-def regular(step: int) -> bool:
-    return step % 4 == 0 or TIMELINE.ends_epoch(step)
-
-
 def guarded(
     folder: Path,
     data: Huge | None = None,
@@ -80,7 +77,6 @@ def guarded(
         every=every,
         monitors={"large": ("rollback", Large())},
         guard=guard,
-        is_regular=regular,
         screen=screen,
     )
 
@@ -142,7 +138,7 @@ class Slow(Monitor):
 def test_a_rollback_is_still_told_after_another_has_gone_further_back(tmp_path: Path, kill_at: int) -> None:
     def run(data: Huge) -> Run:
         monitors: dict[str, tuple[Action, Monitor]] = {"large": ("rollback", Large()), "slow": ("rollback", Slow())}
-        return run_in(tmp_path, data, every="2 steps", monitors=monitors, guard=FEW_STEPS, is_regular=regular)
+        return run_in(tmp_path, data, every="2 steps", monitors=monitors, guard=FEW_STEPS)
 
     data = Huge()
     data.kill_at = kill_at
@@ -279,12 +275,12 @@ def trouble(began: int, found: int) -> RollBack:
 
 def test_a_margin_is_a_quarter_of_an_epoch_and_100_steps_at_most() -> None:
     small, large = (Timeline([Stage(10, 8, steps)]) for steps in (28, 5000))
-    assert [GuardConfig().margin_steps(timeline, 90) for timeline in (small, large)] == [7, 100]
-    half = GuardConfig(margin="0.5 epochs")
-    assert [half.margin_steps(timeline, 90) for timeline in (small, large)] == [14, 2500]
-    assert GuardConfig().detour(trouble(3, 20), 1, small) == Detour(0, 20, 1, "kind", 0.5, 220)
-    as_before = GuardConfig(lr_for="never", margin="never")
-    assert as_before.detour(trouble(13, 20), 2, small) == Detour(13, 20, 2, "kind", 1.0, 13)
+    assert [Agenda(timeline, 200).margin_steps(90) for timeline in (small, large)] == [7, 100]
+    half = [Agenda(timeline, 200, margin="0.5 epochs") for timeline in (small, large)]
+    assert [agenda.margin_steps(90) for agenda in half] == [14, 2500]
+    assert GuardConfig().detour(trouble(3, 20), 1, Agenda(small, 200)) == Detour(0, 20, 1, "kind", 0.5, 220)
+    unchanged = Agenda(small, 200, margin="never")
+    assert GuardConfig(lr_for="never").detour(trouble(13, 20), 2, unchanged) == Detour(13, 20, 2, "kind", 1.0, 13)
 
 
 @pytest.mark.parametrize("name", ["throughput", "starvation", "memory"])

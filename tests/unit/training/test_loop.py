@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,9 @@ from opsin.errors import DataError, Stopped
 from opsin.methods.base import Clock, Losses, Method
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
+from opsin.reporting.teller import RunTeller
 from opsin.storage.directory import RunDirectory
+from opsin.training.agenda import Agenda
 from opsin.training.alerts import Alerts
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import find_checkpoints
@@ -29,7 +32,7 @@ from opsin.training.evaluations import Evaluations
 from opsin.training.evaluator import Evaluator
 from opsin.training.guard import Guard, GuardConfig
 from opsin.training.loop import Run, fit
-from opsin.training.monitor import Action, Finding, Monitor
+from opsin.training.monitor import Action, Monitor
 from opsin.training.observe import Observations
 from opsin.training.state import Pace, StepPlan, TrainState
 from opsin.training.stop import Stop
@@ -71,10 +74,20 @@ def fresh() -> TrainState:
     return TrainState(method, torch.optim.AdamW(method.parameters(), lr=0.01, fused=True))
 
 
-def start_over(state: TrainState) -> None:
-    begun = fresh()
-    state.method.load_state_dict(begun.method.state_dict())
-    state.optimizer.load_state_dict(begun.optimizer.state_dict())
+class Beginning:
+    """The start of a run whose journal forgets what comes after the state that it goes on from."""
+
+    def __init__(self, state: TrainState, journal: Journal) -> None:
+        self._state = state
+        self.commit = journal.rewind
+
+    def fresh(self) -> TrainState:
+        return self._state
+
+    def over(self, state: TrainState) -> None:
+        begun = fresh()
+        state.method.load_state_dict(begun.method.state_dict())
+        state.optimizer.load_state_dict(begun.optimizer.state_dict())
 
 
 def set_pace(optimizer: torch.optim.Optimizer, clock: Clock) -> Pace:
@@ -91,44 +104,29 @@ def run_in(
     every: str = "never",
     monitors: Mapping[str, tuple[Action, Monitor]] = MappingProxyType({}),
     guard: GuardConfig | None = None,
-    is_regular: Callable[[int], bool] = lambda step: True,
     screen: TextIO | None = None,
 ) -> Run:
     """A run with the files of `folder`, as a new process would open it."""
     folder.mkdir(exist_ok=True)
     directory = RunDirectory(folder)
-    journal = Journal(folder, teller=Calm())
-    console = Console(screen or io.StringIO())
-    checkpoints = Checkpoints(
-        directory.checkpoints,
-        CheckpointConfig.model_validate({"every": every, "best": None, "background": False}),
-        TIMELINE,
-        fingerprint="f00d",
-        say=lambda kind, facts: None,
-        on_restore=journal.rewind,
-        margin=None if guard is None else lambda step: 4,
-    )
-    alerts = Alerts(journal, TIMELINE, console, monitors, is_regular=is_regular)
-
-    def answer(finding: Finding, step: int) -> None:
-        if guard is not None and guard.cancelled == "rollback":
-            alerts.roll_back("cancelled", finding, finding.text, found=step)
-
-    observations = Observations(journal, TIMELINE, console, every=4, last_step=LAST, limit=3, on_streak=answer)
-    evaluations = Evaluations(
-        journal,
-        TIMELINE,
-        {} if evaluator is None else {"val": ("1 epoch", evaluator)},
-        console=console,
-        last_step=LAST,
-        observations=observations,
-        on_scores=checkpoints.note_scores,
-    )
+    teller = RunTeller(Journal(folder, teller=Calm()), Console(screen or io.StringIO()))
+    agenda = Agenda(TIMELINE, LAST, rows=4, evaluators={} if evaluator is None else {"val": "1 epoch"})
+    margin = GuardConfig().margin if guard is None else guard.margin
+    saved = replace(agenda, checkpoints=every, margin=margin, delay=None if guard is None else 3)
+    config = CheckpointConfig.model_validate({"best": None, "background": False})
+    checkpoints = Checkpoints(directory, config, saved, teller, fingerprint="f00d")
+    # Without a guard, monitors judge also the row that a stop leaves.
+    alerts = Alerts(teller, agenda if guard is not None else replace(agenda, rows=1), monitors)
+    answers = guard is not None and guard.cancelled == "rollback"
+    observations = Observations(teller, agenda, limit=3, alerts=alerts if answers else None)
+    scored = {} if evaluator is None else {"val": evaluator}
+    evaluations = Evaluations(teller, agenda, scored, observations=observations, best=checkpoints)
     state = fresh()
+    start = Beginning(state, teller.journal)
+    rescuer = Guard(guard or GuardConfig(), saved, checkpoints, teller, start)
     plan = StepPlan(state.method, TIMELINE.clock, set_pace, nullcontext, seed=0)
-    rescuer = Guard(guard or GuardConfig(), TIMELINE, checkpoints, journal, console, start_over=start_over)
     watchers = (checkpoints, observations, evaluations, alerts, rescuer)
-    return Run(lambda: state, data, plan, LAST, *watchers, Stop(), directory)
+    return Run(start, data, plan, agenda, *watchers, Stop(), directory)
 
 
 def signal_at(wanted: int, step: int) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from opsin.errors import RunError, TrainingError
 from opsin.nn.heads import Classifier
 from opsin.reporting.journal import read_events
 from opsin.run.session import resume_run
-from opsin.storage.teller import Fact
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.memory import Splits
 from opsin.training.optim import SGD, build_optimizer
 from opsin.training.state import TrainState
 from opsin.training.step import train_step
 from tests.digits_run import CONVNET, SMALL_VIT, STEPS_PER_EPOCH, train_digits
+from tests.story import Record
 from tests.unit.training.test_step import Small, batch_of, copy_of, plan_for
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
@@ -75,8 +75,8 @@ ERRORS = [
 def test_an_update_that_was_split_equals_the_one_that_was_asked_for_in_these_parts(
     tmp_path: Path, error: Exception
 ) -> None:
-    told: list[Mapping[str, Fact]] = []
-    splits = Splits(tmp_path / "splits.json", say=lambda kind, facts: told.append({"kind": kind, **facts}))
+    record = Record()
+    splits = Splits(tmp_path / "splits.json", teller=record)
     states = []
     for method, changes in (
         (Small(norm=True, dropout=0.5), {"accumulate": 4}),
@@ -86,8 +86,8 @@ def test_an_update_that_was_split_equals_the_one_that_was_asked_for_in_these_par
         train_step(state, batch_of(32), plan_for(method, CONFIG, **changes))
         states.append(copy_of(state))
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    assert [facts["images_at_once"] for facts in told] == [16, 8]
-    assert told[-1]["accumulate"] == 4
+    assert [facts["images_at_once"] for _, facts in record.events] == [16, 8]
+    assert record.events[-1][1]["accumulate"] == 4
     again = Splits(tmp_path / "splits.json")
     assert [again.factor(step) for step in (0, 2, 3, 4)] == [1, 1, 4, 4]
 
@@ -104,14 +104,14 @@ def test_one_image_that_is_too_large_ends_the_update_and_leaves_the_state_whole(
 def test_splits_that_did_not_help_are_not_kept(tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
     assert Splits(file).double(0, parts=1, images=6)
-    told: list[Mapping[str, Fact]] = []
-    splits = Splits(file, say=lambda kind, facts: told.append(facts))
+    record = Record()
+    splits = Splits(file, teller=record)
     method = Cramped(0, error=ERRORS[0])
     state = TrainState(method, build_optimizer(CONFIG, method))
     with pytest.raises(torch.OutOfMemoryError):
         train_step(state, batch_of(6), plan_for(method, CONFIG, splits=splits))
     assert [Splits(file).factor(step) for step in (0, 1)] == [2, 2], "as it was before this update"
-    assert str(told[-1]["warning"]).endswith("one image at a time: the splits of this step are taken back")
+    assert record.warnings[-1].endswith("one image at a time: the splits of this step are taken back")
 
 
 def test_other_errors_are_not_mistaken_for_a_lack_of_memory(tmp_path: Path) -> None:
@@ -123,12 +123,12 @@ def test_other_errors_are_not_mistaken_for_a_lack_of_memory(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_written_down_is_told_once_and_written_later(tmp_path: Path) -> None:
-    told: list[str] = []
+    record = Record()
     file = tmp_path / "run" / "splits.json"
-    splits = Splits(file, say=lambda kind, facts: told.append(kind))
+    splits = Splits(file, teller=record)
     assert splits.double(5, parts=1, images=8)
     assert [splits.factor(step) for step in (5, 6)] == [2, 2]
-    assert told == ["splits_unwritten", "out_of_memory"]
+    assert record.kinds == ["splits_unwritten", "out_of_memory"]
     file.parent.mkdir()
     assert splits.factor(7) == 2
     assert Splits(file).factor(5) == 2

@@ -4,9 +4,10 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from opsin.methods.base import Method
 from opsin.nn.ema import ModelEma
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal, read_events
+from opsin.reporting.teller import RunTeller
+from opsin.training.agenda import Agenda
 from opsin.training.evaluations import Evaluations
 from opsin.training.evaluator import Evaluator, FeatureCache
 from opsin.training.monitor import Monitor
-from opsin.training.observe import Observations
+from opsin.training.observe import Observations, Saves
 from opsin.training.state import Pace, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
 from tests.story import Calm
@@ -42,7 +45,7 @@ class Scenario:
         self.folder = folder
         self.journal = Journal(folder, teller=Calm())
         self.screen = io.StringIO()
-        self.console = Console(self.screen)
+        self.teller = RunTeller(self.journal, Console(self.screen))
         self.state = fresh()
 
     def observations(
@@ -51,19 +54,13 @@ class Scenario:
         every: int = 3,
         limit: int = 20,
         last_step: int = 50,
-        monitors: Sequence[tuple[str, Monitor]] = (),
-        also_when: Callable[[TrainState], bool] = lambda state: False,
+        monitors: Mapping[str, tuple[str, Monitor]] = MappingProxyType({}),
+        saves: Saves | None = None,
     ) -> Observations:
-        return Observations(
-            self.journal,
-            TIMELINE,
-            self.console,
-            every=every,
-            last_step=last_step,
-            limit=limit,
-            monitors=monitors,
-            also_when=also_when,
-        )
+        cadences = {name: cadence for name, (cadence, _) in monitors.items()}
+        agenda = Agenda(TIMELINE, last_step, rows=every, monitors=cadences)
+        asked = {name: monitor for name, (_, monitor) in monitors.items()}
+        return Observations(self.teller, agenda, limit=limit, monitors=asked, saves=saves)
 
     def step(self, observations: Observations, loss: float = 1.0, *, norm: float = 1.0) -> None:
         self.now += 1.0
@@ -91,6 +88,16 @@ class Scenario:
 @pytest.fixture
 def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scenario:
     return Scenario(tmp_path, monkeypatch)
+
+
+class SavesAt:
+    """Checkpoints of one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def is_due(self, state: TrainState) -> bool:
+        return state.step == self.step
 
 
 class StepOf(Monitor):
@@ -128,7 +135,7 @@ def test_a_row_holds_the_mean_of_its_window(scenario: Scenario) -> None:
 
 
 def test_windows_end_with_the_epoch_and_where_else_it_is_wanted(scenario: Scenario) -> None:
-    scenario.steps(scenario.observations(every=100, also_when=lambda state: state.step == 7), [1.0] * 11)
+    scenario.steps(scenario.observations(every=100, saves=SavesAt(7)), [1.0] * 11)
     assert list(scenario.rows()) == [5, 7, 10, 11]
 
 
@@ -144,7 +151,7 @@ def test_a_window_costs_one_read_from_the_device_and_a_step_none(scenario: Scena
 
 @pytest.mark.parametrize("every", [3, 100])
 def test_monitors_measure_when_they_are_due_whatever_the_window(scenario: Scenario, every: int) -> None:
-    scenario.steps(scenario.observations(every=every, monitors=[("4 steps", StepOf())]), [1.0] * 9)
+    scenario.steps(scenario.observations(every=every, monitors={"mine": ("4 steps", StepOf())}), [1.0] * 9)
     measured = [values["watched/step"] for values in scenario.rows().values() if "watched/step" in values]
     assert measured == [4, 8]
 
@@ -154,7 +161,7 @@ class Nothing(Monitor):
 
 
 def test_a_monitor_that_measures_nothing_makes_no_row(scenario: Scenario) -> None:
-    scenario.steps(scenario.observations(every=5, monitors=[("2 steps", Nothing())]), [1.0] * 10)
+    scenario.steps(scenario.observations(every=5, monitors={"mine": ("2 steps", Nothing())}), [1.0] * 10)
     assert list(scenario.rows()) == [5, 10]
 
 
@@ -252,6 +259,18 @@ class Score:
         return {"top1": self.scores.pop(0) if self.scores else 0.5, "loss": 1.0}
 
 
+class Best:
+    """A keeper of the best states that notes the scores it gets."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.told: list[tuple[int, Mapping[str, float]]] = []
+
+    def note_scores(self, state: TrainState, scores: Mapping[str, float]) -> None:
+        assert not set(scores) & set(self.scenario.journal.row(state.step)), "marked after the score is written"
+        self.told.append((state.step, scores))
+
+
 def evaluations(
     scenario: Scenario,
     observations: Observations,
@@ -260,23 +279,12 @@ def evaluations(
     last_step: int = 50,
     features: FeatureCache | None = None,
 ) -> tuple[Evaluations, list[tuple[int, Mapping[str, float]]]]:
-    told: list[tuple[int, Mapping[str, float]]] = []
-
-    def note(state: TrainState, scores: Mapping[str, float]) -> None:
-        assert not set(scores) & set(scenario.journal.row(state.step)), "marked after the score is written"
-        told.append((state.step, scores))
-
-    made = Evaluations(
-        scenario.journal,
-        TIMELINE,
-        evaluators,
-        console=scenario.console,
-        observations=observations,
-        last_step=last_step,
-        on_scores=note,
-        features=features,
-    )
-    return made, told
+    best = Best(scenario)
+    cadences = {name: cadence for name, (cadence, _) in evaluators.items()}
+    agenda = Agenda(TIMELINE, last_step, evaluators=cadences)
+    asked = {name: evaluator for name, (_, evaluator) in evaluators.items()}
+    made = Evaluations(scenario.teller, agenda, asked, observations=observations, best=best, features=features)
+    return made, best.told
 
 
 def test_evaluators_run_when_due_and_at_the_end(scenario: Scenario) -> None:
@@ -298,7 +306,7 @@ def test_evaluators_run_when_due_and_at_the_end(scenario: Scenario) -> None:
     assert scenario.state.elapsed_s == 12.0, "evaluation is no training time"
 
 
-def test_evaluators_of_the_same_weights_are_asked_together(scenario: Scenario) -> None:
+def test_evaluators_of_the_features_are_asked_together(scenario: Scenario) -> None:
     state = scenario.state
     weight = next(state.method.parameters())
     state.ema = ModelEma(state.method)

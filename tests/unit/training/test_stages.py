@@ -12,9 +12,11 @@ from opsin.reporting.journal import read_events, read_rows
 from opsin.run.recipe import Recipe, read
 from opsin.run.results import evaluate_run
 from opsin.run.session import resume_run, train_recipe
+from opsin.storage.teller import Silence
 from opsin.training.checkpoints.format import find_checkpoints, read_checkpoint
 from opsin.training.stages import plan_time
 from tests.digits_run import digits_recipe, train_digits
+from tests.story import Record
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 
@@ -47,7 +49,7 @@ def test_a_stage_takes_from_the_recipe_what_it_does_not_say() -> None:
         {"name": "last", "epochs": 1, "lr_scale": 0.1, "label_smoothing": 0.2},
         batch_size=20,
     )
-    first, last = plan_time(recipe, Pictures(), pytest.fail).stages
+    first, last = plan_time(recipe, Pictures(), Silence()).stages
     assert (first.name, first.steps, first.batch_size, first.image_size) == ("stage 1", 6, 10, 6)
     assert (first.data_fraction, first.train, first.mix, first.lr_scale) == (0.5, ("head.*",), False, 1.0)
     assert (last.name, last.steps, last.batch_size, last.image_size) == ("last", 3, 20, 8)
@@ -56,15 +58,15 @@ def test_a_stage_takes_from_the_recipe_what_it_does_not_say() -> None:
 
 
 def test_epochs_stretch_all_stages_and_that_is_said() -> None:
-    said: list[str] = []
+    record = Record()
     recipe = staged({"epochs": 1}, {"epochs": 3}, batch_size=10).model_copy(update={"epochs": 2})
-    timeline = plan_time(recipe, Pictures(), said.append)
+    timeline = plan_time(recipe, Pictures(), record)
     assert [stage.steps for stage in timeline.stages] == [3, 9]
-    assert said == ["stages: 4 epochs in all, stretched to 2 (epochs)"]
+    assert record.notices == ["stages: 4 epochs in all, stretched to 2 (epochs)"]
 
 
 def test_a_recipe_without_stages_is_one_stage() -> None:
-    (stage,) = plan_time(digits_recipe("epochs=3", "batch_size=10"), Pictures(), pytest.fail).stages
+    (stage,) = plan_time(digits_recipe("epochs=3", "batch_size=10"), Pictures(), Silence()).stages
     assert (stage.steps, stage.image_size, stage.train) == (18, 8, ("*",))
 
 
@@ -88,7 +90,7 @@ def test_a_run_has_some_length() -> None:
 def test_a_stage_that_the_images_cannot_fill_is_refused(stage: dict[str, object], fault: str) -> None:
     recipe = staged({"epochs": 1}, {"epochs": 1, **stage}, batch_size=10, accumulate=2)
     with pytest.raises(ConfigError, match=fault):
-        plan_time(recipe, Pictures(), pytest.fail)
+        plan_time(recipe, Pictures(), Silence())
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.methods.base import Batch, Clock, Losses, Method, ParamGroup, Views
+from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.checkpoints import Checkpoints
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.checkpoints.retention import CheckpointConfig
 from opsin.training.state import LossScale, TrainState
+from tests.story import Record
 
 TIMELINE = Timeline([Stage(epochs=10, batch_size=4, steps_per_epoch=5)])
 
@@ -73,6 +75,21 @@ def equal(one: TrainState, other: TrainState) -> bool:
     return one.step == other.step and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
+class Home:
+    """A run directory, as checkpoints need it."""
+
+    def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        self.checkpoints = folder
+        self.check_held = check
+
+
+class Taker:
+    """A backup that hands on what it takes."""
+
+    def __init__(self, take: Callable[[Path], None]) -> None:
+        self.take = take
+
+
 class Story:
     """The checkpoints of a run, and every event they told; written at once if nothing else is said."""
 
@@ -88,24 +105,33 @@ class Story:
         **settings: object,
     ) -> None:
         self.folder = folder
-        self.events: list[tuple[str, Mapping[str, object]]] = []
-        self.restored_at: list[int] = []
+        self.record = Record(scores)
+        self.events = self.record.events
+        config = CheckpointConfig.model_validate({"background": False, **settings})
         self.checkpoints = Checkpoints(
-            folder,
-            CheckpointConfig.model_validate({"background": False, **settings}),
-            TIMELINE,
+            Home(folder, check),
+            config,
+            Agenda(
+                TIMELINE,
+                TIMELINE.total_steps if last_step is None else last_step,
+                checkpoints=config.every,
+                milestones=config.milestones or "never",
+                margin="1 step",
+                delay=None if margin is None else margin - 1,
+            ),
+            self.record,
+            Taker(on_written),
             fingerprint="f00d",
-            say=lambda kind, facts: self.events.append((kind, facts)),
-            last_step=last_step,
-            on_restore=self.restored_at.append,
-            on_written=on_written,
-            margin=None if margin is None else lambda step: margin,
-            check=check,
-            scores=lambda name: scores or {},
         )
 
+    def restore(self, state: TrainState) -> TrainState:
+        """The state with the newest valid checkpoint in it, as a run begins."""
+        restored = self.checkpoints.restore(state)
+        self.checkpoints.settle(restored, state.step)
+        return state
+
     def warnings(self) -> list[str]:
-        return [str(facts["warning"]) for _, facts in self.events if "warning" in facts]
+        return self.record.warnings
 
     def steps(self) -> list[int]:
         return list(find_checkpoints(self.folder))

@@ -10,8 +10,10 @@ import torch
 
 from opsin.errors import ConfigError
 from opsin.run.recipe import Recipe, read
+from opsin.storage.teller import Silence
 from opsin.tuning.loader import LoaderReport, Rate, Setting, choose_best, measure_copies, tune_loader
 from tests.digits_run import OVERRIDES, SMALL_VIT
+from tests.story import Record
 from tests.unit.data.pictures import fill
 
 RESIDENT = Setting(0, 1, resident=True)
@@ -81,9 +83,9 @@ def test_a_busy_machine_is_told() -> None:
 @pytest.mark.usefixtures("torch_switches")
 def test_every_setting_is_measured_and_no_worker_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    said: list[str] = []
+    record = Record()
     # A run that would end after two steps, with a score that nobody asks for here.
-    report = tune_loader(recipe("limits.steps=2"), seconds=0.05, say=said.append)
+    report = tune_loader(recipe("limits.steps=2"), seconds=0.05, teller=record)
     expected = [Setting(0, 2), Setting(1, 2), Setting(1, 4), Setting(2, 2), Setting(2, 4), RESIDENT]
     assert [each.setting for each in report.rates] == expected
     assert all(min(each.data, each.training, each.start_s) > 0 for each in report.rates)
@@ -91,8 +93,8 @@ def test_every_setting_is_measured_and_no_worker_is_left(monkeypatch: pytest.Mon
     assert min(report.steps) > 0
     assert report.best in expected
     assert (report.device, report.stage, report.batch_size, report.pinned) == ("cpu", "the whole run", 256, None)
-    assert said[0].startswith("data: found the digits")
-    assert said[2:] == [f"measuring {setting.keys}" for setting in expected]
+    assert record.notices[0].startswith("data: found the digits")
+    assert record.notices[2:] == [f"measuring {setting.keys}" for setting in expected]
     assert multiprocessing.active_children() == []
 
     lines = report.lines()
@@ -113,7 +115,7 @@ def test_images_of_several_sizes_cannot_be_resident(tmp_path: Path, monkeypatch:
     folder = fill(tmp_path, *(f"{name}/{number}.png" for name in "ab" for number in range(6)))
     Image.new("RGB", (30, 20)).save(folder / "b" / "other.png")
     keys = (f"data.path={folder}", "batch_size=4", "data.holdout=0", "evaluators.val=null", "optim.lr=0.01")
-    report = tune_loader(recipe(*keys), seconds=0.01, say=silent)
+    report = tune_loader(recipe(*keys), seconds=0.01, teller=Silence())
     assert len(report.rates) == 3  # no cores at all still means one worker is tried
     assert report.verdict()[-1] == "data.resident=true is not possible: the images have several sizes"
 
@@ -122,7 +124,7 @@ def test_images_of_several_sizes_cannot_be_resident(tmp_path: Path, monkeypatch:
 def test_the_first_stage_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 0)
     stages = "stages=[{name: small, epochs: 1, batch_size: 32}, {name: large, epochs: 1, batch_size: 128}]"
-    report = tune_loader(recipe("epochs=null", stages), seconds=0.01, say=silent)
+    report = tune_loader(recipe("epochs=null", stages), seconds=0.01, teller=Silence())
     assert (report.stage, report.batch_size) == ("small", 32)
 
 
@@ -137,7 +139,7 @@ def test_copies_are_measured_with_and_without_workers() -> None:
 @pytest.mark.usefixtures("torch_switches")
 def test_pinning_is_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    report = tune_loader(recipe("device=cuda"), seconds=0.05, say=silent)
+    report = tune_loader(recipe("device=cuda"), seconds=0.05, teller=Silence())
     assert report.pinned is not None
     assert report.unpinned is not None
     assert [each.pinned for each in report.rates] == [False, True, True, False]
@@ -147,4 +149,4 @@ def test_pinning_is_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_times_without_sense_are_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match="must be above 0; use --seconds 2"):
-        tune_loader(recipe(), seconds=seconds, say=silent)
+        tune_loader(recipe(), seconds=seconds, teller=Silence())

@@ -18,7 +18,9 @@ from opsin.errors import ConfigError, OpsinError, RunError, TrainingError, Trans
 from opsin.processes.trail import VARIABLE, LastActivity, follow
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
+from opsin.reporting.teller import RunTeller
 from opsin.run.assemble import assemble
+from opsin.run.parts import build_parts
 from opsin.run.rates import find_lr, sweep_key
 from opsin.run.recipe import Recipe, read
 from opsin.settings.text import to_yaml
@@ -47,8 +49,8 @@ def small(*overrides: str) -> Recipe:
 
 
 def assembled(recipe: Recipe, place: Path) -> Run:
-    directory = RunDirectory(place)
-    return assemble(recipe, directory, Journal(place, teller=quiet()), quiet(), fingerprint="")
+    teller = RunTeller(Journal(place, teller=quiet()), quiet())
+    return assemble(build_parts(recipe, teller), RunDirectory(place), teller)
 
 
 # --- what is trained ------------------------------------------------------------------------------
@@ -57,7 +59,7 @@ def assembled(recipe: Recipe, place: Path) -> Run:
 def plain_losses(recipe: Recipe, rates: list[float], place: Path) -> list[float]:
     """The same as a loop over parameters: momentum 0.9 without Nesterov, the head three times as fast."""
     run = assembled(recipe, place)
-    state = run.fresh()
+    state = run.start.fresh()
     params = {name: param for name, param in state.method.named_parameters() if param.requires_grad}
     velocity: dict[str, Tensor] = {name: torch.zeros_like(param) for name, param in params.items()}
     losses = []
@@ -111,13 +113,22 @@ def test_a_sweep_ends_where_the_loss_runs_away() -> None:
     assert len(swept.rates) == len(swept.losses) < 60
 
 
-def scaled(run: Run, scale: float) -> Run:
-    def fresh() -> TrainState:
-        state = run.fresh()
-        state.loss_scale = LossScale.start(torch.device("cpu"), scale)
+class Scaled:
+    """The start of a run whose loss is scaled."""
+
+    def __init__(self, run: Run, scale: float) -> None:
+        self._start = run.start
+        self._scale = scale
+        self.over, self.commit = run.start.over, run.start.commit
+
+    def fresh(self) -> TrainState:
+        state = self._start.fresh()
+        state.loss_scale = LossScale.start(torch.device("cpu"), self._scale)
         return state
 
-    return replace(run, fresh=fresh)
+
+def scaled(run: Run, scale: float) -> Run:
+    return replace(run, start=Scaled(run, scale))
 
 
 def test_an_update_that_the_loss_scale_cancels_is_no_divergence(tmp_path: Path) -> None:

@@ -3,19 +3,20 @@
 import errno
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
-from opsin.clock.cadence import is_due
-from opsin.clock.timeline import Timeline
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
 from opsin.storage.files import remove_leftovers, rename_over
-from opsin.storage.teller import Fact
-from opsin.training.checkpoints.background import Background
+from opsin.storage.teller import Teller
+from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.format import (
+    Checkpoint,
     find_checkpoints,
     load_newest,
     name_of,
@@ -35,50 +36,71 @@ from opsin.training.checkpoints.writer import reason_of, room, write_checkpoint
 from opsin.training.state import Detour, TrainState
 
 
+class Home(Protocol):
+    """The directory of a run, as its checkpoints need it."""
+
+    checkpoints: Path
+    """The folder of the checkpoints."""
+
+    def check_held(self) -> None:
+        """Raise LockLost if the directory is another process's by now."""
+        ...
+
+
+class Record(Teller, Protocol):
+    """The journal of a run, as its checkpoints need it."""
+
+    def sync(self) -> None:
+        """Bring what was recorded to the disk; never raises."""
+        ...
+
+    def history(self, name: str) -> Mapping[int, float]:
+        """The recorded values of a score, by step."""
+        ...
+
+
+class Copies(Protocol):
+    """A backup, as checkpoints need it."""
+
+    def take(self, checkpoint: Path) -> None:
+        """Copy a complete checkpoint, before older ones are removed; called in the thread that writes, never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The checkpoint that a run goes on from."""
+
+    stored: Checkpoint | None
+    """None where there is none: the run begins."""
+    damaged: Mapping[Path, str]
+    """Newer checkpoints that are damaged, with the fault of each."""
+
+
 class Checkpoints:
     """The checkpoints of one run. Nothing that happens to the disk stops training."""
 
     def __init__(
         self,
-        folder: Path,
+        home: Home,
         config: CheckpointConfig,
-        timeline: Timeline,
+        agenda: Agenda,
+        record: Record,
+        backup: Copies | None = None,
         *,
         fingerprint: str,
-        say: Callable[[str, Mapping[str, Fact]], None],
-        last_step: int | None = None,
-        on_restore: Callable[[int], None] = lambda step: None,
-        before_write: Callable[[], None] = lambda: None,
-        on_written: Callable[[Path], None] = lambda path: None,
-        margin: Callable[[int], int] | None = None,
-        check: Callable[[], None] = lambda: None,
-        scores: Callable[[str], Mapping[int, float]] = lambda name: {},
     ) -> None:
-        """`say` gets the kind and the facts of an event: always `step`; where all is not well `warning`, a sentence.
-
-        `last_step` is where the run ends if not with the timeline. `on_restore` gets the step that the run goes on from
-        (0 where there is no checkpoint), before any event: what was logged after it is to be forgotten. In the
-        thread that writes, and not to raise: `before_write` is called before a checkpoint takes its name, `on_written`
-        gets each complete one, before older ones are removed.
-        `margin` gives for a step how many steps before it a healthy checkpoint lies; None where none is asked for.
-        `check` raises LockLost where the folder is another process's by now. `scores` gives what the log holds of a
-        score, by step.
-        """
-        self._folder = folder
+        """`fingerprint` is that of the recipe: a checkpoint names it."""
+        self._home = home
+        self._folder = home.checkpoints
         self._config = config
-        self._timeline = timeline
+        self._agenda = agenda
+        self._record = record
+        self._backup = backup
         self._fingerprint = fingerprint
-        self._say = say
-        self._last_step = timeline.total_steps if last_step is None else last_step
-        self._on_restore = on_restore
-        self._before_write = before_write
-        self._on_written = on_written
-        self._margin = margin
-        self._check = check
-        self._scores = scores
-        self._retention = Retention(folder, config, self._is_milestone, margin=margin)
-        self._snapshots = Snapshots(beside=config.background, say=say)
-        self._writing: Background[_Written] | None = None
+        self._retention = Retention(self._folder, config, agenda)
+        self._snapshots = Snapshots(beside=config.background, teller=record)
+        self._writing: Future[_Written] | None = None
         self._newest: tuple[int, tuple[Detour, ...]] | None = None
         self._tried_s = 0.0
 
@@ -87,40 +109,49 @@ class Checkpoints:
         """The step of the newest checkpoint that this process has read or has on disk."""
         return None if self._newest is None else self._newest[0]
 
-    def restore(self, fresh: TrainState) -> TrainState:
-        """`fresh` with the newest valid checkpoint in it, or as it is where there is none.
-
-        Damaged ones are passed over with a warning and renamed to `damaged-step-...`.
+    def restore(self, state: TrainState) -> Restored:
+        """Put the newest valid checkpoint into `state`, which is fresh; it stays as it is where there is none.
 
         Raises:
             CheckpointError: all are damaged (a line for each); one is too new, does not fit, or is of a step
                 after the last one.
             RunError: the folder cannot be read or written.
         """
-        try:
-            return self._restore(fresh)
-        except OSError as error:
-            words = f"cannot be written: {error.strerror or error}; make room, or choose another --out"
-            raise RunError(f"{self._folder}: {words}") from error
-
-    def _restore(self, fresh: TrainState) -> TrainState:
-        remove_leftovers(self._folder)
-        stored, damaged = load_newest(self._folder, fresh)
-        if fresh.step > self._last_step:
+        with self._writable():
+            remove_leftovers(self._folder)
+            stored, damaged = load_newest(self._folder, state)
+        if state.step > self._agenda.last_step:
             raise CheckpointError(
-                f"{self._folder}: the run has done {fresh.step} steps, the recipe ends after {self._last_step}; "
+                f"{self._folder}: the run has done {state.step} steps, the recipe ends after {self._agenda.last_step}; "
                 "ask for more epochs, or train into another --out"
             )
         self._newest = None if stored is None else (stored.step, stored.detours)
-        self._tried_s = fresh.elapsed_s
-        self._on_restore(fresh.step)
-        for path, fault in damaged.items():
-            self._set_aside(path, fault, fresh.step)
-        self._settle_marks(fresh.step)
-        if stored is not None:
+        self._tried_s = state.elapsed_s
+        return Restored(stored, damaged)
+
+    def settle(self, restored: Restored, step: int) -> None:
+        """Rename damaged checkpoints to `damaged-step-...`, forget scores after `step`, and report the resume.
+
+        Raises:
+            CheckpointError: a damaged one cannot be renamed.
+            RunError: the folder cannot be written.
+        """
+        with self._writable():
+            for path, fault in restored.damaged.items():
+                self._retire(path, fault, step)
+            self._settle_marks(step)
+        if (stored := restored.stored) is not None:
+            notice = f"resumed from the checkpoint of step {stored.step}"
             changed = stored.recipe != self._fingerprint
-            self._say("resumed", {"step": stored.step, "elapsed_s": stored.elapsed_s, "recipe_changed": changed})
-        return fresh
+            self._record.tell("resumed", stored.step, notice=notice, elapsed_s=stored.elapsed_s, recipe_changed=changed)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            words = f"cannot be written: {error.strerror or error}; make room, or choose another --out"
+            raise RunError(f"{self._folder}: {words}") from error
 
     def save_if_due(self, state: TrainState, *, stopping: bool = False) -> Path | None:
         """The checkpoint of this step if one is due, else None; also None where it cannot be written.
@@ -132,19 +163,19 @@ class Checkpoints:
         Raises:
             RunError: `stopping`, and it cannot be written.
         """
-        if self._writing is not None and self._writing.is_done:
+        if self._writing is not None and self._writing.done():
             self.wait()
         reason = "stop" if stopping else self._why(state)
         if reason is None:
             return None
         path = self._begin(state, reason)
-        if not stopping and state.step != self._last_step:
+        if not stopping and state.step != self._agenda.last_step:
             return path
         path = self._saved(state)
         if path is None and stopping:
             raise RunError(
                 f"{self._folder}: the checkpoint of step {state.step} could not be written before the stop; "
-                f"{self._newest_in_words()}; free some space, then resume"
+                f"{self._describe_newest()}; free some space, then resume"
             )
         return path
 
@@ -166,7 +197,7 @@ class Checkpoints:
             self.emergency(state)
             raise
         finally:
-            self._wait_in_peace(state.step)
+            self._wait_ignoring_errors(state.step)
 
     def save(self, state: TrainState, *, reason: str) -> Path | None:
         """The checkpoint of this step, on disk when this returns; None where it cannot be written.
@@ -180,20 +211,20 @@ class Checkpoints:
         """Return when nothing is being written any more; how that went is told as an event."""
         if self._writing is None:
             return
-        self._writing.join()  # a second Ctrl-C may end this, and the thread goes on
+        wait([self._writing])  # a second Ctrl-C may end this, and the thread goes on
         writing, self._writing = self._writing, None
-        self._tell(writing.result())
+        self._report(writing.result())
 
     def emergency(self, state: TrainState) -> Path | None:
         """After an exception: the checkpoint of the last whole state; None where there is none to save."""
-        self._wait_in_peace(state.step)
+        self._wait_ignoring_errors(state.step)
         if not state.whole or state.step == 0:
             return None
         try:
             return self.save(state, reason="emergency")
         except Exception as error:  # a broken device, say: the exception that led here is the one to be seen
-            warning = f"no emergency checkpoint of step {state.step}: {error}; {self._newest_in_words()}"
-            self._say("checkpoint_failed", {"step": state.step, "warning": warning})
+            warning = f"no emergency checkpoint of step {state.step}: {error}; {self._describe_newest()}"
+            self._warn("checkpoint_failed", state.step, warning)
             return None
 
     def healthy(self, before_step: int) -> Path | None:
@@ -201,14 +232,14 @@ class Checkpoints:
         self.wait()
         return next(reversed([p for step, p in find_checkpoints(self._folder).items() if step <= before_step]), None)
 
-    def set_aside_after(self, step: int) -> None:
+    def retire_after(self, step: int) -> None:
         """Rename the checkpoints of later steps to `unhealthy-step-...`: none is loaded, the next save keeps one.
 
         Raises:
             OSError: one cannot be renamed.
         """
         self.wait()
-        self._retention.set_aside_after(step)
+        self._retention.retire_after(step)
         if self._newest is not None and self._newest[0] > step:
             self._newest = None
 
@@ -226,7 +257,7 @@ class Checkpoints:
         try:
             marked = read_best(self._folder)
         except RunError as error:
-            self._say("checkpoint_failed", {"step": state.step, "warning": str(error)})
+            self._warn("checkpoint_failed", state.step, str(error))
             return False
         best = among_best(marked, mine, self._config)
         if best is None or self.save(state, reason="best") is None:
@@ -234,23 +265,18 @@ class Checkpoints:
         try:
             write_best(self._folder, best)
         except OSError as error:
-            self._say("checkpoint_failed", {"step": state.step, "warning": f"{BEST} was not written: {error}"})
+            self._warn("checkpoint_failed", state.step, f"{BEST} was not written: {error}")
             return False
         if best[0] == mine:
-            self._say("best", asdict(mine))
-        self._tell_kept(state.step, self._retention.prune(state.step))
+            self._record.tell("best", mine.step, name=mine.name, score=mine.score)
+        self._report_kept(state.step, self._retention.prune(state.step))
         return best[0] == mine
 
     def _why(self, state: TrainState) -> str | None:
-        if state.step == self._last_step:
-            return "last step"
-        if self._is_milestone(state.step):
-            return "milestone"
-        minutes = (state.elapsed_s - self._tried_s) / 60
-        return self._config.every if is_due(self._config.every, self._timeline, state.step, minutes) else None
+        return self._agenda.checkpoint(state.step, minutes=(state.elapsed_s - self._tried_s) / 60)
 
-    def _is_milestone(self, step: int) -> bool:
-        return self._config.milestones is not None and is_due(self._config.milestones, self._timeline, step)
+    def _warn(self, kind: str, step: int, warning: str) -> None:
+        self._record.tell(kind, step, warn=warning, warning=warning)
 
     def _saved(self, state: TrainState) -> Path | None:
         """The checkpoint of this state if it is on disk, once nothing is being written."""
@@ -262,19 +288,21 @@ class Checkpoints:
         """Where the state will be, unless writing fails; None where it has failed already."""
         if (path := self._saved(state)) is not None:
             return path
-        self._check()
+        self._home.check_held()
         self._tried_s = state.elapsed_s
         started = time.monotonic()
         try:
             snapshot = self._snapshots.take(state)
         except MemoryError as error:
-            self._tell(_Written(state.step, state.detours, {}, f"no memory: {error}", ()))
+            self._report(_Written(state.step, state.detours, {}, f"no memory: {error}", ()))
             return None
         write = partial(self._write, snapshot, reason, started, blocked_s=time.monotonic() - started)
         if not self._snapshots.beside:
-            self._tell(write())
+            self._report(write())
             return self._saved(state)
-        self._writing = Background(write, name="checkpoint")
+        thread = ThreadPoolExecutor(1, "checkpoint")  # Python waits for it before it exits
+        self._writing = thread.submit(write)
+        thread.shutdown(wait=False)
         return self._folder / name_of(state.step)
 
     def _write(self, snapshot: Snapshot, reason: str, started: float, *, blocked_s: float) -> "_Written":
@@ -283,26 +311,27 @@ class Checkpoints:
         level = config.compression_level if config.compression == "zstd" else None
         about = {
             "recipe": self._fingerprint,
-            "epoch": round(self._timeline.epoch(step), 4),
-            "milestone": self._is_milestone(step),
-            "margin": None if self._margin is None else self._margin(step),
+            "epoch": round(self._agenda.timeline.epoch(step), 4),
+            "milestone": self._agenda.is_milestone(step),
+            "margin": self._agenda.reach(step),
         }
         kept: list[str] = []
         try:
             snapshot.wait()
             kept += self._make_room(snapshot)
-            self._before_write()
+            self._record.sync()
             path = write_checkpoint(self._folder, snapshot, about, level=level)
         except OSError as error:
             return _Written(step, snapshot.detours, {}, reason_of(error, self._folder, snapshot), kept)
         except MemoryError:
             return _Written(step, snapshot.detours, {}, "no memory is left", kept)
         seconds = time.monotonic() - started
-        self._on_written(path)
-        kept += self._retention.prune(step, keep_unhealthy=step != self._last_step)
+        if self._backup is not None:
+            self._backup.take(path)
+        kept += self._retention.prune(step, keep_unhealthy=step != self._agenda.last_step)
         blocked_s = blocked_s if self._snapshots.beside else seconds
         times = {"seconds": round(seconds, 3), "blocked_s": round(blocked_s, 3)}
-        facts: dict[str, Fact] = {"step": step, "path": path.name, "reason": reason, **times}
+        facts = {"path": path.name, "reason": reason, **times}
         return _Written(step, snapshot.detours, facts, None, kept)
 
     def _make_room(self, snapshot: Snapshot) -> list[str]:
@@ -321,50 +350,50 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, "the disk is full")
         return faults
 
-    def _tell(self, written: "_Written") -> None:
+    def _report(self, written: "_Written") -> None:
         step = written.step
         if written.fault is None:
             self._newest = (step, written.detours)
-            self._say("checkpoint", written.facts)
+            self._record.tell("checkpoint", step, **written.facts)
         else:
             warning = (
-                f"checkpoint of step {step} was not written: {written.fault}; {self._newest_in_words()}; "
+                f"checkpoint of step {step} was not written: {written.fault}; {self._describe_newest()}; "
                 "training goes on and tries again at the next due step"
             )
-            self._say("checkpoint_failed", {"step": step, "warning": warning})
-        self._tell_kept(step, written.kept)
+            self._warn("checkpoint_failed", step, warning)
+        self._report_kept(step, written.kept)
 
-    def _tell_kept(self, step: int, faults: Sequence[str]) -> None:
+    def _report_kept(self, step: int, faults: Sequence[str]) -> None:
         for fault in faults:
-            self._say("checkpoint_kept", {"step": step, "warning": fault})
+            self._warn("checkpoint_kept", step, fault)
 
-    def _wait_in_peace(self, step: int) -> None:
+    def _wait_ignoring_errors(self, step: int) -> None:
         """Wait at the end of training, where another exception may be under way that is the one to be seen."""
         try:
             self.wait()
         except Exception as error:
-            warning = f"the last checkpoint was not written: {error}; {self._newest_in_words()}"
-            self._say("checkpoint_failed", {"step": step, "warning": warning})
+            warning = f"the last checkpoint was not written: {error}; {self._describe_newest()}"
+            self._warn("checkpoint_failed", step, warning)
 
-    def _set_aside(self, path: Path, fault: str, step: int) -> None:
-        aside = path.with_name(f"damaged-{path.name}")
+    def _retire(self, path: Path, fault: str, step: int) -> None:
+        retired = path.with_name(f"damaged-{path.name}")
         try:
-            rename_over(path, aside)
+            rename_over(path, retired)
         except OSError as error:
-            raise CheckpointError(f"{fault}; it cannot be renamed to {aside.name}: {error}") from error
-        warning = f"{fault}; renamed to {aside.name}, going back to step {step}"
-        self._say("checkpoint_damaged", {"step": step, "warning": warning})
+            raise CheckpointError(f"{fault}; it cannot be renamed to {retired.name}: {error}") from error
+        warning = f"{fault}; renamed to {retired.name}, going back to step {step}"
+        self._warn("checkpoint_damaged", step, warning)
 
     def _settle_marks(self, step: int) -> None:
         """Forget the best of later steps, which will be found again: everything is a function of the step."""
         try:
             self._retention.forget_scores_after(step)
         except DamagedMarks as error:
-            best = self._retention.mark_anew(self._scores(self._config.best or ""))
+            best = self._retention.refresh_marks(self._record.history(self._config.best or ""))
             steps = ", ".join(f"step {scored.step}" for scored in best) or "none"
-            self._say("checkpoint_damaged", {"step": step, "warning": f"{error}: {steps}"})
+            self._warn("checkpoint_damaged", step, f"{error}: {steps}")
 
-    def _newest_in_words(self) -> str:
+    def _describe_newest(self) -> str:
         return (
             "there is no complete one" if self._newest is None else f"the newest complete one is step {self._newest[0]}"
         )
@@ -376,7 +405,7 @@ class _Written:
 
     step: int
     detours: tuple[Detour, ...]
-    facts: Mapping[str, Fact]
+    facts: Mapping[str, Any]
     """What there is to tell of it, where all went well."""
     fault: str | None
     """Why it was not written."""

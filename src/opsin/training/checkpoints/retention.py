@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import Field
 
@@ -118,6 +118,18 @@ def among_best(best: Sequence[Scored], new: Scored, config: CheckpointConfig) ->
     return after if new in after else None
 
 
+class Needs(Protocol):
+    """The steps whose checkpoints a run needs, whatever their age; an `Agenda` says so."""
+
+    def is_milestone(self, step: int) -> bool:
+        """True if the checkpoint of `step` is kept for ever."""
+        ...
+
+    def reach(self, step: int) -> int | None:
+        """The most steps that a rollback may go back from `step`; None where none may."""
+        ...
+
+
 class Retention:
     """The policy, and the folder that it is applied to.
 
@@ -129,23 +141,20 @@ class Retention:
         self,
         folder: Path,
         config: CheckpointConfig,
-        is_milestone: Callable[[int], bool],
-        *,
-        margin: Callable[[int], int] | None,
+        needs: Needs,
     ) -> None:
         self._folder = folder
         self._config = config
-        self._is_milestone = is_milestone
-        self._margin = margin
+        self._needs = needs
 
     def kept(self, steps: Iterable[int], present: int) -> set[int]:
         """Those of `steps` that stay when training has done `present` steps."""
         ordered = sorted(steps)
         kept = {*ordered[-self._config.keep :], present}
-        kept |= {step for step in ordered if self._is_milestone(step)}
+        kept |= {step for step in ordered if self._needs.is_milestone(step)}
         kept |= {scored.step for scored in read_best(self._folder)}
-        if self._margin is not None:
-            healthy = [step for step in ordered if step <= present - self._margin(present)]
+        if (reach := self._needs.reach(present)) is not None:
+            healthy = [step for step in ordered if step <= present - reach]
             # And the one that takes its place when it has become old enough.
             kept |= {*healthy[-1:], *ordered[len(healthy) : len(healthy) + 1]}
         return kept & set(ordered)
@@ -157,8 +166,8 @@ class Retention:
         kept = self.kept({*found, present}, present)
         # The one that was written last is nearest to the newest trouble, and says most about it.
         unhealthy = sorted(self._folder.glob(f"{UNHEALTHY}step-*"), key=_written)
-        aside = unhealthy[:-1] if keep_unhealthy else unhealthy
-        return [*aside, *(path for step, path in found.items() if step not in kept)]
+        retired = unhealthy[:-1] if keep_unhealthy else unhealthy
+        return [*retired, *(path for step, path in found.items() if step not in kept)]
 
     def prune(self, present: int, *, spared: Collection[Path] = (), keep_unhealthy: bool = True) -> list[str]:
         """Remove what is not kept; a sentence for each that cannot be removed.
@@ -180,7 +189,7 @@ class Retention:
                 faults.append(f"{path}: cannot be removed: {error}")
         return faults
 
-    def set_aside_after(self, step: int) -> list[Path]:
+    def retire_after(self, step: int) -> list[Path]:
         """Rename the checkpoints of later steps to `unhealthy-step-...`, and forget their scores; their old paths.
 
         Raises:
@@ -194,7 +203,7 @@ class Retention:
         self.forget_scores_after(step)
         return later
 
-    def mark_anew(self, scores: Mapping[int, float]) -> list[Scored]:
+    def refresh_marks(self, scores: Mapping[int, float]) -> list[Scored]:
         """Mark the best of the checkpoints that are there, by the scores that the log has of steps.
 
         Raises:

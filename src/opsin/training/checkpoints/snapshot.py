@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsin.storage.teller import Fact
+from opsin.storage.teller import Teller
 from opsin.training.state import Detour, TrainState
 
 _SLAB = 2**26  # bytes; pinned memory is taken in pieces of at least this size
@@ -62,10 +62,10 @@ class Buffers:
 class Snapshots:
     """Takes the snapshots of a run, in memory of their own as long as there is room for that."""
 
-    def __init__(self, *, beside: bool, say: Callable[[str, Mapping[str, Fact]], None]) -> None:
-        """`beside` asks for memory of their own. `say` gets an event once it cannot be had."""
+    def __init__(self, *, beside: bool, teller: Teller) -> None:
+        """`beside` asks for memory of their own; `teller` reports once it cannot be had."""
         self._buffers = Buffers() if beside else None
-        self._say = say
+        self._teller = teller
 
     @property
     def beside(self) -> bool:
@@ -88,7 +88,7 @@ class Snapshots:
                 f"no memory for a copy of the state ({fault}): from here on training waits while a checkpoint is "
                 "written, as with checkpoints.background=false"
             )
-            self._say("checkpoint_waits", {"step": state.step, "warning": warning})
+            self._teller.tell("checkpoint_waits", state.step, warn=warning, warning=warning)
         return take_snapshot(state, None)
 
 

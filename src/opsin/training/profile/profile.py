@@ -6,11 +6,12 @@ counted as training time. Weights do not notice.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import Field
@@ -20,8 +21,9 @@ from torch.profiler import profile as Recording
 
 from opsin.data.base import Batch
 from opsin.errors import RunError
-from opsin.reporting.console import Console
 from opsin.settings.family import Settings
+from opsin.storage.teller import Teller
+from opsin.training.agenda import Agenda
 from opsin.training.profile.parts import (
     DATA,
     PARTS,
@@ -67,32 +69,36 @@ class Profile:
         """Told after the update with the batch that was given last."""
 
 
+class Pauses(Protocol):
+    """The clock of training time."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Time spent inside is not training time."""
+
+
 class StepProfile(Profile):
     """Takes apart the steps that `config` asks for, and writes the result into `folder`.
 
-    `last_step` ends the run, `interrupted` says whether an evaluation follows a step, and time spent in `paused`
-    is not training time.
+    Time spent while `clock` is paused is not training time.
     """
 
     def __init__(
         self,
         config: ProfileConfig,
         folder: Path,
-        console: Console,
+        teller: Teller,
+        agenda: Agenda,
+        clock: Pauses,
         *,
         device: torch.device,
-        last_step: int,
-        interrupted: Callable[[int], bool],
-        paused: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._config = config
         self._folder = folder
-        self._console = console
+        self._teller = teller
+        self._agenda = agenda
+        self._clock = clock
         self._device = device
         self._on_device = device.type != "cpu"
-        self._last_step = last_step
-        self._interrupted = interrupted
-        self._paused = paused
         # On a GPU the first step of a recording begins with an empty queue: it is like no other.
         self._warm_up = int(self._on_device)
         self._wanted = 0
@@ -109,7 +115,7 @@ class StepProfile(Profile):
             yield from batches
             return
         self._done, self._operators = [], []  # of steps that a rollback has gone back over
-        self._plan(self._last_step - state.step)
+        self._plan(self._agenda.last_step - state.step)
         yield from islice(batches, self._config.skip if self._wanted else 0)
         try:
             while len(self._done) < self._wanted and self._begin_step():
@@ -127,11 +133,11 @@ class StepProfile(Profile):
             return
         self._step.__exit__(None, None, None)
         self._step = None
-        is_last = state.step == self._last_step
-        if len(self._recorded) < self._room and not is_last and not self._interrupted(state.step):
+        is_last = state.step == self._agenda.last_step
+        if len(self._recorded) < self._room and not is_last and not self._agenda.scores(state.step):
             return
         self._wait()
-        with self._paused(), self._telling():
+        with self._clock.paused(), self._telling():
             self._add_up(self._take())
             if is_last or len(self._done) == self._wanted:
                 self._wanted = len(self._done)
@@ -142,13 +148,13 @@ class StepProfile(Profile):
         self._wanted = max(0, min(asked, left - skip))
         if self._wanted < asked:
             what = f"only the last {self._wanted} are profiled" if self._wanted else "nothing is profiled"
-            self._console.warning(f"profile.steps={asked} after profile.skip={skip}: {left} steps are left: {what}")
+            self._teller.warning(f"profile.steps={asked} after profile.skip={skip}: {left} steps are left: {what}")
 
     def _begin_step(self) -> bool:
         """Whether the step that begins is recorded."""
         if self._recording is None:
             self._wait()
-            with self._paused(), self._telling():
+            with self._clock.paused(), self._telling():
                 self._start()
         if self._recording is not None:
             self._step = record_function(STEP)
@@ -192,7 +198,7 @@ class StepProfile(Profile):
             # Where a step has failed, its failure is what matters.
             with suppress(RuntimeError):
                 self._take().stop()
-        self._console.warning(
+        self._teller.warning(
             f"profile: interrupted before {self._wanted} steps were profiled; no split.json, unless training goes on "
             "and they are profiled anew"
         )
@@ -213,10 +219,10 @@ class StepProfile(Profile):
             operators=self._operators,
         )
         for line in split.lines():
-            self._console.notice(line)
+            self._teller.notice(line)
         split.write(self._folder)
         self._is_written = True
-        self._console.notice(f"profile: written to {self._folder}")
+        self._teller.notice(f"profile: written to {self._folder}")
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -226,7 +232,7 @@ class StepProfile(Profile):
         except (OSError, RunError, RuntimeError) as error:
             self._wanted = 0
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self._console.warning(f"profile: {self._folder} is not complete: {reason}; training goes on")
+            self._teller.warning(f"profile: {self._folder} is not complete: {reason}; training goes on")
 
     def _wait(self) -> None:
         # Before time is not counted: what the GPU still has to do is training.

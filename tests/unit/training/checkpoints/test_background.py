@@ -75,7 +75,7 @@ def test_training_goes_on_while_the_state_of_before_is_written(tmp_path: Path, d
     disk.go_on()
     story.checkpoints.wait()
     assert path == story.folder / "step-00000003"
-    assert equal(Story(story.folder).checkpoints.restore(fresh()), train(fresh(), to=3))
+    assert equal(Story(story.folder).restore(fresh()), train(fresh(), to=3))
     ((kind, facts),) = story.events
     assert (kind, facts["step"], facts["reason"]) == ("checkpoint", 3, "1 step")
 
@@ -99,7 +99,7 @@ def test_a_compressed_checkpoint_is_restored(tmp_path: Path) -> None:
     path = story_in(tmp_path, compression="zstd").checkpoints.save(train(fresh(), to=3), reason="test")
     assert path is not None
     assert json.loads((path / "manifest.json").read_text())["format"] == 2
-    assert equal(story_in(tmp_path).checkpoints.restore(fresh()), train(fresh(), to=3))
+    assert equal(story_in(tmp_path).restore(fresh()), train(fresh(), to=3))
 
 
 def test_detours_come_back_and_take_the_place_of_the_same_step_without(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_detours_come_back_and_take_the_place_of_the_same_step_without(tmp_path:
         formats.append(json.loads((path / "manifest.json").read_text())["format"])
     assert formats == [1, 2]
     assert [path.name for path in story.folder.iterdir()] == ["step-00000003"]
-    assert story_in(tmp_path).checkpoints.restore(fresh()).detours == (DETOUR,)
+    assert story_in(tmp_path).restore(fresh()).detours == (DETOUR,)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_without_memory_for_a_copy_training_waits_for_the_write(
         "written, as with checkpoints.background=false"
     ]
     monkeypatch.undo()
-    assert equal(Story(story.folder).checkpoints.restore(fresh()), train(fresh(), to=2))
+    assert equal(Story(story.folder).restore(fresh()), train(fresh(), to=2))
 
 
 def test_memory_that_ends_while_a_checkpoint_is_written_costs_that_one_alone(
@@ -300,7 +300,7 @@ def test_each_complete_checkpoint_is_passed_on_before_older_ones_go(tmp_path: Pa
     state = fresh()
     for step in (1, 2):
         story.checkpoints.save(train(state, to=step), reason="test")
-    assert seen == [(1, 1, "checkpoint"), (2, 2, "checkpoint")]
+    assert seen == [(1, 1, "checkpoint_0"), (2, 2, "checkpoint_0")]
     assert story.steps() == [2]
 
 

@@ -30,7 +30,7 @@ def story(tmp_path: Path) -> Story:
 @pytest.mark.parametrize("at", [0, 1, 7])
 def test_a_restored_run_ends_with_the_same_bits(story: Story, kind: str, at: int) -> None:
     story.checkpoints.save(train(fresh(kind), to=at), reason="test")
-    resumed = Story(story.folder).checkpoints.restore(fresh(kind))
+    resumed = Story(story.folder).restore(fresh(kind))
     assert equal(train(resumed, to=20), train(fresh(kind), to=20))
 
 
@@ -47,17 +47,17 @@ def test_time_and_loss_scale_come_back(story: Story) -> None:
     state.loss_scale.update(torch.tensor(0.0))
     state.loss_scale.update(torch.tensor(1.0))
     story.checkpoints.save(state, reason="test")
-    again = story.checkpoints.restore(fresh(scaled=True))
+    again = story.restore(fresh(scaled=True))
     assert again.loss_scale is not None
     assert again.elapsed_s == 180.0
     assert (again.loss_scale.scale.item(), again.loss_scale.good_steps.item()) == (2.0**15, 1)
     # A resume in another precision has no scale, or begins a new one.
-    assert story.checkpoints.restore(fresh()).loss_scale is None
+    assert story.restore(fresh()).loss_scale is None
 
 
 def test_settings_of_the_optimizer_are_those_of_the_recipe(story: Story) -> None:
     story.checkpoints.save(train(fresh(weight_decay=0.05), to=3), reason="test")
-    again = story.checkpoints.restore(fresh(weight_decay=0.2))
+    again = story.restore(fresh(weight_decay=0.2))
     assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.2]
 
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_loads_on_another_device(tmp_path: Path, kind: str, source:
     saved.optimizer.step()
     saved.step = 1
     Story(tmp_path).checkpoints.save(saved, reason="test")
-    loaded = Story(tmp_path).checkpoints.restore(on(target))
+    loaded = Story(tmp_path).restore(on(target))
     for one, other in zip(bits(saved), bits(loaded), strict=True):
         assert torch.equal(one.cpu(), other.cpu())
     for param in loaded.method.parameters():
@@ -161,7 +161,7 @@ def test_a_best_score_after_the_restored_step_is_forgotten(story: Story) -> None
     assert story.checkpoints.mark_best(state, 0.9)
     flip_byte(story.folder / "step-00000004" / "state.pt", 500)
     again = Story(story.folder)
-    state = train(again.checkpoints.restore(fresh()), to=4)
+    state = train(again.restore(fresh()), to=4)
     assert again.checkpoints.mark_best(state, 0.9)
     assert best_checkpoint(story.folder) == story.folder / "step-00000004"
 

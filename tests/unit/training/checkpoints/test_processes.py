@@ -18,7 +18,10 @@ from pathlib import Path
 from torch import nn
 from opsin.clock.timeline import Stage, Timeline
 from opsin.training.checkpoints.checkpoints import CheckpointConfig, Checkpoints
+from opsin.training.agenda import Agenda
 from opsin.training.state import TrainState
+from tests.story import Record
+from tests.unit.training.tiny_run import Home
 
 def peak_bytes():
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -32,7 +35,7 @@ def save(width, where, compression):
     config = CheckpointConfig(background=where == "background", compression=compression)
     timeline = Timeline([Stage(epochs=1, batch_size=1, steps_per_epoch=100)])
     folder = Path(sys.argv[1], f"{where} {compression} {width}")
-    checkpoints = Checkpoints(folder, config, timeline, fingerprint="", say=lambda *_: None)
+    checkpoints = Checkpoints(Home(folder), config, Agenda(timeline, 100), Record(), fingerprint="")
     before = peak_bytes()
     state = TrainState(method, optimizer)
     for state.step in (1, 2, 3):
@@ -129,7 +132,7 @@ def test_a_kill_at_any_moment_of_the_thread_leaves_a_whole_checkpoint(tmp_path: 
         folder = tmp_path / str(number)
         # State, manifest and their folder are synced before they get their name, the folder above after it.
         is_new = number > 3
-        state = Story(folder).checkpoints.restore(fresh())
+        state = Story(folder).restore(fresh())
         assert equal(state, train(fresh(), to=2 if is_new and save == "next" else 1)), number
         assert bool(state.detours) == (is_new and save == "again"), number
         assert all(path.name.startswith("step-") for path in folder.iterdir()), number

@@ -20,16 +20,14 @@ def story(tmp_path: Path) -> Story:
 
 
 def test_without_checkpoints_the_state_is_fresh(story: Story) -> None:
-    assert equal(story.checkpoints.restore(fresh()), fresh())
-    assert story.restored_at == [0]
+    assert equal(story.restore(fresh()), fresh())
     assert story.checkpoints.newest_step is None
 
 
 def test_restoring_tells_where_it_goes_on(story: Story) -> None:
     story.checkpoints.save(train(fresh(), to=3), reason="test")
     again = Story(story.folder)
-    again.checkpoints.restore(fresh())
-    assert again.restored_at == [3]
+    again.restore(fresh())
     assert again.events == [("resumed", {"step": 3, "elapsed_s": 180.0, "recipe_changed": False})]
 
 
@@ -37,16 +35,15 @@ def test_a_run_that_is_past_the_end_of_its_recipe_is_refused(story: Story) -> No
     story.checkpoints.save(train(fresh(), to=3), reason="test")
     shorter = Story(story.folder, last_step=2)
     with pytest.raises(CheckpointError, match="the run has done 3 steps, the recipe ends after 2; ask for more epochs"):
-        shorter.checkpoints.restore(fresh())
-    assert shorter.restored_at == []
-    assert Story(story.folder, last_step=3).checkpoints.restore(fresh()).step == 3
+        shorter.restore(fresh())
+    assert Story(story.folder, last_step=3).restore(fresh()).step == 3
 
 
 def test_leftovers_of_killed_writers_are_removed(story: Story) -> None:
     for name in (".writing-3-4711", ".removing-step-00000002-4711"):
         (story.folder / name).mkdir(parents=True)
         (story.folder / name / "state.pt").write_bytes(b"half")
-    assert story.checkpoints.restore(fresh()).step == 0
+    assert story.restore(fresh()).step == 0
     assert list(story.folder.iterdir()) == []
 
 
@@ -66,13 +63,13 @@ def test_a_disk_that_fails_is_told_with_a_way_out(story: Story, monkeypatch: pyt
 
         monkeypatch.setattr("opsin.training.checkpoints.retention.write_atomic", full)
     with pytest.raises(RunError, match=r"checkpoints: cannot be written: .*; make room, or choose another --out"):
-        Story(story.folder).checkpoints.restore(fresh())
+        Story(story.folder).restore(fresh())
 
 
 def test_unreadable_marks_are_told_with_a_way_out(story: Story) -> None:
     (story.folder / "best.json").mkdir(parents=True)
     with pytest.raises(RunError, match=r"best\.json: cannot be read: Is a directory; .* delete it to go on"):
-        story.checkpoints.restore(fresh())
+        story.restore(fresh())
 
 
 @pytest.fixture
@@ -90,19 +87,19 @@ def test_any_flipped_byte_is_found_and_the_checkpoint_before_is_taken(two: Story
     for position in range(0, len(whole), max(1, len(whole) // 40)):
         path.parent.mkdir(exist_ok=True)
         flip_byte(path, position)
-        state = two.checkpoints.restore(fresh())
+        state = two.restore(fresh())
         damaged = two.folder / "damaged-step-00000006"
         # A line break that became another blank says the same.
         assert state.step == 3 or json.loads(path.read_text()) == json.loads(whole), position
         if damaged.exists():
             damaged.rename(path.parent)
         path.write_bytes(whole)
-    assert two.checkpoints.restore(fresh()).step == 6
+    assert two.restore(fresh()).step == 6
 
 
 def test_the_warning_says_what_is_damaged_and_what_is_taken(two: Story) -> None:
     flip_byte(two.folder / "step-00000006" / "state.pt", 700)
-    assert equal(two.checkpoints.restore(fresh()), train(fresh(), to=3))
+    assert equal(two.restore(fresh()), train(fresh(), to=3))
     (warning,) = two.warnings()
     assert "step-00000006: state.pt: sha256 is " in warning
     assert "going back to step 3" in warning
@@ -120,7 +117,7 @@ def test_missing_and_cut_files_are_damage(two: Story, name: str, damage: str) ->
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: -100 if damage == "cut" else 0])
-    assert two.checkpoints.restore(fresh()).step == 3
+    assert two.restore(fresh()).step == 3
     assert name in two.warnings()[0] or "JSONDecodeError" in two.warnings()[0]
 
 
@@ -128,7 +125,7 @@ def test_nothing_valid_is_an_error_with_a_line_for_each(two: Story) -> None:
     for path in find_checkpoints(two.folder).values():
         flip_byte(path / "state.pt", 700)
     with pytest.raises(CheckpointError) as caught:
-        two.checkpoints.restore(fresh())
+        two.restore(fresh())
     newest, oldest, way_out = caught.value.faults
     assert ("step-00000006" in newest, "step-00000003" in oldest, "--fresh" in way_out) == (True, True, True)
     assert two.steps() == [3, 6]
@@ -138,7 +135,7 @@ def test_a_too_new_checkpoint_is_an_error_and_not_passed_over(two: Story) -> Non
     path = two.folder / "step-00000006" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
     with pytest.raises(CheckpointError, match=r"too new: format 3, this opsin .* reads up to 2; upgrade opsin"):
-        two.checkpoints.restore(fresh())
+        two.restore(fresh())
     assert two.steps() == [3, 6]
 
 
@@ -155,7 +152,7 @@ def test_a_checkpoint_of_another_model_is_an_error_and_leaves_the_state(
 ) -> None:
     before = [tensor.clone() for tensor in bits(other)]
     with pytest.raises(CheckpointError, match=fault):
-        two.checkpoints.restore(other)
+        two.restore(other)
     assert all(torch.equal(a, b) for a, b in zip(before, bits(other), strict=True))
 
 
@@ -164,4 +161,4 @@ def test_parameter_groups_must_be_the_same(two: Story) -> None:
     params = list(state.method.parameters())
     state.optimizer = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}], fused=True)
     with pytest.raises(CheckpointError, match=r"parameter groups of \[6\] tensors, not of \[2, 4\]"):
-        two.checkpoints.restore(state)
+        two.restore(state)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.checkpoints.retention import CheckpointConfig, Retention, Scored, among_best, best_checkpoint
 from tests.conftest import RunOnSmallDisk
-from tests.unit.training.tiny_run import Story, equal, flip_byte, fresh, train
+from tests.unit.training.tiny_run import TIMELINE, Story, equal, flip_byte, fresh, train
 
 
 def save_each(story: Story, *, to: int, scores: dict[int, float] | None = None) -> None:
@@ -52,7 +53,7 @@ def test_a_resume_forgets_the_scores_of_later_steps_alone(tmp_path: Path) -> Non
     story = Story(tmp_path, every="1 step", keep=1, best_keep=3)
     save_each(story, to=8, scores=SCORES)
     flip_byte(tmp_path / "step-00000008" / "state.pt", 700)
-    assert Story(tmp_path).checkpoints.restore(fresh()).step == 6
+    assert Story(tmp_path).restore(fresh()).step == 6
     facts = json.loads((tmp_path / "best.json").read_text())
     assert [facts["step"], *(other["step"] for other in facts["others"])] == [4, 6]
 
@@ -84,7 +85,7 @@ def test_damaged_marks_are_made_anew_from_the_log(tmp_path: Path) -> None:
     marks = (tmp_path / "best.json").read_bytes()
     flip_byte(tmp_path / "best.json", 0)
     again = Story(tmp_path, every="1 step", keep=1, best_keep=2, scores={1: 0.99, **SCORES})
-    again.checkpoints.restore(fresh())
+    again.restore(fresh())
     assert (tmp_path / "best.json").read_bytes() == marks, "of step 1 there is no checkpoint"
     (warning,) = again.warnings()
     assert warning.endswith("a resume makes it anew from the log: step 4, step 8")
@@ -105,7 +106,7 @@ def test_there_is_always_a_healthy_one(tmp_path: Path) -> None:
 
 
 def test_a_policy_without_rollbacks_keeps_none_for_them(tmp_path: Path) -> None:
-    retention = Retention(tmp_path, CheckpointConfig(keep=2), lambda step: step % 10 == 0, margin=None)
+    retention = Retention(tmp_path, CheckpointConfig(keep=2), Agenda(TIMELINE, 50, milestones="10 steps"))
     assert retention.kept(range(1, 25), present=24) == {10, 20, 23, 24}
 
 
@@ -116,17 +117,17 @@ def test_what_was_gone_back_over_is_never_loaded_and_the_newest_of_it_stays_unti
         os.utime(tmp_path / f"step-0000000{step}", (step, step))
     assert story.checkpoints.healthy(3) == tmp_path / "step-00000003"
     assert story.checkpoints.healthy(0) is None
-    story.checkpoints.set_aside_after(3)
+    story.checkpoints.retire_after(3)
     assert story.checkpoints.newest_step is None
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"step-0000000{n}" for n in (1, 2, 3)] + [f"unhealthy-step-0000000{n}" for n in (4, 5)]
     again = Story(tmp_path, every="1 step", keep=9, last_step=6)
-    state = again.checkpoints.restore(fresh())
+    state = again.restore(fresh())
     assert equal(state, train(fresh(), to=3))
     again.checkpoints.save(train(state, to=4), reason="test")
     assert unhealthy(tmp_path) == [5]
-    again.checkpoints.set_aside_after(3)
-    again.checkpoints.save(again.checkpoints.restore(fresh()), reason="test")
+    again.checkpoints.retire_after(3)
+    again.checkpoints.save(again.restore(fresh()), reason="test")
     assert unhealthy(tmp_path) == [5, 4], "nothing was saved"
     again.checkpoints.save(train(fresh(), to=4), reason="test")
     assert unhealthy(tmp_path) == [4], "the one that was written last"
@@ -141,8 +142,8 @@ def unhealthy(folder: Path) -> list[int]:
 def test_a_full_disk_takes_what_was_gone_back_over_first(tmp_path: Path) -> None:
     story = Story(tmp_path, every="1 step", keep=9)
     save_each(story, to=2)
-    story.checkpoints.set_aside_after(1)
-    retention = Retention(tmp_path, CheckpointConfig(keep=9), lambda step: False, margin=None)
+    story.checkpoints.retire_after(1)
+    retention = Retention(tmp_path, CheckpointConfig(keep=9), Agenda(TIMELINE, 50))
     assert retention.superfluous(2) == []
     assert retention.prune(2, keep_unhealthy=False) == []
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -151,7 +152,7 @@ def test_a_full_disk_takes_what_was_gone_back_over_first(tmp_path: Path) -> None
 FULL_DISK = """
 import sys
 from pathlib import Path
-from tests.unit.training.tiny_run import Story, fresh, train
+from tests.unit.training.tiny_run import TIMELINE, Story, fresh, train
 
 story = Story(Path(sys.argv[1], "checkpoints"), every="1 step", keep=2, background=True, make_room=sys.argv[2] == "yes")
 state = fresh(width=3000)  # 0.45 MiB of 1.2: two fit, three do not
@@ -177,7 +178,7 @@ def test_the_newest_is_not_removed_for_room_even_where_one_is_kept(tmp_path: Pat
     story = Story(tmp_path, every="1 step", keep=1)
     save_each(story, to=1)
     newest = list(find_checkpoints(tmp_path).values())
-    retention = Retention(tmp_path, CheckpointConfig(keep=1), lambda step: False, margin=None)
+    retention = Retention(tmp_path, CheckpointConfig(keep=1), Agenda(TIMELINE, 50))
     assert retention.superfluous(2) == newest, "it will be replaced"
     assert retention.prune(2, spared=newest) == []
     assert story.steps() == [1]

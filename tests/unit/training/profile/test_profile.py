@@ -4,7 +4,7 @@ import io
 import json
 import resource
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch.profiler import profile
 from opsin.data.base import Batch
 from opsin.reporting.console import Console
 from opsin.run.session import resume_run
+from opsin.training.agenda import Agenda
 from opsin.training.profile.parts import OTHER, STEP, Kernel, Span, device_times, host_times, span
 from opsin.training.profile.profile import ProfileConfig, StepProfile
 from opsin.training.profile.report import write_trace
 from tests.digits_run import STEPS_PER_EPOCH, train_digits
-from tests.unit.training.tiny_run import fresh
+from tests.unit.training.tiny_run import TIMELINE, fresh
 
 SUPERVISED = ["data", "forward", "backward", "optimizer", OTHER]
 DINO = (
@@ -129,6 +130,13 @@ def test_a_trace_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Clock:
+    """A clock of training time that nobody reads."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def test_a_training_that_ends_early_leaves_no_profiler_behind(tmp_path: Path) -> None:
     def batches() -> Iterator[Batch]:
         while True:
@@ -139,10 +147,9 @@ def test_a_training_that_ends_early_leaves_no_profiler_behind(tmp_path: Path) ->
         ProfileConfig(steps=3, skip=0),
         tmp_path,
         Console(screen),
+        Agenda(TIMELINE, 9),
+        Clock(),
         device=torch.device("cpu"),
-        last_step=9,
-        interrupted=lambda step: False,
-        paused=nullcontext,
     )
     given = step_profile.over(batches(), fresh())
     next(given)
@@ -158,10 +165,9 @@ def test_a_rollback_in_the_middle_begins_the_profile_anew(tmp_path: Path) -> Non
         ProfileConfig(steps=12, skip=0, trace=False),
         tmp_path / "profile",
         Console(screen),
+        Agenda(TIMELINE, 99),
+        Clock(),
         device=torch.device("cpu"),
-        last_step=99,
-        interrupted=lambda step: False,
-        paused=nullcontext,
     )
 
     def train(*, to: int) -> None:
