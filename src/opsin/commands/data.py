@@ -60,7 +60,7 @@ def _split(arguments: argparse.Namespace) -> None:
     columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     collection = open_collection(arguments.path, labels=arguments.labels, **columns)
     teller.notice(f"data: {collection.said}")
-    report = split(collection, arguments.out, settings, say=teller.notice)
+    report = split(collection, arguments.out, settings, teller)
     print(json.dumps(report.as_dict()) if arguments.json else "\n".join(report.lines()))
 
 
@@ -74,7 +74,7 @@ def _stats(arguments: argparse.Namespace) -> None:
     columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     collection = open_collection(arguments.path, labels=arguments.labels, **columns)
     teller.notice(f"data: {collection.said}")
-    stats = report_stats(collection, out=arguments.out, max_bits=arguments.near_duplicates, say=teller.notice)
+    stats = report_stats(collection, teller, out=arguments.out, max_bits=arguments.near_duplicates)
     print(json.dumps(stats.as_dict()) if arguments.json else "\n".join(stats.lines()))
     if arguments.out is not None and not arguments.json:
         print(f"wrote {arguments.out / 'stats.html'}")

@@ -1,4 +1,4 @@
-"""What a batch is, what a method asks of it, and what a data source offers.
+"""The interfaces of data: sources of images, the views that a method asks for, and batches.
 
 Shapes: B images of a batch, C channels, S side of a crop in pixels, N images of a source.
 """
@@ -23,7 +23,7 @@ _TRANSIENT = frozenset(getattr(errno, name, -1) for name in f"{_NETWORK} {_MACHI
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What a method may know of the data before the first batch."""
+    """Facts on the training images that a method may use before the first batch."""
 
     classes: tuple[str, ...]
     samples: int
@@ -32,11 +32,11 @@ class DataFacts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     unlabelled: int = 0
-    """How many of the samples have no label."""
+    """Number of samples without a label."""
 
 
 class UnreadableImage(Exception):
-    """One image cannot be decoded. `str()` is the reason, without the place."""
+    """One image cannot be decoded. `str()` is the reason, without the location."""
 
 
 def raise_if_transient(location: str, error: OSError) -> None:
@@ -62,7 +62,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Tensor:
-        """The image as uint8 [C, H, W], C = 3, upright.
+        """Return the image as uint8 [C, H, W], C = 3, upright.
 
         Raises:
             UnreadableImage: it cannot be decoded.
@@ -71,42 +71,42 @@ class Source(Protocol):
         ...
 
     def location(self, index: int) -> str:
-        """Where the image is stored, for messages: a path, or `file.parquet row 17`."""
+        """The location of the image, for messages: a path, or `file.parquet row 17`."""
         ...
 
 
 class Augment(Protocol):
-    """A batched operation on the device, with its own random numbers for every sample."""
+    """An operation on a batch on the device; every image has its own random numbers."""
 
     @property
     def num_draws(self) -> int:
-        """How many random numbers an image needs."""
+        """Random numbers that an image needs."""
         ...
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Float images [B, C, S, S] in 0..1 with draws [B, num_draws] in [0, 1) to the same shape."""
+        """Change float images [B, C, S, S] in 0..1 by draws [B, num_draws] in [0, 1); the shape stays."""
         ...
 
 
 class MaskSampler(Protocol):
-    """Draws the masks of a batch; a pure function of its arguments."""
+    """Draws the masks of a batch: a pure function of its arguments."""
 
     def __call__(self, seed: int, epoch: int, ids: Tensor) -> Mapping[str, Tensor]:
-        """Index tensors by name, each with leading dimension B; `ids`, int64 [B], are those of the whole batch."""
+        """Return index tensors [B, ...] by name; `ids`, int64 [B], are those of the whole batch."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Declared by a method, executed by any loader (worker processes or resident images)."""
+    """The crops, colours and masks of a batch: declared by a method, made from stored or resident images."""
 
     crops: Mapping[str, Crop]
     augment: Mapping[str, Sequence[Augment]] = field(default_factory=dict)
     masks: MaskSampler | None = None
     mix: Mix | None = None
-    """Mixes the images of the batch; for methods with one crop per image."""
+    """Mixes the images of a batch; only for methods with one crop of each image."""
     mix_until: float = 1.0
-    """Share of the run after which nothing is mixed any more."""
+    """Share of the run after which images are no longer mixed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Blend:
     labels: Tensor
     """int64 [B]"""
     shares: Tensor
-    """float32 [B]: how much of the target is the image's own label."""
+    """float32 [B]: share of the image's own label in its target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,20 +129,20 @@ class Batch:
     ids: Tensor
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     blend: Blend | None = None
-    """What was mixed into the images, where something was."""
+    """The labels of the images that were mixed in; None if nothing was."""
     targets: object = None
-    """What a method has computed for several pieces of these images; only `Method.chunks` sets it."""
+    """Values that a method computes once for several pieces of a batch; only `Method.chunks` sets them."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def split(self, parts: int) -> list["Batch"]:
-        """Up to `parts` consecutive pieces, whose sizes differ by one image at most."""
+        """Return up to `parts` consecutive pieces, whose sizes differ by at most one image."""
         bounds = [len(self) * index // parts for index in range(parts + 1)]
         return [self._cut(a, b) for a, b in pairwise(bounds) if b > a]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`, copied without waiting where the memory is pinned."""
+        """Return the batch on `device`; from pinned memory it is copied without waiting."""
         return Batch(
             {name: view.to(device, non_blocking=True) for name, view in self.views.items()},
             self.labels.to(device, non_blocking=True),
@@ -162,7 +162,7 @@ class Batch:
 
 
 class Detour(Protocol):
-    """The updates `first` to `last - 1` get other images than they had; `attempt` says which."""
+    """Other images for the updates `first` to `last - 1` than at first; `attempt` numbers the choice."""
 
     @property
     def first(self) -> int: ...
@@ -180,8 +180,8 @@ class Data(Protocol):
     facts: DataFacts
 
     def batches(self, start: int, stop: int, detours: Sequence[Detour] = ()) -> Iterator[Batch]:
-        """The batches of updates `start` to `stop - 1`; resume is a later `start`.
+        """Yield the batches of updates `start` to `stop - 1`; a resumed run begins with a later `start`.
 
-        `detours`, the newest last, are the ways around earlier troubles.
+        `detours` replace the images of updates after which training failed; the newest comes last.
         """
         ...

@@ -1,4 +1,4 @@
-"""Which images a run takes, and how they reach the device."""
+"""The settings of data: the images of a run, and their path to the device."""
 
 from typing import Literal
 
@@ -8,37 +8,37 @@ from opsin.settings.family import Settings
 
 
 class DataConfig(Settings):
-    """Which images, and how they reach the device."""
+    """The images of a run, and their path to the device."""
 
     path: str
-    """A folder, a CSV or parquet file, or the words `digits` or `cifar10`. Relative to the working directory."""
+    """The images: a folder, a CSV or parquet file, or the word `digits` or `cifar10`."""
     kind: Literal["auto", "digits", "cifar10", "folder", "csv", "parquet"] = "auto"
-    """What `path` is; `auto` finds out and says so."""
+    """Kind of storage at `path`; `auto` finds it out and reports it."""
     labels: Literal["auto", "folders", "none"] = "auto"
-    """Whether the folders under `path` are classes."""
+    """Labels of a folder: `folders` takes subfolders as classes, `none` takes none, `auto` looks at the layout."""
     image_column: str | None = None
-    """The parquet column that holds the images, where it is not the only candidate."""
+    """Column with the images: in parquet files null finds it, in CSV files null takes `path`."""
     label_column: str | None = None
-    """The parquet column that holds the labels, where it is not the only candidate."""
+    """Column with the labels: in parquet files null finds it, in CSV files null takes `label`."""
     cache: str = "~/.cache/opsin"
-    """Where downloads are kept."""
+    """Folder for downloads and unpacked tables."""
     image_size: int = Field(gt=0)
     """Side of the training images in pixels."""
     eval_resize: int | None = Field(None, gt=0)
-    """Shorter side before the centre crop when evaluating; null takes image_size."""
+    """Length of the shorter side in pixels before evaluation cuts out the centre; null takes image_size."""
     holdout: float = Field(0.1, ge=0, lt=1)
-    """Share of the training images kept for validation, where the data has no split of its own."""
+    """Share of the training images that validates, if the data has no validation images of its own."""
     drop_last: bool = True
-    """Leave out the images after the last full batch of an epoch; false makes that batch short."""
+    """Skip the images after the last full batch of an epoch; false makes a short batch of them."""
     workers: int | Literal["auto"] = Field("auto")
-    """Processes that decode images; `auto` is one per core, up to 8. 0 decodes in the training process."""
+    """Number of processes that decode images; `auto` is one per core, up to 8. 0 decodes in the training process."""
     prefetch: int = Field(4, ge=1)
-    """Batches that each worker prepares ahead."""
+    """Number of batches that each worker prepares ahead."""
     resident: bool | Literal["auto"] = "auto"
-    """Keep all images decoded in memory (on the GPU if there is one); `auto` does so where they are small."""
+    """Keep all images decoded in memory, on the GPU if there is one; `auto` does so if they are small."""
     max_unreadable: float = Field(0.01, ge=0, le=1)
-    """Share of images that may fail to decode before the run stops."""
+    """Share of the images that may be unreadable; the run stops when there are more."""
     mean: tuple[float, float, float] | None = None
-    """Mean of each channel, 0 to 1; null takes the data set's own where it is known, else ImageNet's."""
+    """Mean of each channel, 0 to 1; null takes the known values of `digits` and `cifar10`, else those of ImageNet."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of each channel, 0 to 1; null as for `mean`."""
+    """Standard deviation of each channel, 0 to 1; null is chosen as for `mean`."""

@@ -1,4 +1,4 @@
-"""Encoded bytes to pixels, the same for every decoder that is installed.
+"""Decoding: from encoded bytes to pixels, the same with every decoder.
 
 A JPEG with one or three components goes to torchcodec, everything else (PNG, WebP, GIF, BMP, TIFF,
 AVIF, CMYK JPEG) to Pillow. Without torchcodec, Pillow decodes JPEG as well: both are libjpeg-turbo
@@ -32,7 +32,7 @@ _JPEG_NO_FRAME_FOLLOWS = (0xD9, 0xDA)
 
 
 class JpegDecoder(NamedTuple):
-    """What decodes ordinary JPEG: `decode` is None where it is Pillow, and `said` tells why."""
+    """The decoder of ordinary JPEG, and a sentence on it; None stands for Pillow."""
 
     decode: Callable[[bytes], Tensor] | None
     said: str
@@ -52,7 +52,7 @@ JPEG_DECODER = _find_jpeg_decoder()
 
 
 def decode(data: bytes) -> Tensor:
-    """The image as uint8 [3, H, W], upright; its memory is ordered [H, W, 3].
+    """Return the image as uint8 [3, H, W], upright; its memory is ordered [H, W, 3].
 
     Raises:
         UnreadableImage: empty, truncated, damaged, too large, or not an image.
@@ -63,12 +63,17 @@ def decode(data: bytes) -> Tensor:
         pixels, components = _jpeg_frame(data)
         _check_size(pixels)
         if components in (1, 3):
-            return _decode_jpeg(data, JPEG_DECODER.decode)
+            try:
+                image = JPEG_DECODER.decode(data)
+            except RuntimeError as error:
+                raise UnreadableImage("truncated or damaged JPEG") from error
+            # An image turned by EXIF comes as a transposed view.
+            return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return torch.from_numpy(_decode_with_pillow(data)).permute(2, 0, 1)  # [3, H, W]
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int]:
-    """Pixels and colour components that the frame header of a JPEG announces."""
+    """Return the numbers of pixels and of colour components in the frame header of a JPEG."""
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -80,15 +85,6 @@ def _jpeg_frame(data: bytes) -> tuple[int, int]:
         # Any number of 0xFF bytes may stand before a marker.
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])
     raise UnreadableImage("truncated or damaged JPEG")
-
-
-def _decode_jpeg(data: bytes, decode_jpeg: Callable[[bytes], Tensor]) -> Tensor:
-    try:
-        image = decode_jpeg(data)
-    except RuntimeError as error:
-        raise UnreadableImage("truncated or damaged JPEG") from error
-    # An image turned by EXIF comes as a transposed view.
-    return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
@@ -126,7 +122,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Pixels uint8 [H, W, 3] of an image in any mode."""
+    """Return the pixels uint8 [H, W, 3] of an image in any mode."""
     if image.mode == "F":
         raise UnreadableImage("floating-point samples have no fixed range")
     if image.mode.startswith("I"):
@@ -140,6 +136,6 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Colours [H, W, 4] with alpha, laid over white and rounded: [H, W, 3]."""
+    """Lay colours with alpha [H, W, 4] over white, and round: [H, W, 3]."""
     colours, alpha = rgba[:, :, :3].astype(np.uint32), rgba[:, :, 3:].astype(np.uint32)
     return ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Images set apart for validation.
+"""Images of a source, held out for validation.
 
 Shapes: N images of a source, n of a part.
 """
@@ -33,19 +33,18 @@ class Subset:
         return self.source.read(int(self.indices[index]))
 
     def location(self, index: int) -> str:
-        """Where `source` stores the image."""
+        """The location of the image in `source`."""
         return self.source.location(int(self.indices[index]))
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Training and validation part of a source, both in the order of the source.
+    """Divide a source into a training and a validation part, both in its order.
 
-    Of every class the rounded `fraction` validates: at least one image and not all of them, if the
-    class has two. A lone image trains. Unlabelled images count as one class. Which images these are
-    depends on `(seed, index)` only.
+    The rounded `fraction` of every class validates: at least one image and not all of them, if the class has two. A
+    single image trains. Unlabelled images count as one class. The choice depends on `(seed, index)` only.
 
     Raises:
-        DataError: fewer than two images of any class, so that nothing can be set apart.
+        DataError: fewer than two images of any class, so that none can be held out.
     """
     assert 0 < fraction < 1, "the recipe checks data.holdout"
     draws = seeding.uniform(seed, 0, torch.arange(len(source)), "holdout", 1)[:, 0]  # [N]

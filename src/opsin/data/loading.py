@@ -1,7 +1,7 @@
-"""From stored images to batches on the device.
+"""Loading: from stored images to batches on the device.
 
-Training: `Order` says which images, `Reader` (in this process or in workers) or `Resident` cuts them,
-and here they are coloured and normalised on the device. Batch k is the same whichever way it went.
+`Order` chooses the images, `Reader` (in this process or in workers) or `Resident` cuts them, and `_Finish` colours and
+normalises them on the device. Batch k is the same on each of these paths.
 
 Shapes: B images of a batch, C channels, S side of a crop in pixels.
 """
@@ -58,9 +58,7 @@ class LoadingPlan:
 
 
 class TrainingData:
-    """The batches of a run, addressed by step; implements `Data`.
-
-    `views` has one entry for each stage.
+    """The batches of a run, addressed by step; implements `Data`. `views` has one entry for each stage.
 
     The images and masks of a whole batch do not depend on the number of processes; each process takes the partners of
     mixed images from its own share.
@@ -85,12 +83,12 @@ class TrainingData:
         self._resident: Resident | None = None
 
     def batches(self, start: int, stop: int, detours: Sequence[Detour] = ()) -> Iterator[Batch]:
-        """The batches of updates `start` to `stop - 1`; a resumed run begins with a later `start`.
+        """Yield the batches of updates `start` to `stop - 1`; a resumed run begins with a later `start`.
 
         Raises:
             DataError: too many images are unreadable.
             ConfigError: `resident` is true and the images have several sizes.
-            TransientError: a worker process ended by itself, or failed with what says nothing about an image.
+            TransientError: a worker process ended by itself, or failed for a reason that is not an image.
         """
         self._trail.at_step(start)
         tasks = (self._task(step, detours) for step in range(start, stop))
@@ -110,7 +108,7 @@ class TrainingData:
         return Task(self._views[position.stage].crops, position.epoch, ids[self._plan.share(len(ids))])
 
     def load(self) -> None:
-        """Decode the images that stay in memory now, if they do, instead of with the first batch.
+        """Decode resident images now instead of with the first batch.
 
         Raises:
             DataError: too many images are unreadable.
@@ -142,7 +140,7 @@ class TrainingData:
 
 
 class EvaluationData:
-    """Images in the order of their source, each once: the centre, not augmented, as the view `image`.
+    """The view `image` for evaluation: the centre of each image, once, in the order of the source, not augmented.
 
     The shorter side is scaled to `resize` and the central square of the training image size is cut out.
     Unreadable images are left out, with one warning. Small sets stay decoded between evaluations.
@@ -158,11 +156,11 @@ class EvaluationData:
         self._kept: RawBatch | None = None
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches of up to `batch_size` images.
+        """Yield batches of up to `batch_size` images.
 
         Raises:
             DataError: no image can be read.
-            TransientError: a worker process ended by itself, or failed with what says nothing about an image.
+            TransientError: a worker process ended by itself, or failed for a reason that is not an image.
         """
         failures: list[Failure] = []
         images = 0
@@ -195,7 +193,7 @@ class EvaluationData:
 
 
 class _Finish:
-    """Moves a raw batch to the device, colours it there, normalises and mixes it."""
+    """Move a raw batch to the device, and colour, normalise and mix it there."""
 
     def __init__(self, facts: DataFacts, *, seed: int, device: torch.device, channels_last: bool) -> None:
         self._seed = seed
@@ -221,7 +219,7 @@ class _Finish:
         return Batch(views, labels, ids, masks, blend)
 
     def _view(self, name: str, view: Tensor, ops: Sequence[Augment], epoch: int, ids: Tensor) -> Tensor:
-        """Stored pixels, uint8 [count, B, C, S, S], to float of the same shape."""
+        """Convert stored pixels, uint8 [count, B, C, S, S], to floats of the same shape."""
         view = view.to(self._device, non_blocking=True)
         if not ops:
             return self._in_format(self._normalize.bytes(view))

@@ -1,4 +1,4 @@
-"""Which images each step trains on: a pure function of (seed, step), and of the detours where there are some.
+"""The images of each step: a pure function of the seed, the step and the detours.
 
 Shapes: b images of a batch over all processes, N of a source, n of a stage.
 """
@@ -22,8 +22,8 @@ _EPOCHS = 1 << 32
 class Order:
     """The images of every step of a run. Each epoch shows every image of its stage once, in its own order.
 
-    `labels` is int64 [N]. With `drop_last` the images after the last full batch of an epoch sit out until
-    the next one; without it they form a short batch.
+    `labels` is int64 [N]. With `drop_last` the images after the last full batch of an epoch are skipped; without it
+    they form a short batch.
 
     Raises:
         ConfigError: the data cannot fill one batch.
@@ -41,7 +41,7 @@ class Order:
         """The position of `step`, and the ids of its batch, int64 [b].
 
         In a detour (the newest comes last) these are images of the same pass that no step of a detour showed before,
-        as far as the pass has such. The position then has its own epoch: all that is drawn for the images differs.
+        while there are such images. The position then has its own epoch, so that all random numbers differ.
         """
         position = self.timeline.position(step)
         first = position.batch * position.batch_size
@@ -50,7 +50,7 @@ class Order:
         return replace(position, epoch=position.epoch + attempt * _EPOCHS), ids
 
     def _pass(self, step: int, position: StepPosition, detours: Sequence[Detour]) -> Tensor:
-        """The ids of the pass over the data that `step` lies in, in order, int64 [n]."""
+        """The ids of the pass over the data that `step` belongs to, in order, int64 [n]."""
         start = step - position.batch
         length = self.timeline.stages[position.stage].steps_per_epoch
         inside = tuple(
@@ -67,7 +67,7 @@ class Order:
         return self._passes[key]
 
     def _shuffle(self, position: StepPosition, detours: Sequence[tuple[int, int, int]]) -> Tensor:
-        """The ids of a pass; `detours` are attempts with the batches of the pass, from and to, that they replace."""
+        """Return the ids of a pass; each detour is an attempt and the first and last batch that it replaces."""
         members = self._members[position.stage]
         number = seeding.permutation(self.seed, position.epoch, len(members))
         left_out = torch.zeros(len(members), dtype=torch.bool)
@@ -81,7 +81,7 @@ class Order:
 
 
 def class_share(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """The ids of the rounded `fraction` of each class, int64 [n], ascending.
+    """Return the ids of the rounded `fraction` of each class, int64 [n], ascending.
 
     Those of a smaller fraction are among them. `labels` is int64 [N]; unlabelled images (-1) count as one class.
     """
@@ -98,10 +98,10 @@ def class_share(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def check_share(labels: Tensor, fraction: float, classes: Sequence[str], *, key: str) -> None:
-    """See that every class keeps an image in `fraction`, which the recipe calls `key`.
+    """Check that every class keeps an image in `fraction`, whose key in the recipe is `key`.
 
     Raises:
-        ConfigError: names the smallest class, and the least fraction that serves.
+        ConfigError: the smallest class loses all images; the fault states the least fraction.
     """
     sizes = torch.bincount(labels + 1)
     sizes = torch.where(sizes > 0, sizes, len(labels) + 1)
@@ -116,9 +116,9 @@ def check_share(labels: Tensor, fraction: float, classes: Sequence[str], *, key:
 
 
 def steps_per_epoch(samples: int, batch_size: int, *, drop_last: bool, key: str = "batch_size", share: str = "") -> int:
-    """Batches in one pass over the data.
+    """Return the number of batches in one pass over the data.
 
-    The recipe calls the batch size `key`; `share` tells why there are not more images (` (of the first stage)`).
+    `key` is the batch size in the recipe; `share` explains the number of images (` in data_fraction=0.5`).
 
     Raises:
         ConfigError: no batch at all.
@@ -134,5 +134,5 @@ def steps_per_epoch(samples: int, batch_size: int, *, drop_last: bool, key: str 
 
 
 def share(total: int, *, rank: int, world: int) -> slice:
-    """The part of a batch of `total` images that process `rank` of `world` computes; sizes differ by one at most."""
+    """The part of a batch of `total` images that process `rank` of `world` computes; sizes differ by at most one."""
     return slice(total * rank // world, total * (rank + 1) // world)

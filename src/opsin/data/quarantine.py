@@ -1,4 +1,4 @@
-"""Images that cannot be read: replaced, counted, listed, refused when there are too many."""
+"""Unreadable images: replaced, counted, listed, and refused when there are too many."""
 
 import os
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from opsin.processes.excluded import read_excluded, write_excluded
 from opsin.processes.trail import Trail
 
 _REPLACEMENTS = 100
-_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 class Failure(NamedTuple):
-    """An image that could not be read: its index in the source, where it is stored, why."""
+    """An image that cannot be read: its index in the source, its location and the reason."""
 
     sample: int
     location: str
@@ -29,17 +29,17 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """An image that could be read. `index` and `label` belong to `image` uint8 [3, H, W]."""
+    """A readable image, uint8 [3, H, W], with its index and label."""
 
     index: int
     image: Tensor
     label: int
     failures: tuple[Failure, ...] = ()
-    """What could not be read before, the wanted image first."""
+    """The images that could not be read before it, the wanted one first."""
 
 
 def read_or_replace(source: Source, index: int, seed: int) -> Read:
-    """The image at `index`, or the first readable one of the replacements that `(seed, index)` draws.
+    """Return the image at `index`, or the first readable one of the replacements that `(seed, index)` draws.
 
     Raises:
         DataError: the image and all 100 replacements are unreadable.
@@ -63,8 +63,8 @@ def read_or_replace(source: Source, index: int, seed: int) -> Read:
 class Quarantine:
     """The unreadable images of a run, as a set and as a sorted list in a file.
 
-    `path` has one line `place<TAB>reason` for each image, and is continued by a resumed run; None keeps
-    no file. Of `total` images at most the share `limit` may be listed.
+    The file `path` has one line `location<TAB>reason` for each image, and a resumed run adds to it; None keeps no
+    file. At most the share `limit` of `total` images may be listed.
     """
 
     def __init__(self, path: Path | None, total: int, limit: float) -> None:
@@ -74,37 +74,37 @@ class Quarantine:
         self._reasons: dict[str, str] = {}
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]:
-                place, _, reason = line.partition("\t")
-                self._reasons[place] = reason
+                location, _, reason = line.partition("\t")
+                self._reasons[location] = reason
 
     def __len__(self) -> int:
         return len(self._reasons)
 
-    def add(self, index: int, place: str, reason: str) -> None:
-        """List an image, once only. Takes the three values of a `Failure`; the place is what counts.
+    def add(self, index: int, location: str, reason: str) -> None:
+        """List the image of a `Failure`, once for each location.
 
         Raises:
             DataError: more images are listed than `limit` allows.
         """
-        place = place.translate(_ESCAPES)
-        if place not in self._reasons:
-            self._reasons[place] = reason.translate(_ESCAPES)
+        location = location.translate(ESCAPES)
+        if location not in self._reasons:
+            self._reasons[location] = reason.translate(ESCAPES)
             self._write()
         if len(self) > self.limit * self.total:
-            raise DataError(self._too_many())
+            raise DataError(self._describe())
 
     def _write(self) -> None:
         if self.path is None:
             return
-        lines = (f"{place}\t{reason}\n" for place, reason in sorted(self._reasons.items()))
+        lines = (f"{location}\t{reason}\n" for location, reason in sorted(self._reasons.items()))
         new = self.path.with_name(self.path.name + ".new")
-        # On a full disk they are counted all the same, and written with the next one.
+        # On a full disk the images still count, and the next one writes them.
         with suppress(OSError):
             new.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
             os.replace(new, self.path)
 
-    def _too_many(self) -> str:
-        first = ", ".join(f"{place} ({reason})" for place, reason in sorted(self._reasons.items())[:3])
+    def _describe(self) -> str:
+        first = ", ".join(f"{location} ({reason})" for location, reason in sorted(self._reasons.items())[:3])
         listed = "" if self.path is None else f", all are listed in {self.path}, delete that list after a repair"
         return (
             f"{len(self)} of {self.total} images are unreadable: {first}{', ...' if len(self) > 3 else ''}; "
@@ -114,55 +114,55 @@ class Quarantine:
 
 
 class ExcludingSource:
-    """The images of `source`; what is in `aside`, by index with the reason, counts as unreadable."""
+    """The images of `source`, each reading on the trail. Those in `excluded`, reasons by index, count as unreadable."""
 
-    def __init__(self, source: Source, trail: Trail, aside: Mapping[int, str]) -> None:
+    def __init__(self, source: Source, trail: Trail, excluded: Mapping[int, str]) -> None:
         self.name = source.name
         self.classes = source.classes
         self.labels = source.labels
         self._source = source
         self._trail = trail
-        self._aside = aside
+        self._excluded = excluded
 
     def __len__(self) -> int:
         return len(self._source)
 
     def read(self, index: int) -> Tensor:
-        if index in self._aside:
-            raise UnreadableImage(self._aside[index])
+        if index in self._excluded:
+            raise UnreadableImage(self._excluded[index])
         self._trail.begin_reading(index, self._source.location(index))
         try:
             image = self._source.read(index)
         except (UnreadableImage, TransientError):  # neither is a crash because of this image
             self._trail.end_reading()
             raise
-        self._trail.end_reading()  # not where another exception passes: the trail shall end with this image
+        self._trail.end_reading()  # not after another exception: the trail must end with this image
         return image
 
     def location(self, index: int) -> str:
         return self._source.location(index)
 
 
-def watch(source: Source, trail: Trail, put_aside: Path) -> Source:
-    """The training images `source` without those that are listed in `put_aside`, each reading on the `trail`.
+def watch(source: Source, trail: Trail, path: Path) -> Source:
+    """Return `source` without the images that the file `path` excludes, with each reading on the `trail`.
 
     Raises:
-        RunError: the list is damaged or cannot be written.
-        DataError: the images have changed since it was made.
+        RunError: the file is damaged or cannot be written.
+        DataError: the images have changed since the file was written.
     """
-    listed = read_excluded(put_aside)
+    listed = read_excluded(path)
     for item in listed:
-        place = source.location(item.index) if item.index < len(source) else None
-        if place is None or item.location not in (None, place):
+        location = source.location(item.index) if item.index < len(source) else None
+        if location is None or item.location not in (None, location):
             raise DataError(
-                f"{put_aside}: image {item.index} was {item.location or 'there'} and is {place or 'missing'} now: the "
-                "images have changed since training crashed; delete this list, then it finds out again"
+                f"{path}: image {item.index} was {item.location or 'there'} and is {location or 'missing'} now: the "
+                "images have changed since training crashed; delete this list, and training finds such images again"
             )
     if any(item.location is None for item in listed):
         try:
-            write_excluded(put_aside, [replace(item, location=source.location(item.index)) for item in listed])
+            write_excluded(path, [replace(item, location=source.location(item.index)) for item in listed])
         except OSError as error:
-            raise RunError(f"{put_aside}: cannot be written: {error.strerror or error}; make room") from error
+            raise RunError(f"{path}: cannot be written: {error.strerror or error}; make room") from error
     if not listed and trail.folder is None:
         return source
     return ExcludingSource(source, trail, {item.index: item.reason for item in listed})

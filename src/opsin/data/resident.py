@@ -19,7 +19,7 @@ from opsin.errors import ConfigError
 _CHUNK = 64
 
 Residence = bool | Literal["auto"]
-"""Whether all images are kept in memory; `auto` keeps them where they are small."""
+"""True keeps all images in memory; `auto` keeps them if they are small."""
 
 
 class Resident:
@@ -40,10 +40,9 @@ class Resident:
         quarantine: Quarantine,
         residence: Residence = "auto",
     ) -> "Resident | None":
-        """Decode everything, if `residence` is true, or if it is `auto` and the images fit and have one size.
+        """Decode all images if `residence` is true, or if it is `auto` and they have one size and fit `byte_limit`.
 
-        Unreadable images are replaced as by `Reader`. `auto` allows 1 GiB, or a quarter of the free
-        memory of a GPU.
+        Unreadable images are replaced as by `Reader`.
 
         Raises:
             ConfigError: `residence` is true and the images have several sizes.
@@ -80,7 +79,7 @@ class Resident:
         return cls(images.to(device), labels, seed=seed)
 
     def read(self, task: Task) -> RawBatch:
-        """The images of `task`, as they look in its epoch; the views are on the device."""
+        """Return the images of `task`, as they look in its epoch, with the views on the device."""
         ids = task.ids
         images = self.images.index_select(0, ids.to(self.images.device, non_blocking=True))
         heights = torch.full_like(ids, images.shape[2])
@@ -100,7 +99,7 @@ class Resident:
 
 
 def read_everything(reader: Reader, task: Task, device: torch.device) -> RawBatch:
-    """The images of a `task` of any size as one batch; views are on `device`."""
+    """Return the images of a `task` of any size as one batch, with the views on `device`."""
     with _threads() as pool:
         chunks = [Task(task.crops, task.epoch, ids) for ids in torch.split(task.ids, _CHUNK)]
         parts = list(pool.map(reader.read, chunks))
@@ -113,7 +112,7 @@ def read_everything(reader: Reader, task: Task, device: torch.device) -> RawBatc
 
 
 def byte_limit(device: torch.device) -> int:
-    """What `auto` lets images take: a quarter of a GPU's free memory, or 1 GiB."""
+    """Memory that `auto` gives to images: a quarter of the free memory of a GPU, or 1 GiB."""
     if device.type != "cuda":
         return 1 << 30
     free, _ = torch.cuda.mem_get_info(device)
@@ -121,10 +120,10 @@ def byte_limit(device: torch.device) -> int:
 
 
 class _UnequalSizesError(Exception):
-    def __init__(self, place: str, image: Tensor, first: Tensor) -> None:
+    def __init__(self, location: str, image: Tensor, first: Tensor) -> None:
         (tall, wide), (usual_tall, usual_wide) = image.shape[1:], first.shape[1:]
         super().__init__(
-            f"{place} is {wide} x {tall} pixels, the first image {usual_wide} x {usual_tall}, "
+            f"{location} is {wide} x {tall} pixels, the first image {usual_wide} x {usual_tall}, "
             "but resident images must have one size"
         )
 

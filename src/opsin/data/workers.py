@@ -1,6 +1,6 @@
 """Reading, decoding and cutting, in this process or in worker processes.
 
-One task is one batch, addressed by (crops, epoch, ids): whoever computes it, the pixels are the same.
+One task is one batch, addressed by (crops, epoch, ids): its pixels are the same in every process.
 
 Shapes: B images of a batch, C channels, S side of a crop in pixels.
 """
@@ -39,25 +39,25 @@ class RawBatch:
     """name -> uint8 [count, B, C, S, S]."""
     labels: Tensor
     ids: Tensor
-    """int64 [B], the images asked for. An unreadable one shows, and is labelled as, its replacement."""
+    """int64 [B], the images of the task. An unreadable one has the pixels and the label of its replacement."""
     failures: tuple[Failure, ...] = ()
 
     def split(self, batch_size: int) -> Iterator["RawBatch"]:
-        """Consecutive pieces of `batch_size` images, the last one smaller; the first has all failures."""
+        """Yield consecutive pieces of `batch_size` images, the last one smaller; the first has all failures."""
         for first in range(0, max(len(self.ids), 1), batch_size):
             part = slice(first, first + batch_size)
             views = {name: view[:, part] for name, view in self.views.items()}
             yield RawBatch(views, self.labels[part], self.ids[part], () if first else self.failures)
 
     def pin_memory(self) -> "RawBatch":
-        """The same batch in memory that a GPU can copy from without waiting."""
+        """Return the batch in pinned memory, which a GPU copies without waiting."""
         views = {name: view.pin_memory() for name, view in self.views.items()}
         return RawBatch(views, self.labels.pin_memory(), self.ids.pin_memory(), self.failures)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is to be cut out of which images. `ids` is int64 [B] on the CPU."""
+    """The crops of a batch: of the images `ids`, int64 [B] on the CPU, as they look in `epoch`."""
 
     crops: Mapping[str, Crop]
     epoch: int
@@ -66,7 +66,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads and cuts the images of a batch. Unreadable ones are replaced or left out."""
+    """Reads and cuts the images of a batch. Unreadable images are replaced or left out."""
 
     source: Source
     seed: int
@@ -75,7 +75,7 @@ class Reader:
     """Keep the colours of a pixel side by side in memory: less work here, more where a CPU colours the images."""
 
     def read(self, task: Task) -> RawBatch:
-        """The images of `task`, as they look in its epoch.
+        """Return the images of `task`.
 
         Raises:
             DataError: an image and all that could replace it are unreadable.
@@ -93,13 +93,13 @@ class Reader:
         return RawBatch(views, _int64(labels), _int64(kept), tuple(failures))
 
     def _room(self, crop: Crop, count: int) -> Tensor:
-        """uint8 [copies, count, C, S, S], not filled."""
+        """Return memory for the cuts: uint8 [copies, count, C, S, S], not filled."""
         if self.interleaved:
             return torch.empty(crop.count, count, crop.size, crop.size, 3, dtype=torch.uint8).movedim(-1, 2)
         return torch.empty(crop.count, count, 3, crop.size, crop.size, dtype=torch.uint8)
 
     def _reads(self, ids: Tensor, failures: list[Failure]) -> Iterator[tuple[int, Read]]:
-        """Each id that is kept with its image; what could not be read is added to `failures`."""
+        """Yield each id that is kept, with its image; unreadable images are added to `failures`."""
         for wanted in ids.tolist():
             if self.unreadable == "replace":
                 read = read_or_replace(self.source, wanted, self.seed)
@@ -128,13 +128,14 @@ class Reader:
 def read_batches(
     reader: Reader, tasks: Iterable[Task], *, workers: int, prefetch: int, pin_memory: bool = False
 ) -> Iterator[RawBatch]:
-    """The batches of `tasks`, in their order, the same for any number of workers.
+    """Yield the batches of `tasks` in their order; they are the same for any number of workers.
 
-    0 workers reads in this process. Each worker prepares `prefetch` batches ahead. Workers leave
-    SIGINT, SIGTERM and SIGUSR1 to this process and end when it ends, however it does.
+    0 workers reads in this process. Each worker prepares `prefetch` batches ahead. Workers leave SIGINT, SIGTERM and
+    SIGUSR1 to this process, and end when it ends for any reason.
 
     Raises:
-        OpsinError: what a worker raised; TransientError where that was none.
+        OpsinError: a worker raised it.
+        TransientError: a worker raised another exception.
         WorkerEnded: a worker ended by itself.
     """
     if workers == 0:
@@ -146,20 +147,20 @@ def read_batches(
 
 def _close_at_exit(batches: Generator[RawBatch, None, None]) -> None:
     # Else multiprocessing ends processes with the SIGTERM that workers ignore, and waits.
-    # By a weak reference: batches that nobody wants any more end with their workers at once.
+    # By a weak reference: batches that are not needed any more end with their workers at once.
     reference = weakref.ref(batches)
 
     def close() -> None:
-        still_wanted = reference()
-        if still_wanted is not None:
-            still_wanted.close()
+        still_needed = reference()
+        if still_needed is not None:
+            still_needed.close()
 
     atexit.register(close)
 
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """What went wrong in a worker, as a value: the loader would bury an exception in a traceback."""
+    """The fault of a worker as a value, since the loader would hide an exception in a traceback."""
 
     kind: type[OpsinError]
     faults: tuple[str, ...]
@@ -184,7 +185,7 @@ def _from_workers(
     reader: Reader, tasks: Iterable[Task], *, workers: int, prefetch: int, pin_memory: bool
 ) -> Generator[RawBatch, None, None]:
     # Workers live as long as this end of the pipe is open, and the end of this process closes it too. The loader's
-    # own watch looks at the parent of a worker: that is the fork server here, which outlives training.
+    # own watch looks at the parent of a worker, which is the fork server here and outlives training.
     ended, alive = _context().Pipe(duplex=False)
     with ended, alive:
         batches = None
@@ -195,11 +196,11 @@ def _from_workers(
                     raise batch.kind(*batch.faults)
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
-            # The last two: it died between the notice of a batch and the handing over of its memory, or the fork server
-            # died while it was asked for a worker.
+            # The last two: a worker died between announcing a batch and handing over its memory, or the fork server
+            # died while it started a worker.
             raise WorkerEnded(_describe_end(error, workers)) from error
         finally:
-            # Ends the workers in order. Left to the garbage collector, the loader would wait for its own dead threads.
+            # Ends the workers in order. The garbage collector would let the loader wait for its own dead threads.
             del batches
 
 
@@ -241,12 +242,12 @@ def _describe_end(error: Exception, workers: int) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"data.workers={workers}: a worker process ended by itself ({reason}); memory or /dev/shm may be full: try "
-        "fewer workers, or once more; a script of your own must start training below `if __name__ == '__main__':`"
+        "fewer workers, or try again; a script of your own must start training below `if __name__ == '__main__':`"
     )
 
 
 def _begin_work(ended: Connection, _: int) -> None:
-    """Runs first in a worker: the training process decides when to stop, and its end is the worker's end."""
+    """Run first in a worker: the training process decides when to stop, and the worker ends with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_when, args=(ended,), daemon=True).start()
@@ -258,7 +259,7 @@ def _end_when(ended: Connection) -> None:
 
 
 def _groups(reads: Iterable[tuple[int, Read]]) -> Iterator[list[tuple[int, Read]]]:
-    """Consecutive reads whose images together fill some 64 MiB: photographs of a whole batch may not fit."""
+    """Group consecutive reads to about 64 MiB: the photographs of a whole batch may not fit into memory."""
     group: list[tuple[int, Read]] = []
     held = 0
     for wanted, read in reads:

@@ -155,7 +155,7 @@ def test_an_error_for_the_user_arrives_from_a_worker_as_it_is(tmp_path: Path) ->
 
 
 def test_a_killed_worker_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(TransientError, match=r"data.workers=1: a worker process ended .* try .*, or once more"):
+    with pytest.raises(TransientError, match=r"data.workers=1: a worker process ended .*fewer workers, or try again"):
         list(batches(Fatal(tmp_path), 1))
 
 

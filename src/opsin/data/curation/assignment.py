@@ -1,6 +1,6 @@
-"""Which images train, validate and test: stratified by class, seeded, and no group of duplicates in two splits.
+"""Assignment of images to splits: stratified by class, seeded, and no group of duplicates in two splits.
 
-Where an image goes depends on the seed and on pixels, not on file names or on the order in which files are found.
+The split of an image depends on the seed and on pixels, not on file names or on the order of files.
 
 Shapes: N images of a collection.
 """
@@ -17,6 +17,7 @@ from opsin.clock import seeding
 from opsin.data.curation.collection import Collection
 from opsin.data.curation.duplicates import Groups, Integers
 from opsin.data.curation.scan import Scan
+from opsin.data.sources.labels import counted
 from opsin.errors import ConfigError, DataError
 
 TRAIN, VAL, TEST = 0, 1, 2
@@ -27,10 +28,10 @@ LEFT_OUT = -1
 
 @dataclass(frozen=True, slots=True)
 class Fractions:
-    """Shares of the images of each class; the rest trains.
+    """Shares of the images of each class for validation and test; the rest trains.
 
     Raises:
-        ConfigError: they leave nothing to train on, or set nothing apart.
+        ConfigError: no images would train, or all would.
     """
 
     val: float
@@ -46,7 +47,7 @@ class Fractions:
                 "use --val 0.1 --test 0.1"
             )
         if self.val + self.test == 0:
-            raise ConfigError(f"command line: {asked}: nothing would be set apart; use --val 0.1")
+            raise ConfigError(f"command line: {asked}: no image would be held out; use --val 0.1")
 
     @property
     def splits(self) -> tuple[int, ...]:
@@ -54,7 +55,7 @@ class Fractions:
         return (TRAIN, *(split for split, share in ((VAL, self.val), (TEST, self.test)) if share > 0))
 
     def targets(self, count: int) -> dict[int, int]:
-        """How many of `count` images validate and test: rounded, at least one each, and one is left to train."""
+        """Return the numbers of `count` images that validate and test: rounded, at least one each, and not all."""
         shares = {VAL: self.val, TEST: self.test}
         targets = {split: max(1, round(count * share)) for split, share in shares.items() if share > 0}
         while sum(targets.values()) >= count and max(targets.values()) > 1:
@@ -63,10 +64,10 @@ class Fractions:
 
 
 def assign(collection: Collection, scan: Scan, groups: Groups, fractions: Fractions, *, seed: int) -> Integers:
-    """The split of every image, int64 [N]: a number of `SPLITS`, or `LEFT_OUT` for an unreadable one.
+    """Return the split of every image, int64 [N]: a number of `SPLITS`, or `LEFT_OUT` for an unreadable one.
 
-    Of each class the rounded fractions, as far as groups allow: one that is larger than the room left in
-    a small split trains. A group with several classes counts as one of its most frequent class.
+    Each class is divided by the rounded fractions if its groups allow it: a group that does not fit into a small split
+    trains. A group with several classes counts as one of its most frequent class.
 
     Raises:
         DataError: a class is too small to be in every split.
@@ -87,17 +88,18 @@ def assign(collection: Collection, scan: Scan, groups: Groups, fractions: Fracti
 
 
 def check_classes(collection: Collection, counts: Mapping[int, int], fractions: Fractions) -> None:
-    """See that each class has an image for every split, by the images `counts` of each label.
+    """Check that each class has an image for every split; `counts` are the images of each label.
 
     Raises:
-        DataError: one line for each of the first three that have not.
+        DataError: a line for each of the first three classes that are too small.
     """
     small = [label for label in sorted(counts) if _matters(collection, label) and counts[label] < len(fractions.splits)]
-    _refuse(collection, fractions, [f"{_called(collection, label)} has {_images(counts[label])}" for label in small])
+    faults = [f"{_called(collection, label)} has {counted(counts[label], 'image')}" for label in small]
+    _refuse(collection, fractions, faults)
 
 
 def _all_groups(scan: Scan, groups: Groups) -> list[Integers]:
-    """The readable images, each once: alone, or with all members of its group."""
+    """Return the readable images, each once: alone, or with all members of its group."""
     alone = scan.readable.copy()
     for members in groups.shared:
         alone[members] = False
@@ -107,7 +109,7 @@ def _all_groups(scan: Scan, groups: Groups) -> list[Integers]:
 def _divide(
     units: Sequence[Integers], scan: Scan, fractions: Fractions, *, seed: int
 ) -> tuple[list[Integers], list[int]]:
-    """The groups of one class in the order in which they were drawn, and the split of each."""
+    """Return the groups of one class in the order of their draws, and the split of each."""
     keys = [int(scan.exact[members].min()) for members in units]
     draws = seeding.uniform(seed, 0, torch.tensor(keys), "split", 1)[:, 0].tolist()
     # The key breaks ties: groups with one key would be one group.
@@ -142,7 +144,7 @@ def _check_presence(collection: Collection, splits: Integers, fractions: Fractio
 
 
 def _refuse(collection: Collection, fractions: Fractions, faults: Sequence[str]) -> None:
-    """One line for each fault; of many, the first three."""
+    """Raise the first three faults, if there are any."""
     if not faults:
         return
     names = [SPLITS[split] for split in fractions.splits]
@@ -153,13 +155,9 @@ def _refuse(collection: Collection, fractions: Fractions, faults: Sequence[str])
 
 
 def _matters(collection: Collection, label: int) -> bool:
-    """Whether images of this label must be in every split: all but unlabelled ones beside labelled ones."""
+    """True if every split needs images of this label: all but unlabelled ones beside labelled ones."""
     return label >= 0 or not collection.classes
 
 
 def _called(collection: Collection, label: int) -> str:
     return f"class {collection.classes[label]}" if collection.classes else "this source"
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"

@@ -1,4 +1,4 @@
-"""All images of a path, whatever splits it has, under one numbering.
+"""All images of a path, with one numbering over its splits.
 
 Shapes: N images of a collection.
 """
@@ -33,7 +33,7 @@ class Collection:
 
     name: str
     said: str
-    """What was found, in a sentence."""
+    """A sentence on the images that were found."""
     splits: tuple[str, ...]
     sources: tuple[Source, ...]
     classes: tuple[str, ...]
@@ -45,11 +45,11 @@ class Collection:
 
     @property
     def split_numbers(self) -> Tensor:
-        """Which split each image is in: int64 [N]."""
+        """The split of each image: int64 [N]."""
         return torch.repeat_interleave(torch.tensor([len(source) for source in self.sources]))
 
     def locate(self, index: int) -> ImageLocation:
-        """Where image `index` is."""
+        """Return the split and source of image `index`."""
         for split, source in enumerate(self.sources):
             if index < len(source):
                 return ImageLocation(split, source, index)
@@ -57,32 +57,32 @@ class Collection:
         raise IndexError(index)
 
     def read(self, index: int) -> Tensor:
-        """The image as uint8 [3, H, W]."""
+        """Return the image as uint8 [3, H, W]."""
         _, source, inside = self.locate(index)
         return source.read(inside)
 
     def location(self, index: int) -> str:
-        """Where the image is stored."""
+        """The location of the image in its source."""
         _, source, inside = self.locate(index)
         return source.location(inside)
 
     def class_name(self, label: int) -> str:
-        """The name of a class; `unlabelled` for -1."""
+        """Return the name of a class; `unlabelled` for -1."""
         return self.classes[label] if label >= 0 else "unlabelled"
 
     def path(self, index: int) -> Path | None:
-        """The file of an image; None where it is no file of its own."""
+        """Return the file of an image; None if it is not stored as a file."""
         _, source, inside = self.locate(index)
         return Path(source.location(inside)) if isinstance(source, Files) else None
 
     def check_outside(self, out: Path) -> None:
-        """See that what is written into `out` does not become part of these images.
+        """Refuse a folder `out` whose files would become part of these images.
 
         Raises:
-            DataError: `out` is the folder of the images, or lies in it.
+            DataError: `out` is the folder of the images, or is inside it.
         """
-        place = Path(os.path.expanduser(self.name))
-        if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+        root = Path(os.path.expanduser(self.name))
+        if root.is_dir() and out.resolve().is_relative_to(root.resolve()):
             raise DataError(
                 f"{out}: lies inside {self.name}, whose images would then be found twice; choose another --out"
             )
@@ -91,7 +91,7 @@ class Collection:
 def open_collection(
     path: str, *, labels: Labels = "auto", image_column: str | None = None, label_column: str | None = None
 ) -> Collection:
-    """The images of everything that `data.path` can name.
+    """Open the images of any `data.path`.
 
     Of a folder with more splits than training needs (train, val and test), all are opened.
 
@@ -119,7 +119,7 @@ def open_collection(
 
 
 def _unused_splits(path: Path, labels: Labels, cache: Path) -> dict[str, Source]:
-    """The folders that name a split and are neither the training nor the validation folder."""
+    """Open the folders that are splits, but neither the training nor the validation folder."""
     folders = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
     chosen = choose_validation(folders)
     rest = {name: folders[name] for name in VALIDATION if name in folders and name != chosen}
@@ -131,6 +131,6 @@ def _unused_splits(path: Path, labels: Labels, cache: Path) -> dict[str, Source]
 
 
 def _renumber(source: Source, classes: list[str]) -> Tensor:
-    """The labels of a source as numbers of `classes`."""
+    """Return the labels of a source as numbers of `classes`."""
     numbers = torch.tensor([*(classes.index(name) for name in source.classes), -1])
     return numbers[source.labels]

@@ -3,7 +3,7 @@
 Two hashes of 128 bits that differ in at most n bits agree in all bits of at least one of n + 1 bands. So the hashes
 are sorted by each band, and only those with an equal band are compared. For N images of which k share a band with
 another one on average that is n + 1 sorts, O(n N log N), and O(n N k) comparisons: with n = 8 and photographs k is
-about N / 8,000 (measured on CIFAR-10). A band takes every (n + 1)-th bit, since bits of neighbouring cells say
+about N / 8,000 (measured on CIFAR-10). A band takes every (n + 1)-th bit, since bits of neighbouring cells are
 nearly the same.
 
 Shapes: N images, P pairs, M different hashes.
@@ -31,17 +31,17 @@ _LARGE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Groups:
-    """Which images belong together; each is in exactly one group, most are alone."""
+    """A partition of the images into groups of copies; most images are alone in theirs."""
 
     of_image: Integers
     """The lowest index of an image's group: [N]."""
     shared: tuple[Integers, ...]
     """The members of every group with several images, ascending, by lowest member."""
     num_exact: int
-    """Of these groups, how many hold one picture only, pixel by pixel."""
+    """Number of these groups whose images have equal pixels."""
 
     def doubts(self, collection: Collection) -> str | None:
-        """What to say where so many images are alike that the hash may not tell them apart."""
+        """Return a warning if a group is so large that the hash may confuse its images."""
         largest = max(self.shared, key=len, default=np.zeros(0, dtype=np.int64))
         if len(largest) <= max(_MANY, _LARGE_SHARE * len(self.of_image)):
             return None
@@ -53,10 +53,10 @@ class Groups:
 
 
 def group_duplicates(scan: Scan, *, max_bits: int | None) -> Groups:
-    """Images with equal pixels, or with perceptual hashes that differ in at most `max_bits`, in one group.
+    """Group images with equal pixels, or with perceptual hashes that differ in at most `max_bits`.
 
-    Likeness is passed on: a group may hold two images that are only joined by a third. Hashes of images
-    without detail are not compared, nor any where `max_bits` is None. Unreadable images stay alone.
+    Likeness is passed on: two images of a group may be joined only by a third. Hashes of images without detail are
+    not compared, and none are if `max_bits` is None. Unreadable images stay alone.
     """
     pairs = [_equal_pairs(scan.exact, scan.readable)]
     if max_bits is not None:
@@ -71,7 +71,7 @@ def group_duplicates(scan: Scan, *, max_bits: int | None) -> Groups:
 
 
 def check_max_bits(max_bits: int | None) -> None:
-    """See that a search with this limit ends in time.
+    """Refuse a limit with which a search would not end in time.
 
     Raises:
         ConfigError: it is negative, or so high that most bands of most images are equal.
@@ -84,7 +84,7 @@ def check_max_bits(max_bits: int | None) -> None:
 
 
 def near_pairs(hashes: NDArray[np.uint64], max_bits: int) -> Integers:
-    """Pairs of rows of `hashes` [N, 2] that differ in at most `max_bits` bits: [P, 2], each with the lower row first.
+    """Return pairs of rows of `hashes` [N, 2] that differ in at most `max_bits` bits: [P, 2], the lower row first.
 
     Of rows with the same hash only neighbours are paired, which is enough to join them.
     """
@@ -99,14 +99,14 @@ def near_pairs(hashes: NDArray[np.uint64], max_bits: int) -> Integers:
 
 
 def _band_mask(band: int, bands: int) -> NDArray[np.uint64]:
-    """The bits of a band: two words."""
+    """Return the bits of a band: two words."""
     bits = np.zeros(BITS, dtype=np.uint8)
     bits[band::bands] = 1
     return np.packbits(bits).view(np.uint64)
 
 
 def _close_in_band(hashes: NDArray[np.uint64], mask: NDArray[np.uint64], max_bits: int) -> Iterator[Integers]:
-    """Pairs of different hashes [M, 2] with an equal band and at most `max_bits` different bits, in portions."""
+    """Yield pairs of different hashes [M, 2] with an equal band and at most `max_bits` different bits, in portions."""
     bands = hashes & mask
     order = np.lexsort((bands[:, 1], bands[:, 0]))
     ordered = bands[order]
@@ -126,7 +126,7 @@ def _close_in_band(hashes: NDArray[np.uint64], mask: NDArray[np.uint64], max_bit
 
 
 def _equal_pairs(values: NDArray[np.int64], wanted: NDArray[np.bool_]) -> Integers:
-    """Neighbours among the wanted rows with one value: [P, 2]."""
+    """Return neighbours among the wanted rows with one value: [P, 2]."""
     rows = np.flatnonzero(wanted)
     rows = rows[np.argsort(values[rows], kind="stable")]
     equal = values[rows[1:]] == values[rows[:-1]]
@@ -134,7 +134,7 @@ def _equal_pairs(values: NDArray[np.int64], wanted: NDArray[np.bool_]) -> Intege
 
 
 def _join(count: int, pairs: Integers) -> Integers:
-    """The lowest member of each one's component: [N]."""
+    """Return the lowest member of each one's component: [N]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -1,4 +1,4 @@
-"""How an image is stored: its bytes, its format, and what decoding does to it."""
+"""The stored form of an image: its bytes, format and mode."""
 
 import io
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Encoding:
 
 
 def stored_bytes(collection: Collection, index: int) -> bytes | None:
-    """The bytes of an image file or of a row; None where the images are stored as pixels.
+    """Return the bytes of an image file or of a row; None if the images are stored as pixels.
 
     Raises:
         UnreadableImage: they cannot be read.
@@ -43,7 +43,7 @@ def stored_bytes(collection: Collection, index: int) -> bytes | None:
 
 
 def find_encoding(collection: Collection, index: int) -> Encoding | None:
-    """The encoding of an image, from its first bytes; None where there is none to be told."""
+    """Return the encoding of an image, from its first bytes; None if it is not known."""
     _, source, inside = collection.locate(index)
     if isinstance(source, Files):
         try:

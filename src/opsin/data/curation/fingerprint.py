@@ -1,7 +1,7 @@
-"""Numbers by which copies of an image are found: of its exact pixels, and of what it looks like.
+"""Fingerprints, by which copies of an image are found: one of its exact pixels, one of its looks.
 
 The perceptual hash is a difference hash (N. Krawetz, "Kind of Like That", 2013) in both directions: the image is
-reduced to 9 x 9 grey cells, and each of its 128 bits says whether a cell is darker than its right or its lower
+reduced to 9 x 9 grey cells, and each of its 128 bits is set if a cell is darker than its right or its lower
 neighbour. Scale, compression, colour and moderate brightness hardly change it; crops and mirrors do.
 
 Shapes: H, W of an image in pixels.
@@ -18,7 +18,7 @@ BITS = 128
 """Length of the perceptual hash."""
 
 MIN_DETAIL = 32
-"""Neighbouring cells that must differ visibly before a hash says anything: flat images all hash alike."""
+"""Neighbouring cells that must differ visibly before a hash means anything: flat images all hash alike."""
 
 _VISIBLE = 2
 _CELLS = 9
@@ -32,11 +32,11 @@ class Fingerprint:
     """In [0, 2**63)."""
     perceptual: tuple[int, int]
     detail: int
-    """How many of the 128 neighbouring cells differ by more than rounding; 0 for an image smaller than the cells."""
+    """Number of the 128 neighbouring cells that differ by more than rounding; 0 for an image smaller than the cells."""
 
 
 def fingerprint(pixels: NDArray[np.uint8]) -> Fingerprint:
-    """The fingerprint of an image uint8 [H, W, 3]."""
+    """Return the fingerprint of an image uint8 [H, W, 3]."""
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=8)
     digest.update(np.ascontiguousarray(pixels).data)
     cells = _reduce(pixels)

@@ -1,6 +1,6 @@
-"""One look at every image of a collection: what the data tools know of it is kept, the pixels are not.
+"""Scan of a collection: every image is decoded once, and its fingerprint, size and colours are kept.
 
-An image leaves 34 bytes behind, so that a million of them fit into little memory.
+An image takes 34 bytes, so that a million of them fit into little memory.
 
 Shapes: N images of a collection, H, W of an image in pixels.
 """
@@ -9,9 +9,9 @@ import os
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,16 @@ from opsin.data.curation.fingerprint import MIN_DETAIL, Fingerprint, fingerprint
 from opsin.data.quarantine import Failure
 from opsin.errors import DataError
 from opsin.reporting.console import duration
+from opsin.storage.teller import Teller
 
 _CHUNK = 64
-_SAY_EVERY_S = 10.0
+_REPORT_EVERY_S = 10.0
 _ROWS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What one image says. `mean` and `square` are of each channel, in 0..1."""
+    """The facts of one image. `mean` and `square` (the mean of squares) are of each channel, in 0..1."""
 
     index: int
     fingerprint: Fingerprint
@@ -43,41 +44,26 @@ class _Look:
     encoding: Encoding | None
 
 
-@dataclass
 class Scan:
-    """What is known of all images. Rows of unreadable ones are zero."""
+    """The facts of all images of a collection. Rows of unreadable images are zero."""
 
-    readable: NDArray[np.bool_]
-    exact: NDArray[np.int64]
-    """Equal for images with the same pixels: [N]."""
-    perceptual: NDArray[np.uint64]
-    """Bits that are mostly equal for images that look alike: [N, 2]."""
-    has_detail: NDArray[np.bool_]
-    """Whether `perceptual` says anything: [N]."""
-    sizes: NDArray[np.int32]
-    """Height and width: [N, 2]."""
-    unreadable: list[Failure] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
-    modes: Counter[str] = field(default_factory=Counter)
-    """Pillow's names: RGB, L, RGBA, CMYK."""
-    num_grey: int = 0
-    """Images whose three channels are equal."""
-    num_alpha: int = 0
-    num_16_bit: int = 0
-    _mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
-    _square: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
-
-    @classmethod
-    def empty(cls, count: int) -> "Scan":
-        """The scan of `count` images before the first is read."""
-        flags = np.zeros((2, count), dtype=np.bool_)
-        return cls(
-            flags[0],
-            np.zeros(count, dtype=np.int64),
-            np.zeros((count, 2), dtype=np.uint64),
-            flags[1],
-            np.zeros((count, 2), dtype=np.int32),
-        )
+    def __init__(self, count: int) -> None:
+        self.readable = np.zeros(count, dtype=np.bool_)
+        self.exact = np.zeros(count, dtype=np.int64)
+        """[N], equal for images with the same pixels."""
+        self.perceptual = np.zeros((count, 2), dtype=np.uint64)
+        """[N, 2], with mostly equal bits for images that look alike."""
+        self.has_detail = np.zeros(count, dtype=np.bool_)
+        """[N], false for images whose `perceptual` means nothing."""
+        self.sizes = np.zeros((count, 2), dtype=np.int32)
+        """[N, 2], height and width."""
+        self.unreadable: list[Failure] = []
+        self.formats: Counter[str] = Counter()
+        self.modes: Counter[str] = Counter()
+        """Images by Pillow's name of their mode: RGB, L, RGBA, CMYK."""
+        self.num_grey = self.num_alpha = self.num_16_bit = 0
+        self._mean = np.zeros(3)
+        self._square = np.zeros(3)
 
     @property
     def num_readable(self) -> int:
@@ -95,7 +81,7 @@ class Scan:
         variance = self._square / self.num_readable - (self._mean / self.num_readable) ** 2
         return tuple(np.sqrt(variance.clip(0)).tolist())
 
-    def note(self, look: _Look | Failure) -> None:
+    def add(self, look: _Look | Failure) -> None:
         """Add an image."""
         if isinstance(look, Failure):
             self.unreadable.append(look)
@@ -116,24 +102,24 @@ class Scan:
             self.num_16_bit += look.encoding.has_16_bits
 
 
-def scan(collection: Collection, *, say: Callable[[str], None]) -> Scan:
-    """Decode every image once, in threads; `say` hears every ten seconds how far it is.
+def scan(collection: Collection, teller: Teller) -> Scan:
+    """Decode every image once, in threads, and report every ten seconds how many are done.
 
     Raises:
         DataError: no image can be read.
     """
-    found = Scan.empty(len(collection))
-    started = said = time.monotonic()
+    found = Scan(len(collection))
+    started = reported = time.monotonic()
     done = 0
     for looks in _in_threads(collection):
         for look in looks:
-            found.note(look)
+            found.add(look)
         done += len(looks)
         now = time.monotonic()
-        if now - said >= _SAY_EVERY_S:
-            said = now
+        if now - reported >= _REPORT_EVERY_S:
+            reported = now
             left = duration((now - started) * (len(collection) - done) / done)
-            say(f"looked at {done:,} of {len(collection):,} images, {left} left")
+            teller.notice(f"looked at {done:,} of {len(collection):,} images, {left} left")
     if not found.num_readable:
         first = found.unreadable[0]
         raise DataError(
@@ -144,10 +130,10 @@ def scan(collection: Collection, *, say: Callable[[str], None]) -> Scan:
 
 
 def _in_threads(collection: Collection) -> Iterator[Sequence[_Look | Failure]]:
-    """The looks at all images, in their order; only a few chunks are on the way at any time."""
+    """Yield the facts of all images in their order; only a few chunks wait at any time."""
     threads = min(32, os.cpu_count() or 1)
     waiting: deque[Future[list[_Look | Failure]]] = deque()
-    # Decoders release the interpreter lock. Their warnings are told as counts of modes, if at all.
+    # Decoders release the interpreter lock. Their warnings are not shown: modes are counted instead.
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
         try:

@@ -1,4 +1,4 @@
-"""A split as files: class folders of links or copies, or CSV lists. It appears whole or not at all."""
+"""The files of a split: class folders of links or copies, or CSV lists. A split is written whole or not at all."""
 
 import csv
 import errno
@@ -17,50 +17,49 @@ from opsin.data.curation.assignment import LEFT_OUT, SPLITS
 from opsin.data.curation.collection import Collection
 from opsin.data.curation.duplicates import Integers
 from opsin.data.curation.encoding import find_encoding, stored_bytes
-from opsin.data.quarantine import Failure
+from opsin.data.quarantine import ESCAPES, Failure
 from opsin.data.sources.files import SUFFIXES
 from opsin.errors import ConfigError, DataError
 
 UNREADABLE_FILE = "unreadable.txt"
 DUPLICATES_FILE = "duplicates.csv"
 JOINED_LIST = "all.csv"
-"""All splits in one list, with a column that tells them apart."""
+"""The list of all splits, with a column that names them."""
 
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "PPM": ".ppm"}
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS)
-_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `out` when the block ends well, and is removed when not.
+    """Give a folder to write into; it gets the name `out` when the block ends well, and is removed when it fails.
 
     Raises:
         DataError: `out` is not empty, or cannot be written.
     """
     check_empty(out)
-    place = out.resolve()  # `.` has no name of its own
-    writing = place.with_name(f".{place.name}.{os.getpid()}.writing")
+    target = out.resolve()  # `.` has no name of its own
+    writing = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
         writing.mkdir(parents=True)
         yield writing
-        writing.replace(place)
+        writing.replace(target)
     except OSError as error:
         raise DataError(
             f"{out}: cannot be written: {error.strerror or error}; nothing is left there: make room, or choose "
             "another --out"
         ) from error
     except UnreadableImage as error:
-        raise DataError(f"{out}: not written: an image that was there is not any more ({error}); try again") from error
+        raise DataError(f"{out}: not written: an image has disappeared meanwhile ({error}); try again") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 
 
 def check_empty(out: Path) -> None:
-    """See that `out` is free.
+    """Check that `out` is free.
 
     Raises:
-        DataError: it is a file, or holds something.
+        DataError: it is a file, or not empty.
     """
     if out.is_dir() and not any(out.iterdir()):
         return
@@ -70,10 +69,10 @@ def check_empty(out: Path) -> None:
 
 
 def check_folders(collection: Collection) -> None:
-    """See that class folders can hold these images.
+    """Check that class folders can hold these images.
 
     Raises:
-        DataError: a class name is no folder name, or some images have no label.
+        DataError: a class name cannot name a folder, or some images have no label.
     """
     for name in collection.classes:
         if "/" in name or "\0" in name or name.startswith("."):
@@ -83,29 +82,28 @@ def check_folders(collection: Collection) -> None:
     unlabelled = int((collection.labels < 0).sum())
     if collection.classes and unlabelled:
         raise DataError(
-            f"{collection.name}: {unlabelled} of {len(collection)} images have no label, and class folders have no "
-            "place for them; label them, or use --as lists"
+            f"{collection.name}: {unlabelled} of {len(collection)} images have no label, and class folders need "
+            "one; label them, or use --as lists"
         )
 
 
 def check_lists(collection: Collection) -> None:
-    """See that lists can name these images.
+    """Check that lists can name these images.
 
     Raises:
-        ConfigError: they are no files of their own.
+        ConfigError: they are not stored as files.
     """
     if collection.path(0) is None:
         raise ConfigError(
-            f"command line: --as lists: {collection.name} holds its images in one place, not as files that a list "
+            f"command line: --as lists: {collection.name} does not hold its images as files, which a list "
             "could name; use --as folders"
         )
 
 
 def write_folders(collection: Collection, splits: Integers, folder: Path, *, copy: bool) -> str:
-    """Write `folder`/SPLIT/CLASS/NAME for every image; what was done in words.
+    """Write `folder`/SPLIT/CLASS/NAME for every image, and return a count of links and copies.
 
-    Images keep their file names, or are numbered where they have none. Files become hard links where
-    the file system can.
+    Images keep their file names, or are numbered if they have none. Files become hard links if the file system can.
     """
     done: Counter[str] = Counter()
     taken: set[Path] = set()
@@ -118,12 +116,12 @@ def write_folders(collection: Collection, splits: Integers, folder: Path, *, cop
         inside.mkdir(parents=True, exist_ok=True)
         target = _free_name(inside, _file_name(collection, index), taken)
         source = collection.path(index)
-        done[_write_image(collection, index, target) if source is None else _place(source, target, copy=copy)] += 1
+        done[_write_image(collection, index, target) if source is None else _link(source, target, copy=copy)] += 1
     return ", ".join(f"{number:,} {what}" for what, number in sorted(done.items()))
 
 
 def write_lists(collection: Collection, splits: Integers, folder: Path, out: Path) -> str:
-    """Write a list for each split, and one of all; paths are relative to `out`, where the lists will be."""
+    """Write a list for each split, and one of all; paths are relative to `out`, the later folder of the lists."""
     base = out.parent.resolve() / out.name
     rows: dict[int, list[tuple[str, ...]]] = {number: [] for number in range(len(SPLITS))}
     for index, split in enumerate(splits.tolist()):
@@ -142,14 +140,14 @@ def write_lists(collection: Collection, splits: Integers, folder: Path, out: Pat
 
 
 def write_unreadable(failures: Sequence[Failure], path: Path) -> None:
-    """One line `place<TAB>reason` for each image, if there is one."""
-    lines = [f"{failure.location.translate(_ESCAPES)}\t{failure.reason.translate(_ESCAPES)}\n" for failure in failures]
+    """Write a line `location<TAB>reason` for each image; no file if there is none."""
+    lines = [f"{failure.location.translate(ESCAPES)}\t{failure.reason.translate(ESCAPES)}\n" for failure in failures]
     if lines:
         path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
 def write_duplicates(collection: Collection, shared: Sequence[Integers], splits: Sequence[str], path: Path) -> None:
-    """One line for each image that has a copy; `splits` has the name of every image's split."""
+    """Write a line for each image that has a copy; `splits` has the name of every image's split."""
     rows = [
         (str(number), splits[index], collection.class_name(int(collection.labels[index])), collection.location(index))
         for number, members in enumerate(shared, 1)
@@ -160,7 +158,7 @@ def write_duplicates(collection: Collection, shared: Sequence[Integers], splits:
 
 
 def _file_name(collection: Collection, index: int) -> str:
-    """The name of the file, where a class folder would show it; else the number of the image."""
+    """Return the name of the file if a class folder would show it, else the number of the image."""
     path = collection.path(index)
     if path is not None and path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
         return path.name
@@ -178,7 +176,7 @@ def _free_name(folder: Path, name: str, taken: set[Path]) -> Path:
     return target
 
 
-def _place(source: Path, target: Path, *, copy: bool) -> str:
+def _link(source: Path, target: Path, *, copy: bool) -> str:
     if not copy:
         try:
             # The file itself, should its name be a symbolic link.

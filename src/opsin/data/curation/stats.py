@@ -1,4 +1,4 @@
-"""What there is to know about a set of images before training on it, with what looks wrong in words.
+"""Statistics of a set of images before training, with warnings.
 
 Shapes: N images of a collection.
 """
@@ -38,7 +38,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """Copies: groups of several images, and those in which all have the same pixels."""
+    """Copies: groups of several images, and those whose images have equal pixels."""
 
     groups: int
     exact_groups: int
@@ -49,14 +49,14 @@ class Duplicates:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The numbers of a set of images. `counts` has unreadable images too; everything below it has not."""
+    """The statistics of a set of images. `counts` includes unreadable images; everything after it does not."""
 
     name: str
     counts: Mapping[str, Mapping[str, int]]
-    """split -> class -> images; one class `unlabelled` where there are no labels."""
+    """split -> class -> images; the only class is `unlabelled` without labels."""
     num_unreadable: int
     unreadable: tuple[tuple[str, str], ...]
-    """Place and reason of the first few."""
+    """Location and reason of the first few."""
     sizes: Sizes
     mean: tuple[float, ...]
     """Of each channel, in 0..1; every image weighs the same."""
@@ -87,18 +87,18 @@ class Stats:
         return f"data.mean=[{written[0]}] data.std=[{written[1]}]"
 
     def as_dict(self) -> dict[str, object]:
-        """The same as plain values."""
+        """Return the statistics as plain values."""
         return {"images": self.num_images, **asdict(self), "keys": self.keys}
 
     def lines(self) -> list[str]:
-        """The report for a terminal."""
+        """Return the report for a terminal."""
         sizes, copies = self.sizes, self.duplicates
         per_class = self.per_class
         lines = [f"images: {self.num_images:,}"]
         if len(self.counts) > 1:
             lines[0] += f" ({', '.join(f'{name} {sum(of.values()):,}' for name, of in self.counts.items())})"
         if set(per_class) != {"unlabelled"}:
-            lines.append(f"classes: {_in_words(per_class)}")
+            lines.append(f"classes: {_describe(per_class)}")
         if sizes.distinct == 1:
             lines.append(f"sizes: all {_times(sizes.largest)}")
         else:
@@ -107,23 +107,22 @@ class Stats:
                 f"sizes: {_times(sizes.smallest)} ({sizes.smallest_place}) to {_times(sizes.largest)} "
                 f"({sizes.largest_place}); shorter side mostly {low} to {high}, median {middle}"
             )
-            lines.append(
-                "aspect (width / height): mostly {:.2f} to {:.2f}, median {:.2f}".format(*_outer(sizes.aspect))
-            )
+            narrow, usual, wide = sizes.aspect
+            lines.append(f"aspect (width / height): mostly {narrow:.2f} to {wide:.2f}, median {usual:.2f}")
         lines.append(self.keys)
         kinds = {"grey": self.num_grey, "with transparency": self.num_alpha, "16 bit": self.num_16_bit}
         stored = [f"{number:,} {name}" for name, number in (*self.formats.items(), *kinds.items()) if number]
         if stored:
             lines.append(f"stored as: {', '.join(stored)}")
         lines.append(f"unreadable: {self.num_unreadable:,}")
-        lines += [f"  {place}: {reason}" for place, reason in self.unreadable]
+        lines += [f"  {location}: {reason}" for location, reason in self.unreadable]
         more = f" ({copies.exact_groups:,} of them with equal pixels)" if copies.groups else ""
         lines.append(f"duplicates: {copies.images:,} images in {counted(copies.groups, 'group')}{more}")
         return [*lines, *(f"warning: {text}" for text in self.warnings)]
 
 
 def summarize(collection: Collection, scan: Scan, groups: Groups) -> Stats:
-    """The numbers of a collection that was scanned and grouped."""
+    """Compute the statistics of a collection from its scan and its groups."""
     split_numbers, labels = collection.split_numbers.numpy(), collection.labels.numpy()
     counts: dict[str, dict[str, int]] = {}
     present = np.unique(labels).tolist()
@@ -167,7 +166,7 @@ def _sizes(collection: Collection, scan: Scan) -> Sizes:
 
 
 def _leaks(collection: Collection, groups: Groups) -> dict[str, int]:
-    """How many images of a later split have a copy in an earlier one."""
+    """Count the images of a later split that have a copy in an earlier one."""
     split_numbers = collection.split_numbers.numpy()
     found: Counter[str] = Counter()
     for members in groups.shared:
@@ -199,7 +198,7 @@ def _warnings(
         are = "is a near-duplicate" if number == 1 else "are near-duplicates"
         yield (
             f"{counted(number, f'{later} image')} {are} of {names.get(earlier, earlier)} images: scores on them "
-            "say little; opsin data split --merge splits anew and keeps copies together"
+            "mean little; opsin data split --merge makes other splits and keeps copies together"
         )
     labels = collection.labels.numpy()
     torn = [members for members in groups.shared if len(np.unique(labels[members])) > 1]
@@ -215,7 +214,7 @@ def _warnings(
 
 
 def _imbalance(counts: Mapping[str, int]) -> Iterator[str]:
-    """Classes without images, and those far smaller than the largest."""
+    """Warn of classes without images, and of classes far smaller than the largest."""
     empty = [name for name, number in counts.items() if not number]
     if empty:
         more = f" (and {len(empty) - _SHOWN} more)" if len(empty) > _SHOWN else ""
@@ -228,7 +227,7 @@ def _imbalance(counts: Mapping[str, int]) -> Iterator[str]:
         yield f"{len(small) - _SHOWN} more classes are {_IMBALANCE} or more times smaller than {largest}"
 
 
-def _in_words(per_class: Mapping[str, int]) -> str:
+def _describe(per_class: Mapping[str, int]) -> str:
     if len(per_class) <= _MANY_CLASSES:
         return ", ".join(f"{name} {number:,}" for name, number in per_class.items())
     small, large = min(per_class, key=per_class.__getitem__), max(per_class, key=per_class.__getitem__)
@@ -237,8 +236,3 @@ def _in_words(per_class: Mapping[str, int]) -> str:
 
 def _times(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def _outer(three: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Lowest, highest, middle."""
-    return three[0], three[2], three[1]

@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opsin.data.curation.collection import Collection
@@ -14,6 +14,7 @@ from opsin.data.curation.stats import Stats, summarize
 from opsin.data.curation.stats_pictures import choose_pairs, draw_pairs, draw_samples, draw_sizes
 from opsin.errors import DataError
 from opsin.storage.files import write_atomic
+from opsin.storage.teller import Teller
 
 PAGE_FILE = "stats.html"
 
@@ -30,10 +31,8 @@ img { max-width: 100%; height: auto; } code { background: #f3f3f3; padding: .1re
 """
 
 
-def report_stats(
-    collection: Collection, *, out: Path | None, max_bits: int | None, say: Callable[[str], None]
-) -> Stats:
-    """The numbers of a collection, with the report in the folder `out` where one is given.
+def report_stats(collection: Collection, teller: Teller, *, out: Path | None, max_bits: int | None) -> Stats:
+    """Compute the statistics of a collection, and write the report into the folder `out` if one is given.
 
     Raises:
         ConfigError: `max_bits` is out of range.
@@ -42,7 +41,7 @@ def report_stats(
     check_max_bits(max_bits)
     if out is not None:
         collection.check_outside(out)
-    looked = scan(collection, say=say)
+    looked = scan(collection, teller)
     groups = group_duplicates(looked, max_bits=max_bits)
     stats = summarize(collection, looked, groups)
     if out is not None:
@@ -50,11 +49,11 @@ def report_stats(
     return stats
 
 
-def write_report(stats: Stats, collection: Collection, looked: Scan, groups: Groups, out: Path) -> list[Path]:
-    """The files of the report in the folder `out`, written anew: the page, its pictures, lists and numbers.
+def write_report(stats: Stats, collection: Collection, looked: Scan, groups: Groups, out: Path) -> None:
+    """Write the files of the report into the folder `out`: the page, its pictures, lists and numbers.
 
     Raises:
-        DataError: the folder cannot be written, or matplotlib is missing.
+        DataError: the folder cannot be written.
     """
     pairs = choose_pairs(collection, looked, groups)
     pictures = {"samples.png": draw_samples(collection, looked)}
@@ -81,11 +80,10 @@ def write_report(stats: Stats, collection: Collection, looked: Scan, groups: Gro
         raise DataError(
             f"{out}: cannot be written: {error.strerror or error}; make room, or choose another --out"
         ) from error
-    return [out / name for name in files]
 
 
 def render(stats: Stats, pictures: Mapping[str, bytes], pairs: Sequence[Sequence[str]]) -> str:
-    """The page. `pairs` describes the columns of `duplicates.png`."""
+    """Return the page; `pairs` describes the columns of `duplicates.png`."""
     sections = [
         "".join(f'<p class="warning">{html.escape(text)}</p>' for text in stats.warnings),
         f"<h2>Samples</h2>{_image(pictures['samples.png'], 'Some images of each class')}",
@@ -155,7 +153,7 @@ def _duplicates(stats: Stats, pictures: Mapping[str, bytes], pairs: Sequence[Seq
 def _unreadable(stats: Stats) -> str:
     if not stats.num_unreadable:
         return "<p>None.</p>"
-    rows = "".join(f"<li>{html.escape(place)}: {html.escape(reason)}</li>" for place, reason in stats.unreadable)
+    rows = "".join(f"<li>{html.escape(location)}: {html.escape(reason)}</li>" for location, reason in stats.unreadable)
     return f"<p>{stats.num_unreadable:,}, all listed in {UNREADABLE_FILE}. The first:</p><ul>{rows}</ul>"
 
 

@@ -17,7 +17,7 @@ from opsin.data.curation.scan import Scan
 from opsin.reporting.style import BLUE, Pixels, new_figure, pixel_grid, to_png
 
 MAX_PAIRS = 12
-"""Copies that are shown."""
+"""The largest number of pairs of copies in a picture."""
 
 _CELL_PX = 96
 _GAP_PX = 4
@@ -28,7 +28,7 @@ _MAX_POINTS = 20_000
 
 
 def draw_samples(collection: Collection, scan: Scan) -> bytes:
-    """Eight images of each class, at random but always the same; of many classes, twelve spread over all."""
+    """Draw eight images of each class, at random but always the same; of many classes, twelve spread over all."""
     labels = np.where(scan.readable, collection.labels.numpy(), -2)
     present = [label for label in np.unique(labels).tolist() if label >= -1]
     chosen = [present[i] for i in np.linspace(0, len(present) - 1, min(_MAX_CLASSES, len(present))).astype(int)]
@@ -46,13 +46,13 @@ def draw_samples(collection: Collection, scan: Scan) -> bytes:
 
 
 def draw_pairs(collection: Collection, pairs: Sequence[tuple[int, int]]) -> bytes:
-    """Two images of a group of copies above each other, numbered from 1."""
+    """Draw pairs of copies, one image above the other, numbered from 1."""
     cells = [[_cell(collection, pair[row]) for pair in pairs] for row in (0, 1)]
     return _draw_grid(cells, column_names=[str(number) for number in range(1, len(pairs) + 1)])
 
 
 def choose_pairs(collection: Collection, scan: Scan, groups: Groups) -> list[tuple[int, int]]:
-    """Two images of each of the first groups: those across splits first, then those with different pixels."""
+    """Return two images of each of the first groups: those across splits first, then those with different pixels."""
     split_numbers = collection.split_numbers.numpy()
     pairs: list[tuple[bool, bool, int, int]] = []
     for members in groups.shared:
@@ -64,7 +64,7 @@ def choose_pairs(collection: Collection, scan: Scan, groups: Groups) -> list[tup
 
 
 def draw_sizes(scan: Scan) -> bytes:
-    """Widths against heights, and how often each aspect occurs."""
+    """Draw widths against heights, and a histogram of aspects."""
     figure = new_figure(9.0, 3.6, dots_per_inch=100)
     sizes = scan.sizes[scan.readable]
     step = -(-len(sizes) // _MAX_POINTS)
@@ -87,7 +87,7 @@ def draw_sizes(scan: Scan) -> bytes:
 def _draw_grid(
     cells: Sequence[Sequence[Pixels]], *, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
 ) -> bytes:
-    """Cells [R][K], each uint8 [S, S, 3], with names left of rows or above columns."""
+    """Draw cells [R][K], each uint8 [S, S, 3], with names left of rows or above columns."""
     left, top = 180 if row_names else 10, 24 if column_names else 10
     figure, axes = pixel_grid(cells, gap=_GAP_PX, left=left, top=top)
     middle, step = _CELL_PX / 2, _CELL_PX + _GAP_PX
@@ -100,7 +100,7 @@ def _draw_grid(
 
 
 def _cell(collection: Collection, index: int) -> Pixels:
-    """An image inside a white square [S, S, 3]; white only, should it have vanished meanwhile."""
+    """Return an image inside a white square [S, S, 3]; only white if it has disappeared meanwhile."""
     cell = np.full((_CELL_PX, _CELL_PX, 3), 255, dtype=np.uint8)
     try:
         image = Image.fromarray(collection.read(index).permute(1, 2, 0).contiguous().numpy())

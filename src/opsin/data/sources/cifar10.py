@@ -9,12 +9,11 @@ import hashlib
 import http.client
 import os
 import pickle
+import shutil
 import tarfile
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +32,7 @@ ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCHES = ("test_batch",)
 
-# What tarfile, gzip and pickle raise on damaged bytes, and we on batches of another content.
+# Exceptions of tarfile, gzip and pickle on damaged bytes, and of our own code on other content.
 _DAMAGE = (
     *(OSError, EOFError, tarfile.TarError, zlib.error, pickle.PickleError),
     *(ImportError, AttributeError, LookupError, TypeError, ValueError),
@@ -44,7 +43,7 @@ _CHUNK = 1 << 20
 
 @dataclass
 class Cifar10:
-    """Images of some batch files in a folder or archive; every process reads the pixels once, when it needs them."""
+    """The images of batch files in a folder or archive; every process reads the pixels once, on first use."""
 
     name: str
     classes: tuple[str, ...]
@@ -80,7 +79,7 @@ class Batches:
 
 
 def open_cifar10(path: Path) -> tuple[Cifar10, Cifar10]:
-    """Training and test images of a folder of python batches or of their .tar.gz.
+    """Return the training and test images of a folder of python batches or of their .tar.gz.
 
     Raises:
         DataError: a batch is missing or damaged.
@@ -93,7 +92,7 @@ def open_cifar10(path: Path) -> tuple[Cifar10, Cifar10]:
 
 
 def read_batches(path: Path, batches: tuple[str, ...]) -> Batches:
-    """The named batch files of a folder or archive.
+    """Read the named batch files of a folder or archive.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -136,9 +135,9 @@ class _NumpyUnpickler(pickle.Unpickler):
 
 
 def fetch_cifar10(cache: Path, *, base_url: str = BASE_URL, md5: str = ARCHIVE_MD5) -> Path:
-    """The folder or archive in `cache`; the archive is downloaded where neither is there.
+    """Return the folder or archive in `cache`; without one the archive is downloaded, by one process at a time.
 
-    An interrupted download goes on where it stopped. The archive takes its name only when it is whole and verified.
+    The archive gets its name only when it is whole and verified.
 
     Raises:
         DataError: no network, or the server sends something else.
@@ -149,42 +148,25 @@ def fetch_cifar10(cache: Path, *, base_url: str = BASE_URL, md5: str = ARCHIVE_M
             return cache / FOLDER
         if not archive.exists():
             part = cache / f"{ARCHIVE}.part"
-            with _faults_explained(base_url + ARCHIVE, cache):
-                _download(base_url + ARCHIVE, part)
+            _download(base_url + ARCHIVE, part, cache)
             _verify(part, md5, base_url + ARCHIVE)
             os.replace(part, archive)
     return archive
 
 
-@contextmanager
-def _faults_explained(url: str, cache: Path) -> Iterator[None]:
+def _download(url: str, part: Path, cache: Path) -> None:
     try:
-        yield
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
+            expected = answer.length
+            shutil.copyfileobj(answer, file, _CHUNK)
+            if expected is not None and file.tell() < expected:
+                raise ConnectionError(f"the connection ended after {file.tell():,} of {expected:,} bytes")
     except (OSError, http.client.HTTPException) as error:
+        part.unlink(missing_ok=True)
         raise DataError(
             f"cifar10 is not in {cache} and {url} cannot be downloaded ({error}); try again, put that file into "
             f"{cache}, or set data.path to a folder {FOLDER} or to one with train.parquet and test.parquet"
         ) from error
-
-
-def _download(url: str, part: Path) -> None:
-    done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        error.close()
-        # 416: there is nothing after the bytes we have.
-        if error.code == 416:
-            return
-        raise
-    with answer, part.open("ab" if answer.status == 206 else "wb") as file:
-        expected = answer.length
-        received = 0
-        while chunk := answer.read(_CHUNK):
-            received += file.write(chunk)
-    if expected is not None and received < expected:
-        raise ConnectionError(f"the connection ended after {received:,} of {expected:,} bytes")
 
 
 def _verify(part: Path, md5: str, url: str) -> None:

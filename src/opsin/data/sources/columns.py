@@ -1,4 +1,4 @@
-"""Which columns of a parquet file hold the images and the labels.
+"""The columns of a parquet file that hold the images and the labels.
 
 The hub layout: an image is a struct `{bytes, path}` or plain bytes; the schema's metadata under `huggingface`
 names images and the classes of integer labels.
@@ -29,7 +29,7 @@ class Columns:
 def find_columns(
     file: Path, schema: pa.Schema, labels: Labels, *, image_column: str | None, label_column: str | None
 ) -> Columns:
-    """The columns to read: those given, else the only ones that fit.
+    """Return the columns to read: the given ones, else the only ones that fit.
 
     Raises:
         DataError: no image column, several that fit, or one of a wrong type.

@@ -31,24 +31,8 @@ class Strings:
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
 
 
-SUFFIXES = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-    }
-)
+_NETPBM = {".ppm", ".pgm", ".pbm", ".pnm"}
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", *_NETPBM})
 
 
 @dataclass
@@ -81,9 +65,9 @@ class Files:
 def label_files(
     root: Path, paths: Sequence[str], names: Sequence[str | None] | None, *, classes: tuple[str, ...] | None = None
 ) -> Files:
-    """Files with the class names `names`, or without labels where it is None.
+    """Return files with the class names `names`, or without labels if it is None.
 
-    `classes` are those of the training images; without, `names` state the classes.
+    `classes` are those of the training images; None takes those in `names`.
     """
     if names is None:
         return Files(str(root), (), no_labels(len(paths)), str(root), Strings(paths))
@@ -93,9 +77,9 @@ def label_files(
 
 
 def find_images(root: Path) -> Iterator[str]:
-    """Paths relative to `root`, with "/", of all files below it with a suffix of `SUFFIXES`, in no fixed order.
+    """Yield the paths, relative to `root` with "/", of all files below it that end as in `SUFFIXES`, in any order.
 
-    Links to folders are followed, except those back to a folder that holds them. Names with a leading dot do not count.
+    Links to folders are followed, except those back to a folder that holds them. Names with a leading dot are skipped.
 
     Raises:
         OSError: a folder cannot be read.

@@ -1,4 +1,4 @@
-"""Folders of images, with the class or the split in the folder names.
+"""Folders of images, whose names are classes or splits.
 
 Splits. If DIR has a folder `train`, then `train` trains and the first of `val`, `valid`, `validation`, `test`
 validates. A folder `train` between other folders with images is a class, unless one of those names is there too:
@@ -19,7 +19,7 @@ from opsin.errors import DataError
 
 
 def open_folder(path: Path, labels: Labels = "auto") -> Opened:
-    """The images below a folder.
+    """Open the images below a folder.
 
     Raises:
         DataError: no images, an unclear layout, or labels in one split only.
@@ -93,7 +93,7 @@ def _class_names(root: Path, images: Sequence[str], labels: Labels) -> list[str 
     if loose:
         shown = ", ".join(str(root / image) for image in loose[:3]) + (", ..." if len(loose) > 3 else "")
         raise DataError(
-            f"{root}: {len(loose)} of {len(images)} images lie in no class folder ({shown}); "
+            f"{root}: {len(loose)} of {len(images)} images are not in a class folder ({shown}); "
             f"data.labels=folders needs one for every image: move them, or set data.labels=none"
         )
     return [image.split("/", 1)[0] for image in images]

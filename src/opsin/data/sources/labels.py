@@ -1,4 +1,4 @@
-"""Class names to class numbers, and which images train and which validate, as the stored data says it."""
+"""Labels as class numbers, and the words by which stored data names its training and validation images."""
 
 import re
 from collections.abc import Container, Iterable, Sequence
@@ -12,7 +12,7 @@ from opsin.data.base import Source
 from opsin.errors import DataError
 
 Labels = Literal["auto", "folders", "none"]
-"""`auto` finds out; `folders`: the first folder below the root is the class; `none`: labels are not used."""
+"""Labels as in `data.labels`: `auto`, the first folder below the root, or none."""
 
 TRAIN = "train"
 VALIDATION = ("val", "valid", "validation", "test")
@@ -23,7 +23,7 @@ _SPLIT_WORD = re.compile(r"(?<![a-z])(train|validation|valid|val|test)(?![a-z])"
 
 @dataclass(frozen=True)
 class Opened:
-    """What a path holds. `val` is None where nothing is set apart; `said` is one sentence for the user."""
+    """The images of a path. `val` is None without validation images; `said` is one sentence for the user."""
 
     kind: str
     train: Source
@@ -32,39 +32,39 @@ class Opened:
 
 
 def choose_validation(splits: Container[str]) -> str | None:
-    """The split to validate on: the first of `VALIDATION` that is there."""
+    """Return the split to validate on: the first of `VALIDATION` that is there."""
     return next((name for name in VALIDATION if name in splits), None)
 
 
 def split_in_name(name: str) -> str | None:
-    """The split that a file name states: `train` for `train-00000-of-00002.parquet`."""
+    """Return the split in a file name: `train` for `train-00000-of-00002.parquet`."""
     found = _SPLIT_WORD.search(name.lower())
     return found.group(1) if found else None
 
 
 def describe(found: str, train: Source, val: Source | None, *notes: str) -> str:
-    """`FOUND: 120 training images, 30 validation images`, then the notes that are not empty."""
+    """Return `FOUND: 120 training images, 30 validation images`, then the notes that are not empty."""
     counts = counted(len(train), "training image")
     counts += ", no validation images" if val is None else f", {counted(len(val), 'validation image')}"
     return "; ".join([f"{found}: {counts}", *filter(None, notes)])
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 image`, `1,200 images`, `2 classes`."""
+    """Return `1 image`, `1,200 images`, `2 classes`."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
 
 
 def find_classes(names: Iterable[str | None]) -> tuple[str, ...]:
-    """Every class once, sorted; in numeric order if all are whole numbers. None is no class."""
+    """Return every class once, sorted, in numeric order if all are whole numbers. None is not a class."""
     distinct = {name for name in names if name is not None}
     if all(name.isdecimal() for name in distinct):
         return tuple(sorted(distinct, key=lambda name: (int(name), name)))
     return tuple(sorted(distinct))
 
 
-def index_labels(names: Sequence[str | None], classes: Sequence[str], place: str) -> Tensor:
-    """Class numbers int64 [N]; None becomes -1, unlabelled.
+def index_labels(names: Sequence[str | None], classes: Sequence[str], location: str) -> Tensor:
+    """Return class numbers int64 [N]; None becomes -1, unlabelled.
 
     Raises:
         DataError: a name is not among `classes`, those of the training images.
@@ -75,12 +75,12 @@ def index_labels(names: Sequence[str | None], classes: Sequence[str], place: str
     if unknown:
         shown = ", ".join(repr(name) for name in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise DataError(
-            f"{place}: validation images of classes without training images ({shown}; {len(unknown)} in all); "
+            f"{location}: validation images of classes without training images ({shown}; {len(unknown)} in all); "
             f"both splits need the same classes: add training images, or remove these validation images"
         )
     return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
 
 
 def no_labels(count: int) -> Tensor:
-    """-1 for each of `count` images: int64 [N]."""
+    """Return -1 for each of `count` images: int64 [N]."""
     return torch.full((count,), -1, dtype=torch.int64)

@@ -22,11 +22,11 @@ class _Rows:
 def open_list(
     path: Path, labels: Labels = "auto", *, image_column: str | None = None, label_column: str | None = None
 ) -> Opened:
-    """The images that a list names, relative to the folder of the list or absolute.
+    """Open the images that a list names, relative to the folder of the list or absolute.
 
-    The first line has the column names: `path`, `label` (may be left out with `labels="none"`) and, if wanted, `split`
-    (`train`, `val`, `valid`, `validation`, `test`). An empty label means unlabelled. Columns are separated by
-    tabs in `.tsv`, by commas otherwise.
+    The first line has the column names: `path`, `label` (optional with `labels="none"`) and optionally `split`
+    (`train`, `val`, `valid`, `validation`, `test`). An empty label means unlabelled. Columns are separated by tabs in
+    `.tsv`, by commas otherwise.
 
     Raises:
         DataError: columns, values or files are missing.
@@ -52,7 +52,7 @@ def _source(path: Path, rows: _Rows, labels: Labels, classes: tuple[str, ...] | 
 
 
 def _read(path: Path, image_column: str, label_column: str | None) -> dict[str, _Rows]:
-    """Rows by split."""
+    """Return the rows by split."""
     splits: dict[str, _Rows] = {}
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
@@ -60,11 +60,11 @@ def _read(path: Path, image_column: str, label_column: str | None) -> dict[str, 
             reader = csv.DictReader(file, delimiter=delimiter)
             _check_columns(path, reader.fieldnames or (), image_column, label_column)
             for row in reader:
-                place = f"{path}:{reader.line_num}"
-                split = _split(place, row.get(_SPLIT_COLUMN, TRAIN))
+                line = f"{path}:{reader.line_num}"
+                split = _split(line, row.get(_SPLIT_COLUMN, TRAIN))
                 if not row[image_column]:
                     raise DataError(
-                        f"{place}: column {image_column} is empty; every line names an image: fill or remove it"
+                        f"{line}: column {image_column} is empty; every line names an image: fill or remove it"
                     )
                 rows = splits.setdefault(split, _Rows())
                 rows.paths.append(row[image_column])
@@ -87,10 +87,10 @@ def _check_columns(path: Path, columns: Sequence[str], image_column: str, label_
         raise DataError(*faults)
 
 
-def _split(place: str, value: str | None) -> str:
+def _split(line: str, value: str | None) -> str:
     split = (value or "").strip().lower()
     if split not in (TRAIN, *VALIDATION):
-        raise DataError(f"{place}: split {value!r} is unknown; it is one of {', '.join((TRAIN, *VALIDATION))}")
+        raise DataError(f"{line}: split {value!r} is unknown; it is one of {', '.join((TRAIN, *VALIDATION))}")
     return split
 
 

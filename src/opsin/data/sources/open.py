@@ -1,23 +1,26 @@
-"""Opening images: from one path, or the word `digits` or `cifar10`, to sources of training and validation images."""
+"""Opening images: from a path, or the word `digits` or `cifar10`, to sources of training and validation images."""
 
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from opsin.data.decode import JPEG_DECODER
 from opsin.data.sources import cifar10
-from opsin.data.sources.digits import load_digits
+from opsin.data.sources.digits import Digits, load_digits
 from opsin.data.sources.folder import open_folder
 from opsin.data.sources.labels import Labels, Opened, describe, no_labels
 from opsin.data.sources.lists import open_list
 from opsin.data.sources.tables import open_tables
 from opsin.errors import DataError
 
+_Bundled = TypeVar("_Bundled", Digits, cifar10.Cifar10)
+
 KINDS = ("digits", "cifar10", "folder", "csv", "parquet")
-"""What `open_sources` can open."""
+"""The kinds of storage."""
 
 WORDS = ("digits", "cifar10")
-"""Paths that name a data set instead of a place."""
+"""Paths that name a data set instead of a file or a folder."""
 
 _ENDINGS = {"csv": (".csv", ".tsv"), "parquet": (".parquet",), "cifar10": (".tar.gz", ".tgz")}
 
@@ -31,29 +34,29 @@ def open_sources(
     label_column: str | None = None,
     cache: Path,
 ) -> Opened:
-    """The training images of a path and, where it sets them apart, its validation images.
+    """Open the training images of a path, and its validation images if it has a split.
 
-    `kind` is one of `KINDS`, or `auto`: the words `digits` and `cifar10` (a folder of that name is `./digits`); a file
-    by its ending; a folder with python batches is CIFAR-10, one with parquet files in it or in its folder `data` is
-    parquet, any other holds image files. `cifar10` looks into the folder `cache`, then downloads. `image_column` and
-    `label_column` are for csv and parquet.
+    `kind` is one of `KINDS`, or `auto`: the words `digits` and `cifar10` (a folder of that name is `./digits`) are data
+    sets; a file is known by its ending; a folder with python batches is CIFAR-10, one with parquet files in it or
+    in its folder `data` is parquet, any other holds image files. The word `cifar10` looks into the folder `cache`, then
+    downloads. `image_column` and `label_column` are for csv and parquet.
 
     Raises:
         DataError: the path is missing, empty, unclear or damaged.
     """
     if kind not in ("auto", *KINDS):
         raise DataError(f"data.kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
-    place = Path(os.path.expanduser(path))
-    if path not in WORDS and not place.exists():
+    root = Path(os.path.expanduser(path))
+    if path not in WORDS and not root.exists():
         raise DataError(
             f"{path}: no such file or folder; data.path is a folder of images, a .csv list, .parquet files, "
             f"digits or cifar10: check the path, which is relative to {Path.cwd()}"
         )
-    found = _find_kind(path, place) if kind == "auto" else kind
+    found = _find_kind(path, root) if kind == "auto" else kind
     if labels == "folders" and found != "folder":
         raise DataError(f"{path}: data.labels=folders needs a folder of images, but this is {found}; use auto or none")
     try:
-        opened = _open(found, path, place, labels, image_column, label_column, cache)
+        opened = _open(found, path, root, labels, image_column, label_column, cache)
     except OSError as error:
         raise DataError(
             f"{error.filename or path}: {error.strerror or error}; opsin must be able to read all of data.path "
@@ -64,14 +67,14 @@ def open_sources(
     return opened
 
 
-def _find_kind(path: str, place: Path) -> str:
+def _find_kind(path: str, root: Path) -> str:
     if path in WORDS:
         return path
-    name = place.name.lower()
-    if place.is_dir():
-        if (place / cifar10.FOLDER).is_dir() or (place / cifar10.TRAIN_BATCHES[0]).is_file():
+    name = root.name.lower()
+    if root.is_dir():
+        if (root / cifar10.FOLDER).is_dir() or (root / cifar10.TRAIN_BATCHES[0]).is_file():
             return "cifar10"
-        has_tables = any(next(folder.glob("*.parquet"), None) for folder in (place, place / "data"))
+        has_tables = any(next(folder.glob("*.parquet"), None) for folder in (root, root / "data"))
         return "parquet" if has_tables else "folder"
     for kind, group in _ENDINGS.items():
         if name.endswith(group):
@@ -81,30 +84,30 @@ def _find_kind(path: str, place: Path) -> str:
 
 
 def _open(
-    kind: str, path: str, place: Path, labels: Labels, image_column: str | None, label_column: str | None, cache: Path
+    kind: str, path: str, root: Path, labels: Labels, image_column: str | None, label_column: str | None, cache: Path
 ) -> Opened:
     if kind == "digits":
         return _open_digits(labels)
     if kind == "cifar10":
-        return _open_cifar10(path, cifar10.fetch_cifar10(cache) if path == kind else place, labels)
+        return _open_cifar10(path, cifar10.fetch_cifar10(cache) if path == kind else root, labels)
     if kind == "csv":
-        return open_list(place, labels, image_column=image_column, label_column=label_column)
+        return open_list(root, labels, image_column=image_column, label_column=label_column)
     if kind == "parquet":
-        return open_tables(place, labels, image_column=image_column, label_column=label_column, cache=cache)
-    return open_folder(place, labels)
+        return open_tables(root, labels, image_column=image_column, label_column=label_column, cache=cache)
+    return open_folder(root, labels)
 
 
 def _open_digits(labels: Labels) -> Opened:
-    digits = load_digits()
-    if labels == "none":
-        digits = replace(digits, classes=(), labels=no_labels(len(digits)))
+    digits = _label(load_digits(), labels)
     return Opened("digits", digits, None, describe("found the digits bundled with scikit-learn", digits, None))
 
 
-def _open_cifar10(path: str, place: Path, labels: Labels) -> Opened:
-    train, test = cifar10.open_cifar10(place / cifar10.FOLDER if (place / cifar10.FOLDER).is_dir() else place)
-    if labels == "none":
-        train = replace(train, classes=(), labels=no_labels(len(train)))
-        test = replace(test, classes=(), labels=no_labels(len(test)))
+def _open_cifar10(path: str, root: Path, labels: Labels) -> Opened:
+    inner = root / cifar10.FOLDER
+    train, test = (_label(part, labels) for part in cifar10.open_cifar10(inner if inner.is_dir() else root))
     found = "found CIFAR-10" + ("" if path == "cifar10" else f" in {path}")
     return Opened("cifar10", train, test, describe(found, train, test))
+
+
+def _label(source: _Bundled, labels: Labels) -> _Bundled:
+    return replace(source, classes=(), labels=no_labels(len(source))) if labels == "none" else source

@@ -1,8 +1,8 @@
 """The encoded images of parquet files, by row number.
 
-A row group is read as a whole, so single rows in random order cost a group each. Small tables are
-therefore kept in memory, one row group after the other as they are asked for; large ones are written
-once, uncompressed, to a file in the cache, which all processes map: one image then costs its own bytes.
+A row group is read as a whole, so that each single row in random order costs a group. Small tables are therefore kept
+in memory, each row group from its first use on; large ones are written once, uncompressed, to a file in the cache,
+which all processes map: one image then costs its own bytes.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Store(Protocol):
     """Encoded images by row number. Pickles without its images."""
 
     def read(self, row: int) -> bytes:
-        """The bytes of one image; none where the row is null."""
+        """Return the bytes of one image; none if the row is null."""
         ...
 
 
@@ -44,7 +44,7 @@ class RowGroups:
     """Size of the column, uncompressed."""
 
     def group_of(self, row: int) -> int:
-        """Which group holds a row."""
+        """Return the number of the group that holds a row."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def location(self, row: int) -> str:
@@ -54,7 +54,7 @@ class RowGroups:
         return f"{self.files[file]} row {row - first}"
 
     def load(self, group: int) -> pa.ChunkedArray:
-        """The images of a group, as binary values."""
+        """Return the images of a group as binary values."""
         file, number = self.groups[group]
         with pq.ParquetFile(self.files[file]) as opened:
             column = opened.read_row_group(number, columns=[self.column]).column(0)
@@ -62,7 +62,7 @@ class RowGroups:
 
 
 def find_row_groups(files: tuple[Path, ...], column: str) -> RowGroups:
-    """The row groups of `files`, in their order."""
+    """Return the row groups of `files`, in their order."""
     groups, starts, rows, num_bytes = [], [], 0, 0
     for index, file in enumerate(files):
         with pq.ParquetFile(file) as opened:
@@ -87,7 +87,7 @@ class InMemory:
         return {"rows": self.rows, "_loaded": {}}
 
     def read(self, row: int) -> bytes:
-        """The bytes of one image; none where the row is null."""
+        """Return the bytes of one image; none if the row is null."""
         group = self.rows.group_of(row)
         if group not in self._loaded:
             self._loaded[group] = self.rows.load(group)
@@ -106,7 +106,7 @@ class Unpacked:
         return {**self.__dict__, "_mapped": None}
 
     def read(self, row: int) -> bytes:
-        """The bytes of one image; none where the row is null."""
+        """Return the bytes of one image; none if the row is null."""
         if self._mapped is None:
             self._mapped = np.memmap(self.images, dtype=np.uint8, mode="r"), np.load(self.offsets, mmap_mode="r")
         pixels, offsets = self._mapped
@@ -114,7 +114,7 @@ class Unpacked:
 
 
 def unpack(rows: RowGroups, folder: Path) -> Unpacked:
-    """The images of `rows` as a file in `folder`, written unless it is there from the same parquet files.
+    """Return the images of `rows` as a file in `folder`; it is written unless the same parquet files have one there.
 
     Raises:
         DataError: not enough space, or the folder is not writable.
@@ -122,7 +122,7 @@ def unpack(rows: RowGroups, folder: Path) -> Unpacked:
     key = _key(rows)
     unpacked = Unpacked(folder / f"{key}.images", folder / f"{key}.offsets.npy")
     with one_process_in(folder):
-        # The offsets take their name last: they are the sign that both files are whole.
+        # The offsets get their name last: this shows that both files are whole.
         if not unpacked.offsets.exists():
             free = shutil.disk_usage(folder).free
             if free < rows.num_bytes:

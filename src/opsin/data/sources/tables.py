@@ -62,7 +62,7 @@ class Table:
 
 
 def find_tables(folder: Path) -> list[Path]:
-    """Parquet files below a folder, sorted, without hidden ones."""
+    """Return the parquet files below a folder, sorted, without hidden ones."""
     files = sorted(folder.rglob("*.parquet"))
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
@@ -76,10 +76,10 @@ def open_tables(
     cache: Path,
     in_memory_bytes: int = IN_MEMORY_BYTES,
 ) -> Opened:
-    """The images of a parquet file, or of all parquet files below a folder.
+    """Open the images of a parquet file, or of all parquet files below a folder.
 
     The split is the word `train`, `val`, `valid`, `validation` or `test` in the file name, else in a folder name;
-    without such words all files train. Columns are found by themselves.
+    without such words all files train. Columns that are not given are found.
 
     Raises:
         DataError: no files, no training split, unclear columns, a damaged file.
@@ -131,7 +131,7 @@ class _Part:
 
 
 def _find_splits(folder: Path) -> dict[str, list[Path]]:
-    """Files by split; under "" those that state none, where others do."""
+    """Return the files by split; under "" those without a split in their name, if others have one."""
     splits: dict[str, list[Path]] = {}
     for file in find_tables(folder):
         words = (split_in_name(part) for part in reversed(file.relative_to(folder).parts))
@@ -169,7 +169,7 @@ def _read_part(files: list[Path], ask: _Ask) -> _Part:
 
 
 def _read_names(file: Path, columns: Columns) -> list[str | None]:
-    """The class name of every row; None where the label is null, empty or -1 of named classes."""
+    """Return the class name of every row; None if the label is null, empty, or -1 with named classes."""
     values = pq.read_table(file, columns=[columns.label]).column(0).to_pylist()
     if columns.classes is None:
         return [None if value in (None, "") else str(value) for value in values]

@@ -1,7 +1,7 @@
 """Colour and erasing on whole batches, with random numbers of its own for every image.
 
 Operations take and give float images [B, C, S, S] in 0..1 and are applied before normalisation. An
-image that an operation passes over keeps its bits.
+image that an operation skips keeps its bits.
 
 Shapes: B images, C channels (colour operations need three), S side in pixels.
 """
@@ -20,6 +20,9 @@ from opsin.data.views.crops import rectangles
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, rounded as Pillow and torchvision do
 _CACHED_VALUES = 1 << 19  # what a CPU changes at once, so that all operations of a view find it in a cache
 _TILE = 16  # pixels that a CPU blurs by one product
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""Images [B, C, S, S] and their draws to changed images."""
 
 
 @dataclass(frozen=True)
@@ -195,12 +198,12 @@ class Normalize:
 
 
 def num_cached(images: Tensor) -> int:
-    """How many of `images` [B, C, S, S] should go through all operations together: on a CPU few."""
+    """Number of `images` [B, C, S, S] that should go through all operations together: few on a CPU."""
     return max(1, _CACHED_VALUES // images[0].numel()) if images.device.type == "cpu" else len(images)
 
 
-def _where(chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor], images: Tensor, draws: Tensor) -> Tensor:
-    """`change(images, draws)` for the chosen images [B], the others as they are."""
+def _where(chosen: Tensor, change: Change, images: Tensor, draws: Tensor) -> Tensor:
+    """Return `change(images, draws)` for the chosen images [B], and the others as they are."""
     if images.device.type != "cpu":
         # Counting the chosen would wait for the device; there, computing all of them is cheaper.
         return torch.where(chosen[:, None, None, None], change(images, draws), images)
@@ -262,7 +265,7 @@ def _band(kernels: Tensor, side: int, reach: int) -> Tensor:
     `kernels` is [B, 2 reach + 1].
     """
     wide = side + 2 * reach
-    # In rows that are one value longer, the same place is one column further left in each next row.
+    # In rows that are one value longer, the same value is one column further left in each next row.
     band = F.pad(kernels, (0, wide + 1 - kernels.shape[1])).repeat(1, side)[:, : side * wide].view(-1, side, wide)
     inner = band[:, :, reach : reach + side].clone()
     inner[:, :, 1 : reach + 1] += band[:, :, :reach].flip(2)

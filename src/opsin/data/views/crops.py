@@ -1,4 +1,4 @@
-"""Geometry: which rectangle of an image a view shows, and cutting it out.
+"""Geometry: the rectangle of an image that a view shows, and cutting it out.
 
 A crop turns random numbers into boxes (vectorised over a batch); `cut` takes one box out of one
 image, `cut_batch` a box out of each image of a batch, with equal pixels. So worker processes and
@@ -45,7 +45,7 @@ class Boxes:
     """bool [B]: mirror left to right after cutting."""
 
     def one_by_one(self) -> Iterator[Box]:
-        """Each of them as plain numbers."""
+        """Yield each box as plain numbers."""
         columns = (self.top, self.left, self.height, self.width, self.flip)
         return map(Box, *(column.tolist() for column in columns))
 
@@ -56,17 +56,17 @@ class Crop(ABC):
 
     size: int
     count: int = 1
-    """How many independent crops of each image."""
+    """Number of independent crops of each image."""
     flip: Literal["none", "random", "alternate"] = "random"
     """`alternate` mirrors each image in every second epoch, beginning at random."""
     padding: Literal["zero", "reflect"] = "zero"
-    """What a box that reaches over the border shows there."""
+    """Pixels of a box outside the image: black, or the image mirrored."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     num_draws: ClassVar[int] = 0
 
     @abstractmethod
     def draw(self, heights: Tensor, widths: Tensor, draws: Tensor) -> Boxes:
-        """Boxes without flip for images of the given sizes.
+        """Draw boxes without flip for images of the given sizes.
 
         `heights`, `widths` are int64 [B]; `draws` is float32 [B, num_draws] in [0, 1).
         """
@@ -156,7 +156,7 @@ class Squash(Crop):
 def boxes_for(
     crop: Crop, heights: Tensor, widths: Tensor, *, seed: int, epoch: int, ids: Tensor, view: str, copy: int
 ) -> Boxes:
-    """The boxes of one copy of a view: a function of these arguments and nothing else.
+    """Return the boxes of one copy of a view: a function of these arguments and nothing else.
 
     `heights`, `widths`, `ids` are int64 [B] on the CPU.
     """
@@ -189,7 +189,7 @@ def rectangles(
 
 
 def cut(image: Tensor, box: Box, crop: Crop, *, interleaved: bool = False) -> Tensor:
-    """`box` out of `image` uint8 [C, H, W], resized and mirrored as asked: uint8 [C, S, S].
+    """Cut `box` out of `image` uint8 [C, H, W], resized and mirrored as `crop` says: uint8 [C, S, S].
 
     `interleaved` asks for the colours of a pixel side by side in memory: the kernel that resizes works that way, and
     would put them apart at almost the price of the resize.
@@ -210,7 +210,7 @@ def cut(image: Tensor, box: Box, crop: Crop, *, interleaved: bool = False) -> Te
 
 
 def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
-    """Box i out of image i of `images` uint8 [B, C, H, W], for every i: uint8 [B, C, S, S].
+    """Cut box i out of image i of `images` uint8 [B, C, H, W], for every i: uint8 [B, C, S, S].
 
     On the CPU equal to `cut` on each image: tests/unit/data/views/test_crops.py::test_both_executors_agree.
     On a GPU resized boxes are computed in float: pixels may differ by one, more where bicubic filters overshoot.
@@ -257,7 +257,7 @@ def _windows(images: Tensor, boxes: Boxes, height: int, width: int, crop: Crop) 
 
 
 def _window_start(sides: Tensor, crop: WindowCrop, draws: Tensor) -> Tensor:
-    """Where the window begins along one axis; an image that is too small for it lies in its middle."""
+    """The first pixel of the window along one axis; an image that is too small for it lies in its middle."""
     room = sides + 2 * crop.padding_px - crop.size
     return torch.where(room >= 0, _below(room + 1, draws) - crop.padding_px, (sides - crop.size) // 2)
 

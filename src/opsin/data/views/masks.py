@@ -24,7 +24,7 @@ from opsin.clock import seeding
 from opsin.errors import ConfigError
 from opsin.settings.family import Range, Settings
 
-_STEPS = 64  # a table of sizes has so many areas times so many shapes
+_STEPS = 64  # areas, and also shapes, in a table of sizes
 _USUALLY = 0.95  # the share of images that have as many context patches as `context_keep=auto` asks for
 _Kind = Literal["target", "context"]
 _KINDS: tuple[_Kind, ...] = get_args(_Kind)
@@ -41,32 +41,32 @@ ShareRange = Annotated[Range, AfterValidator(_check_shares)]
 
 
 class MaskConfig(Settings):
-    """Blocks to predict, and the context that they are predicted from."""
+    """The blocks to predict, and the context for their prediction."""
 
     targets: int = Field(4, ge=1)
-    """How many blocks are predicted of each image."""
+    """Number of target blocks, which are predicted, of each image."""
     target_scale: ShareRange = (0.15, 0.2)
-    """Share of the grid in a target block, from and to."""
+    """Range of the share of the grid that a target block covers."""
     target_ratio: Range = (0.75, 1.5)
-    """Height over width of a target block, from and to, evenly on a logarithmic scale."""
+    """Range of the height over the width of a target block, drawn evenly on a logarithmic scale."""
     context_scale: ShareRange = (0.85, 1.0)
-    """Share of the grid in the context block, before the targets are taken out of it; from and to."""
+    """Range of the share of the grid that the context block covers, before the targets are taken out of it."""
     context_ratio: Range = (1.0, 1.0)
-    """Height over width of the context block, from and to."""
+    """Range of the height over the width of the context block."""
     context_keep: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
-    """Share of the grid that every context gets; what is too much is dropped at random, what is missing repeats others.
+    """Share of the grid that every context has. Larger contexts are cut at random, smaller ones padded by repetition.
 
-    `auto` takes what 95 % of the images have; 1 drops nothing."""
+    `auto` takes the share that 95 % of the images reach; 1 cuts nothing."""
     min_context: int = Field(10, ge=1)
-    """Fewest different patches of a context; where fewer are left, the last targets repeat the first."""
+    """Smallest number of different patches in a context; where fewer are left, the last targets repeat the first."""
     edges: Literal["inside", "overhang"] = "inside"
-    """Whether target blocks lie inside the grid, or reach over its border and are cut off there.
+    """Border of target blocks: `inside` keeps them within the grid, `overhang` cuts off what reaches over its border.
 
     Inside, patches near the border are targets less often; with `overhang` all are equally often, in smaller blocks."""
     coarsest: int = Field(1, ge=1)
-    """Patches a side of the cells that blocks consist of; 2^(L-1) for L nested grids."""
+    """Side of the cells that blocks consist of, in patches; 2^(L-1) for L nested grids."""
     parity: Literal["unbiased", "published"] = "unbiased"
-    """`published` is the released sampler: no block on the last row and column, contexts cut in raster order."""
+    """Sampler of the blocks; `published` is the released one, without blocks in the last row and column."""
 
     def build(self, side: int) -> "BlockMasks | PublishedMasks":
         """The sampler for a grid of `side` x `side` patches.
@@ -78,7 +78,7 @@ class MaskConfig(Settings):
 
 
 class BlockMasks:
-    """Blocks of every size and place of each image's own, without preference for any.
+    """Blocks of random size and position for each image, without preference for any.
 
     Called, it gives for the images `ids`, in patch numbers by rows, int64:
 
@@ -86,12 +86,12 @@ class BlockMasks:
     targets         [B, T, M]  patches of each target block, M those of the largest
     target_valid    bool, as `targets`: false where the block's last patch is repeated to reach M
 
-    A context with more than K patches is thinned evenly at random, never by place; one with fewer names the first of
-    them again. The patches of a cell stand together, quarter by quarter: any `level` x `level` group, where level
+    A context with more than K patches is thinned evenly at random, whatever their position; one with fewer repeats the
+    first of them. The patches of a cell stand together, quarter by quarter: any `level` x `level` group, where level
     divides `coarsest` by a power of two, is a run of level^2 entries. Contexts are in random order of cells.
 
-    The plain program for one image: draw T target sizes and a context size from `_sizes`; place each evenly
-    over the positions where it fits; keep the context's cells that no target covers; shuffle; take K.
+    In plain words, for one image: draw T target sizes and a context size from `_sizes`; put each evenly over the
+    positions where it fits; keep the context's cells that no target covers; shuffle; take K.
     """
 
     def __init__(self, config: MaskConfig, side: int) -> None:
@@ -131,9 +131,9 @@ class BlockMasks:
         self._num_kept = self._choose_num_kept()
 
     def __call__(self, seed: int, epoch: int, ids: Tensor) -> dict[str, Tensor]:
-        num_placed = self._num_placed
-        draws = seeding.uniform(seed, epoch, ids, "masks", num_placed + len(self._cell_index))
-        begin, end = self._place(draws[:, :num_placed])
+        num_draws = self._num_draws
+        draws = seeding.uniform(seed, epoch, ids, "masks", num_draws + len(self._cell_index))
+        begin, end = self._put(draws[:, :num_draws])
         visible = self._visible(begin, end)  # [B, N]
         for repeated in range(self.config.targets - 1, 0, -1):
             short = (visible.sum(1) < self._least).nonzero()[:, 0]
@@ -141,7 +141,7 @@ class BlockMasks:
                 break
             begin[short, repeated], end[short, repeated] = begin[short, 0], end[short, 0]
             visible[short] = self._visible(begin[short], end[short])
-        kept = self._keep(visible, draws[:, num_placed:])
+        kept = self._keep(visible, draws[:, num_draws:])
         begin, size = begin[:, :-1], (end - begin)[:, :-1]  # the targets
         block = self._blocks.number[size[..., 0], size[..., 1]]  # [B, T]
         origin = self._origins[begin[..., 0] * self.cells + begin[..., 1]]
@@ -152,10 +152,10 @@ class BlockMasks:
         }
 
     @property
-    def _num_placed(self) -> int:
+    def _num_draws(self) -> int:
         return 3 * (self.config.targets + 1)
 
-    def _place(self, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def _put(self, draws: Tensor) -> tuple[Tensor, Tensor]:
         """First row and column of each block and those after its last, int64 [B, T + 1, 2]; the context comes last."""
         which, where = draws.unflatten(1, (-1, 3)).split([1, 2], 2)
         size = self._sizes[(which[..., 0] * _STEPS**2).long() + self._first_size]  # [B, T + 1, 2]
@@ -165,7 +165,7 @@ class BlockMasks:
         return begin.clamp(min=0), (begin + size).clamp(max=self.cells)
 
     def _visible(self, begin: Tensor, end: Tensor) -> Tensor:
-        """Which cells lie in the context block and in no target: bool [B, N]."""
+        """True for cells in the context block and in no target: bool [B, N]."""
         rows, columns = self._lines[begin * (self.cells + 1) + end].unbind(2)  # [B, T + 1, n]
         # One for the context block less one for each target.
         return (torch.bmm((rows * self._sign[:, None]).mT, columns) > 0.5).flatten(1)
@@ -176,28 +176,28 @@ class BlockMasks:
         keys = (draws * (1 << 48)).long().add_(self._cell_index).masked_fill_(~visible, 1 << 62)
         # NumPy sorts whole numbers many times faster than torch, which carries indices along.
         order = torch.from_numpy(np.sort(keys.numpy(), 1))[:, : self._num_kept] & 0xFFFFFF
-        place, count = torch.arange(self._num_kept), visible.sum(1, keepdim=True)
+        rank, count = torch.arange(self._num_kept), visible.sum(1, keepdim=True)
         short = (count < self._num_kept).nonzero()[:, 0]
-        order[short] = order[short].gather(1, place % count[short])
+        order[short] = order[short].gather(1, rank % count[short])
         return order
 
     def _choose_num_kept(self) -> int:
-        """How many cells every context gets."""
+        """Number of cells in every context."""
         keep = self.config.context_keep
         if keep != "auto":
             return max(round(keep * self.cells**2), self._least)
-        draws = seeding.uniform(0, 0, torch.arange(1024), "masks.lengths", self._num_placed)
-        lengths = self._visible(*self._place(draws)).sum(1).sort()[0]
+        draws = seeding.uniform(0, 0, torch.arange(1024), "masks.lengths", self._num_draws)
+        lengths = self._visible(*self._put(draws)).sum(1).sort()[0]
         return max(int(lengths[int(len(lengths) * (1 - _USUALLY))]), self._least)
 
 
 class PublishedMasks:
-    """The sampler that was released with I-JEPA, its three biases included; for runs that repeat published ones.
+    """The sampler that was released with I-JEPA, with its three biases; for runs that repeat published ones.
 
     No block covers the last row or column, and none is as high or wide as the grid. One number gives both
     area and shape of all target blocks of a batch. Contexts are cut, in raster order, to the shortest of
     the batch, here that of all processes together; so masks depend on the batch, and the first image decides
-    on the sizes. Where 20 places of the context block leave no more than `min_context` patches, the
+    on the sizes. Where 20 positions of the context block leave no more than `min_context` patches, the
     last target no longer counts, then the one before. Names and shapes as in `BlockMasks`; all is valid.
     """
 
@@ -252,7 +252,7 @@ class PublishedMasks:
         size = torch.tensor(shape)
         visible = torch.zeros(len(ids), self.cells**2, dtype=torch.bool)
         pending = torch.arange(len(ids))  # images without a context
-        # There is one place for a block as large as can be: no use in trying it again.
+        # The largest block has only one position: trying again is useless.
         tries = 1 if min(shape) == self.cells - 1 else _TRIES
         for counted in range(self.config.targets, -1, -1):
             allowed = ~taken[:, :counted].any(1)
@@ -269,7 +269,7 @@ class PublishedMasks:
 
 
 class _Blocks(NamedTuple):
-    """The patches of every block there may be; S sizes, M patches of the largest."""
+    """The patches of every possible block; S sizes, M patches of the largest."""
 
     number: Tensor
     """int64 [n + 1, n + 1]: the row of a height and width in the other two."""
@@ -280,7 +280,7 @@ class _Blocks(NamedTuple):
 
 
 def _block_table(sizes: set[tuple[int, int]], *, side: int, cell: int, cut: bool) -> _Blocks:
-    """`cut`: the sizes may also come with any part cut off."""
+    """Return the table of these sizes; with `cut`, also of all their parts."""
     cells = side // cell
     if cut:
         heights, widths = (range(1, max(size[axis] for size in sizes) + 1) for axis in (0, 1))

@@ -21,9 +21,9 @@ class Mixed:
     images: Tensor
     """[B, C, S, S]"""
     partners: Tensor
-    """int64 [B]: which image of the batch was mixed in, a permutation."""
+    """int64 [B]: the image of the batch that was mixed in; a permutation."""
     shares: Tensor
-    """float32 [B]: how much of the image is its own; 1 where nothing was mixed in."""
+    """float32 [B]: the share of the image itself; 1 if nothing was mixed in."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Shapes: B images, C = 3 channels, S side in pixels.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.data.views.colour import blend, grey
+from opsin.data.views.colour import Change, blend, grey
 
 OPERATIONS = (
     "identity",
@@ -36,8 +36,6 @@ OPERATIONS = (
 )
 _GEOMETRY = range(1, 6)  # shear_x to rotate
 _CACHED_VALUES = 1 << 18  # what a CPU changes at once, so that the steps of an operation stay in its cache
-
-Change = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class RandAugment:
         return images
 
     def _changes(self, draws: Tensor) -> Iterator[tuple[Tensor, Change]]:
-        """Every operation with the images [B] that draw it; those that move pixels are one."""
+        """Every operation with the images [B] that draw it; those that move pixels count as one."""
         drawn = _operation(draws)
         yield (drawn >= _GEOMETRY.start) & (drawn < _GEOMETRY.stop), self._move
         colours = (
@@ -97,7 +95,7 @@ class RandAugment:
         maps = maps[_operation(draws), (_sign(draws) > 0).long()]  # [B, 2, 3]
         centres = torch.arange(side, device=images.device) - (side - 1) / 2
         # Not a matrix product: a GPU may round its factors to TF32, a tenth of a pixel here. The order of the sums is
-        # torchvision's, so that places half-way between two pixels fall to the same side.
+        # torchvision's, so that points half-way between two pixels fall to the same side.
         across, down = maps[..., :1] * centres, maps[..., 1:2] * centres  # [B, 2, S]
         grid = (across[:, :, None] + down[..., None]).add_(maps[..., 2:, None]).movedim(1, -1)  # [B, S, S, 2]
         moved = F.grid_sample(images, grid, mode=self.interpolation, align_corners=False)
@@ -143,7 +141,7 @@ def _change_in_place(images: Tensor, chosen: Tensor, change: Change, draws: Tens
 
 
 def _operation(draws: Tensor) -> Tensor:
-    """Place in `OPERATIONS`, int64 [B]."""
+    """Index into `OPERATIONS`, int64 [B]."""
     return (draws[:, 0] * len(OPERATIONS)).long()
 
 
@@ -158,7 +156,7 @@ def _amount(first: float, last: float, magnitude: int, bins: int) -> float:
 
 @cache
 def _inverse_maps(magnitude: int, bins: int, side: int, device: torch.device) -> Tensor:
-    """Where each pixel comes from, by operation and sign (minus, plus): float32 [14, 2, 2, 3].
+    """The source of each pixel, by operation and sign (minus, plus): float32 [14, 2, 2, 3].
 
     The maps take offsets in pixels from the centre of the image to the coordinates of
     `grid_sample`; operations that move nothing keep them. Shears leave the first row or column where it is.

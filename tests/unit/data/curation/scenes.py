@@ -8,6 +8,7 @@ from PIL import Image
 from opsin.data.curation.collection import Collection, open_collection
 from opsin.data.curation.duplicates import Groups, group_duplicates
 from opsin.data.curation.scan import Scan, scan
+from opsin.storage.teller import Silence
 
 
 def scene(seed: int, width: int = 48, height: int = 40) -> Image.Image:
@@ -25,7 +26,7 @@ def fill(folder: Path, *names: str, first_seed: int = 0) -> Path:
 
 
 def classes(folder: Path, **counts: int) -> Path:
-    """A class folder with so many scenes for each name."""
+    """A class folder with this number of scenes for each name."""
     first = 0
     for name, count in counts.items():
         fill(folder, *(f"{name}/{number:03d}.png" for number in range(count)), first_seed=first)
@@ -33,12 +34,8 @@ def classes(folder: Path, **counts: int) -> Path:
     return folder
 
 
-def silent(text: str) -> None:
-    """Hears nothing."""
-
-
 def looked_at(path: Path, max_bits: int | None = 8) -> tuple[Collection, Scan, Groups]:
-    """What the tools know of a folder."""
+    """The scan of a folder, and its groups of copies."""
     collection = open_collection(str(path))
-    found = scan(collection, say=silent)
+    found = scan(collection, Silence())
     return collection, found, group_duplicates(found, max_bits=max_bits)

@@ -145,7 +145,7 @@ def test_copies_can_make_a_class_too_small(tmp_path: Path) -> None:
     [
         (0.5, 0.5, "--val 0.5 --test 0.5: together 1, but below 1 leaves images to train on"),
         (-0.1, 0.2, "--val -0.1 --test 0.2: a share is 0 or more"),
-        (0.0, 0.0, "--val 0 --test 0: nothing would be set apart"),
+        (0.0, 0.0, "--val 0 --test 0: no image would be held out"),
         (float("nan"), 0.1, "--val nan --test 0.1: a share is 0 or more"),
     ],
 )

@@ -56,7 +56,7 @@ def test_the_search_in_bands_finds_what_comparing_all_pairs_finds(max_bits: int)
 
 def test_groups_hold_each_image_once_and_unreadable_ones_alone() -> None:
     hashes = clustered_hashes(200, seed=1)
-    found = Scan.empty(200)
+    found = Scan(200)
     found.readable[:] = True
     found.readable[::17] = False
     found.has_detail[:] = True

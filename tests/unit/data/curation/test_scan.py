@@ -12,7 +12,8 @@ from PIL import Image
 from opsin.data.curation.collection import open_collection
 from opsin.data.curation.scan import scan
 from opsin.errors import DataError
-from tests.unit.data.curation.scenes import classes, fill, looked_at, scene, silent
+from opsin.storage.teller import Silence
+from tests.unit.data.curation.scenes import classes, fill, looked_at, scene
 
 
 def test_mean_and_std_weigh_every_image_the_same(tmp_path: Path) -> None:
@@ -85,8 +86,8 @@ def test_rows_of_parquet_are_images_like_files(tmp_path: Path) -> None:
         rows.append({"bytes": file.getvalue(), "path": None})
     pq.write_table(pa.table({"image": rows, "label": ["x", "y", "x", "y", "x"]}), tmp_path / "t.parquet")
     fill(tmp_path / "files", *(f"{seed}.png" for seed in range(5)))
-    table = scan(open_collection(str(tmp_path / "t.parquet")), say=silent)
-    files = scan(open_collection(str(tmp_path / "files")), say=silent)
+    table = scan(open_collection(str(tmp_path / "t.parquet")), Silence())
+    files = scan(open_collection(str(tmp_path / "files")), Silence())
     assert table.exact.tolist() == files.exact.tolist()
     assert table.perceptual.tolist() == files.perceptual.tolist()
     assert (table.mean, table.std, table.formats) == (files.mean, files.std, files.formats)

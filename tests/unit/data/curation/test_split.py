@@ -17,14 +17,16 @@ from opsin.data.curation.collection import open_collection
 from opsin.data.curation.split import SplitReport, SplitSettings, split
 from opsin.data.sources.open import open_sources
 from opsin.errors import ConfigError, DataError
-from tests.unit.data.curation.scenes import classes, fill, scene, silent
+from opsin.storage.teller import Silence
+from tests.story import Story
+from tests.unit.data.curation.scenes import classes, fill, scene
 
 QUARTERS = Fractions(0.25, 0.25)
 
 
 def split_into(source: Path | str, out: Path, **settings: object) -> SplitReport:
     wanted = SplitSettings(QUARTERS, **settings)  # type: ignore[arg-type]
-    return split(open_collection(str(source)), out, wanted, say=silent)
+    return split(open_collection(str(source)), out, wanted, Silence())
 
 
 def files(folder: Path) -> set[str]:
@@ -99,9 +101,9 @@ def test_a_list_keeps_its_labels_also_empty_ones_and_those_that_are_names_of_spl
 
 def test_images_without_labels_are_split_too(tmp_path: Path) -> None:
     fill(tmp_path / "flat", *(f"{number}.png" for number in range(8)))
-    said: list[str] = []
-    report = split(open_collection(str(tmp_path / "flat")), tmp_path / "out", SplitSettings(QUARTERS), say=said.append)
-    assert said == ["these images have no labels: they are split without regard to classes"]
+    story = Story()
+    report = split(open_collection(str(tmp_path / "flat")), tmp_path / "out", SplitSettings(QUARTERS), story)
+    assert story.notices == ["these images have no labels: they are split without regard to classes"]
     assert {name: sum(of.values()) for name, of in report.counts.items()} == {"train": 4, "val": 2, "test": 2}
     assert len(list((tmp_path / "out" / "train").glob("*.png"))) == 4
     opened = open_sources(str(tmp_path / "out"), cache=tmp_path)
@@ -233,9 +235,9 @@ def test_what_folders_or_lists_cannot_hold_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="class 'a/b' cannot be the name of a folder; rename it, or use --as lists"):
         split_into(listing("slash.csv", ["a/b"] * 6), tmp_path / "out")
-    with pytest.raises(DataError, match="2 of 6 images have no label, and class folders have no place for them"):
+    with pytest.raises(DataError, match="2 of 6 images have no label, and class folders need one; label them"):
         split_into(listing("gaps.csv", ["a", "a", "a", "a", "", ""]), tmp_path / "out")
-    with pytest.raises(ConfigError, match="--as lists: digits holds its images in one place, not as files"):
+    with pytest.raises(ConfigError, match="--as lists: digits does not hold its images as files"):
         split_into("digits", tmp_path / "out", layout="lists")
     assert not (tmp_path / "out").exists()
 

@@ -17,11 +17,12 @@ from opsin.data.curation.stats import Stats
 from opsin.data.curation.stats_page import report_stats
 from opsin.errors import DataError
 from opsin.run.recipe import read
-from tests.unit.data.curation.scenes import classes, fill, scene, silent
+from opsin.storage.teller import Silence
+from tests.unit.data.curation.scenes import classes, fill, scene
 
 
 def report(path: Path, out: Path | None = None, max_bits: int | None = 8) -> Stats:
-    return report_stats(open_collection(str(path)), out=out, max_bits=max_bits, say=silent)
+    return report_stats(open_collection(str(path)), Silence(), out=out, max_bits=max_bits)
 
 
 @pytest.fixture
@@ -51,8 +52,8 @@ def test_numbers_and_warnings(pictures: Path) -> None:
     assert copies.leaks == {"validation in train": 2}
     assert list(stats.warnings) == [
         "1 image cannot be read (1.92% of all; a run allows data.max_unreadable)",
-        "2 validation images are near-duplicates of training images: scores on them say little; opsin data split "
-        "--merge splits anew and keeps copies together",
+        "2 validation images are near-duplicates of training images: scores on them mean little; opsin data split "
+        "--merge makes other splits and keeps copies together",
         f"1 group of duplicates has several labels: {pictures}/train/daisy/no-daisy.png (daisy) and "
         f"{pictures}/train/rose/002.png (rose)",
     ]

@@ -71,7 +71,7 @@ def test_the_labels_switch_overrides_what_is_found(tmp_path: Path) -> None:
 
 def test_images_outside_of_class_folders_are_refused_on_request(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.png", "1.png", "2.png", "3.png", "4.png")
-    with pytest.raises(DataError, match=r"4 of 5 images lie in no class folder \(.*/1\.png, .*/3\.png, \.\.\.\)"):
+    with pytest.raises(DataError, match=r"4 of 5 images are not in a class folder \(.*/1\.png, .*/3\.png, \.\.\.\)"):
         open_folder(tmp_path, "folders")
 
 
