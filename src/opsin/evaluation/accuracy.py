@@ -5,19 +5,19 @@ Shapes: B images of a batch, C channels, S side in pixels, K classes.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.errors import ConfigError, DataError
 from opsin.evaluation.features import kept_tops
 from opsin.methods.base import Method
-from opsin.training.evaluator import EvaluationContext, EvaluatorConfig, untouched
+from opsin.training.evaluator import EvaluationContext, EvaluatorConfig, Network, untouched
 
 
 class AccuracyConfig(EvaluatorConfig):
@@ -52,16 +52,12 @@ class AccuracyConfig(EvaluatorConfig):
 
 
 @runtime_checkable
-class Classifier(Protocol):
+class Classifier(Network, Protocol):
     """A network with class scores."""
 
     def logits(self, images: Tensor) -> Tensor:
         """Class scores [B, K] of normalised images [B, C, S, S]."""
         ...
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def eval(self) -> object: ...
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,27 @@ Shapes: B images of a batch, N images of a set, D width, K classes.
 import math
 import time
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from opsin.errors import ConfigError, DataError
 from opsin.methods.base import Method
 from opsin.nn.backbone import Tokens
-from opsin.training.evaluator import EvaluationContext, EvaluatorConfig, Labelled, LabelledChoice, StillData, untouched
+from opsin.training.evaluator import (
+    EvaluationContext,
+    EvaluatorConfig,
+    Labelled,
+    LabelledChoice,
+    Network,
+    StillData,
+    untouched,
+)
 from opsin.training.precision import exact_products
 
 TOPS = (1, 5)
@@ -62,16 +70,12 @@ class FeatureScoreConfig(EvaluatorConfig, ABC):
             )
 
 
-class FeatureNetwork(Protocol):
+class FeatureNetwork(Network, Protocol):
     """A network with features."""
 
     def encode(self, images: Tensor) -> Tokens:
         """Features of normalised images [B, C, S, S]."""
         ...
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def eval(self) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)

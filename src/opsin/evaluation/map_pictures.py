@@ -156,17 +156,12 @@ def _draw_outlines(axes: "Axes", found: Sequence[Outline], left: int, top: int) 
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    for thick in (False, True):
-        wanted = [outline for outline in found if outline.thick == thick]
-        rectangles = [
-            Rectangle(
-                (left + outline.left * _PANEL_PX, top + outline.top * _PANEL_PX),
-                outline.width * _PANEL_PX,
-                outline.height * _PANEL_PX,
-            )
-            for outline in wanted
-        ]
-        lines = [outline.colour for outline in wanted]
-        axes.add_collection(
-            PatchCollection(rectangles, facecolor="none", edgecolor=lines, linewidth=1.4 if thick else 0.4, zorder=3)
+    found = sorted(found, key=lambda outline: outline.thick)  # the thick ones over the thin ones
+    rectangles = [
+        Rectangle(
+            (left + one.left * _PANEL_PX, top + one.top * _PANEL_PX), one.width * _PANEL_PX, one.height * _PANEL_PX
         )
+        for one in found
+    ]
+    colours, widths = [one.colour for one in found], [1.4 if one.thick else 0.4 for one in found]
+    axes.add_collection(PatchCollection(rectangles, facecolor="none", edgecolor=colours, linewidth=widths, zorder=3))

@@ -4,7 +4,6 @@ However long the run, a curve has at most `MAX_POINTS` points: rows that share o
 mean, their lowest and their highest value.
 """
 
-import json
 import math
 import os
 import re
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+
+from opsin.reporting.journal import Row, parse_row
 
 # P points of a curve
 Table: TypeAlias = np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -63,7 +64,7 @@ class History:
         self._inode = -1
         self._offset = 0
         self._curves: dict[str, Curve] = {}
-        self._last: dict[str, float] = {}
+        self._last: Row | None = None
 
     def refresh(self) -> None:
         """Read the rows that were added; if the file was replaced, read all of it."""
@@ -83,16 +84,17 @@ class History:
                     break
                 self._settle(last)
                 last = line
-            self._last = _parse(last)
+            self._last = parse_row(last)
 
     def names(self, ending: str) -> list[str]:
         """The values with this ending: `train/...` first, then `val/...`, then by name."""
-        found = [name for name in {**self._curves, **self._last} if name.endswith(ending)]
+        found = [name for name in {**self._curves, **_values(self._last)} if name.endswith(ending)]
         return sorted(found, key=lambda name: (not name.startswith("train/"), not name.startswith("val"), name))
 
     def table(self, name: str) -> Table | None:
         """The points of a value; None if it has no finite one."""
-        last = (self._last["epoch"], self._last["time_s"] / 60, self._last[name]) if name in self._last else None
+        row, value = self._last, _values(self._last).get(name)
+        last = None if row is None or value is None else (row.epoch, row.time_s / 60, value)
         if name not in self._curves and last is None:
             return None
         table = self._curves.get(name, Curve()).table(last)
@@ -109,14 +111,14 @@ class History:
         self._inode = inode
         self._offset = 0
         self._curves = {}
-        self._last = {}
+        self._last = None
 
     def _settle(self, line: bytes) -> None:
         self._offset += len(line)
-        row = _parse(line)
-        for name, value in row.items():
-            if name == "step" or self._wanted.fullmatch(name):
-                self._curves.setdefault(name, Curve()).add(row["epoch"], row["time_s"] / 60, value)
+        row = parse_row(line)
+        for name, value in _values(row).items():
+            if row is not None and (name == "step" or self._wanted.fullmatch(name)):
+                self._curves.setdefault(name, Curve()).add(row.epoch, row.time_s / 60, value)
 
 
 def _joined(points: Sequence[_Point]) -> _Point:
@@ -130,11 +132,6 @@ def _joined(points: Sequence[_Point]) -> _Point:
     return epochs, minutes, mean, min(point[LOW] for point in finite), max(point[HIGH] for point in finite)
 
 
-def _parse(line: bytes) -> dict[str, float]:
-    try:
-        row = json.loads(line)
-    except ValueError:  # cut off by a crash, or nothing yet
-        return {}
-    if not isinstance(row, dict) or not {"step", "epoch", "time_s"} <= row.keys():
-        return {}
-    return {name: math.nan if value is None else float(value) for name, value in row.items()}
+def _values(row: Row | None) -> dict[str, float]:
+    """The values of a row, its step among them."""
+    return {} if row is None else {"step": row.step, **row.values}

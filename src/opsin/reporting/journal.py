@@ -21,7 +21,7 @@ from types import NoneType
 from typing import Any, ClassVar
 
 from opsin.errors import LockLost, RunError
-from opsin.reporting.lines import LineFile, encode, finite, read_lines
+from opsin.reporting.lines import LineFile, encode, finite, parse_line, read_lines
 from opsin.reporting.outlets import Outlet
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import sync, write_atomic
@@ -78,7 +78,8 @@ class Sink:
         """Forget everything after `step`; `metrics.jsonl` has forgotten it already."""
 
     def catch_up(self, step: int) -> None:
-        """Read from `metrics.jsonl` what is missing up to `step`: more calls failed than are kept."""
+        """Read from `metrics.jsonl` what is missing up to `step`, since more calls failed than are kept."""
+        self.rewind(step)
 
     def close(self) -> None:
         """Finish: nothing more will come."""
@@ -96,12 +97,7 @@ class Journal:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        sinks: Sequence[Sink] = (),
-        *,
-        teller: Teller,
-        owner: RunDirectory | None = None,
+        self, folder: Path, sinks: Sequence[Sink] = (), *, teller: Teller, owner: RunDirectory | None = None
     ) -> None:
         """`teller` reports files that cannot be written. Nothing is written once `owner` has lost its lock."""
         self._folder = folder
@@ -291,9 +287,18 @@ class Journal:
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a `metrics.jsonl`, oldest first; none if there is no file. Torn and damaged lines are skipped."""
-    for _, item in read_lines(path, _is_row):
-        values = {name: math.nan if value is None else value for name, value in item.items() if name not in _POSITION}
-        yield Row(item["step"], item["epoch"], item["time_s"], values)
+    return (_as_row(item) for _, item in read_lines(path, _is_row))
+
+
+def parse_row(line: bytes) -> Row | None:
+    """The row of a line of `metrics.jsonl`; None if it is torn or damaged."""
+    item = parse_line(line, _is_row)
+    return None if item is None else _as_row(item)
+
+
+def _as_row(item: Mapping[str, Any]) -> Row:
+    values = {name: math.nan if value is None else value for name, value in item.items() if name not in _POSITION}
+    return Row(item["step"], item["epoch"], item["time_s"], values)
 
 
 def read_events(path: Path) -> Iterator[Event]:

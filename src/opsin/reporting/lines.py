@@ -61,12 +61,17 @@ def read_lines(path: Path, is_whole: Check) -> Iterator[tuple[bytes, dict[str, A
         return
     with path.open("rb") as file:
         for line in file:
-            try:
-                item = json.loads(line)
-            except ValueError:  # cut off by a crash, or damaged
-                continue
-            if line.endswith(b"\n") and isinstance(item, dict) and is_whole(item):
+            if (item := parse_line(line, is_whole)) is not None:
                 yield line[:-1], item
+
+
+def parse_line(line: bytes, is_whole: Check) -> dict[str, Any] | None:
+    """The object of a line; None if the line is torn or damaged."""
+    try:
+        item = json.loads(line)
+    except ValueError:
+        return None
+    return item if line.endswith(b"\n") and isinstance(item, dict) and is_whole(item) else None
 
 
 def encode(item: Mapping[str, object]) -> bytes:

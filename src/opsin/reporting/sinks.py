@@ -50,9 +50,6 @@ class CsvTable(Sink):
     def rewind(self, step: int) -> None:
         self._make()
 
-    def catch_up(self, step: int) -> None:
-        self._make()
-
     def close(self) -> None:
         self._make()
 
@@ -116,9 +113,6 @@ class TensorBoard(Sink):
         for row in read_rows(self.folder / "metrics.jsonl"):
             if whole < row.step <= step:
                 self.write(row)
-
-    def catch_up(self, step: int) -> None:
-        self.rewind(step)
 
     def _begin(self, *, purge_from: int | None) -> None:
         # Readers take the files in the order of their names, and drop what they have read from

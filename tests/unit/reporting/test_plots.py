@@ -15,7 +15,7 @@ from PIL import Image
 from opsin.errors import RunError
 from opsin.reporting import curves
 from opsin.reporting.curves import EPOCH, HIGH, LOW, MAX_POINTS, MEAN, MINUTES, Curve, History
-from opsin.reporting.journal import PERCENTS, Journal
+from opsin.reporting.journal import PERCENTS, Journal, Row, parse_row
 from opsin.reporting.plots import RunPlots, draw_run
 from tests.digits_run import train_digits
 from tests.story import Calm
@@ -192,13 +192,13 @@ def test_reading_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     journal = write_rows(tmp_path, 30)
     history = all_of(tmp_path)
     parsed: list[bytes] = []
-    parse = curves._parse
+    parse = parse_row
 
-    def noted(line: bytes) -> dict[str, float]:
+    def noted(line: bytes) -> Row | None:
         parsed.append(line)
         return parse(line)
 
-    monkeypatch.setattr(curves, "_parse", noted)
+    monkeypatch.setattr(curves, "parse_row", noted)
     history.refresh()
     journal.log(30, 3.0, {"val/top1": 0.5}, time_s=180.0)  # replaces the last line
     history.refresh()
