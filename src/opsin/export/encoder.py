@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-import opsin.nn.models  # noqa: F401  encoder.json may name each of them
+import opsin.nn.models  # noqa: F401  encoder.json may name each of its networks
 from opsin.data.base import DataFacts
 from opsin.data.views.colour import Normalize
 from opsin.data.views.crops import CenterCrop, cut_batch
@@ -30,7 +30,7 @@ from opsin.settings.family import Settings
 from opsin.storage.files import write_atomic
 
 FORMAT = 1
-"""Version of the export folder; raised when an older opsin could no longer read it."""
+"""Version of the export folder; it rises when an older opsin cannot read the folder."""
 
 CARD_FILE = "encoder.json"
 BACKBONE_FILE = "backbone.safetensors"
@@ -41,39 +41,39 @@ Images: TypeAlias = Tensor | Sequence[Image.Image | NDArray[np.uint8]]
 
 
 class HeadCard(Settings):
-    """The shape of the classifier that goes with an encoder."""
+    """The form of the classifier of an encoder."""
 
     scale: float
     """Factor on the logits."""
     bias: bool
-    """Whether the classifier adds a bias."""
+    """True if the classifier adds a bias."""
 
 
 class EncoderCard(Settings):
-    """`encoder.json`: how to build the network again and how to prepare its images."""
+    """`encoder.json`: the network and the preparation of its images."""
 
     format: int = FORMAT
     """Version of the folder."""
     method: str
-    """What the network was trained with."""
+    """Name of the method that trained the network."""
     recipe: str
-    """Fingerprint of the recipe it was trained by."""
+    """Fingerprint of the recipe of the training."""
     model: ModelConfig
-    """The backbone."""
+    """Settings of the backbone."""
     width: int
     """D, the size of a feature vector."""
     image_size: int
     """S, the side of the network's input in pixels."""
     resize: int
-    """The shorter side in pixels before the centre is cut out."""
+    """Shorter side in pixels of the image whose centre is cut out."""
     mean: tuple[float, ...]
-    """Of each channel, in 0..1."""
+    """Mean of each channel, in 0..1."""
     std: tuple[float, ...]
-    """Of each channel, in 0..1."""
+    """Standard deviation of each channel, in 0..1."""
     classes: tuple[str, ...]
-    """Names of the classes of the training images; none without labels."""
+    """Names of the classes of the training images; empty without labels."""
     head: HeadCard | None = None
-    """The classifier; null where there is none."""
+    """The classifier; null without one."""
     sha256: dict[str, str] = {}
     """Check sum of each weights file."""
 
@@ -81,7 +81,7 @@ class EncoderCard(Settings):
 def write_model(path: Path, method: nn.Module) -> None:
     """Write all weights of `method` as safetensors. Equal weights give equal bytes, on any device.
 
-    Tensors that share memory are each written whole, those in another memory format as plain rows.
+    Tensors that share memory are each written whole, in the contiguous format.
     """
     write_atomic(path, _pack(method.state_dict()))
 
@@ -96,7 +96,7 @@ def describe_encoder(
     method: str,
     recipe: str,
 ) -> EncoderCard:
-    """The card of a network, before its weights are written."""
+    """The card of a network, without check sums."""
     return EncoderCard(
         method=method,
         recipe=recipe,
@@ -112,7 +112,7 @@ def describe_encoder(
 
 
 def export_encoder(folder: Path, card: EncoderCard, backbone: Backbone, head: Classifier | None) -> None:
-    """Write `backbone.safetensors`, `head.safetensors` if there is a head, and `encoder.json`.
+    """Write `backbone.safetensors`, `head.safetensors` with a head, and `encoder.json`.
 
     timm loads the backbone of a `vit` or of any timm name (`checkpoint_path=`, `num_classes=0`).
     `encoder.json` comes last and holds the check sums: a folder that has it is whole.
@@ -133,7 +133,7 @@ def write_card(path: Path, card: EncoderCard) -> None:
 
 
 def build_networks(card: EncoderCard) -> tuple[Backbone, Classifier | None]:
-    """The networks of a card with fresh weights: the backbone, and the head if there is one."""
+    """The networks of a card with fresh weights: the backbone and, if the card has one, the head."""
     backbone = card.model.build(image_size=card.image_size, channels=len(card.mean))
     if card.head is None:
         return backbone, None
@@ -182,12 +182,12 @@ class Encoder:
         """One feature vector per image: float32 [B, D], not normalised.
 
         Raises:
-            DataError: an image is not of a kind that `Images` lists.
+            DataError: an image has a form that `Images` does not list.
         """
         return torch.cat([tokens.pooled for tokens in self._run(images, batch_size)])
 
     def tokens(self, images: Images, *, batch_size: int = 64) -> Tokens:
-        """Features of the image [B, D] and of each place of the final grid [B, N, D], row by row."""
+        """Features of the image [B, D] and of each cell of the final grid [B, N, D], row by row."""
         parts = list(self._run(images, batch_size))
         return Tokens(torch.cat([part.pooled for part in parts]), torch.cat([part.patches for part in parts]))
 
@@ -205,7 +205,7 @@ class Encoder:
             return torch.cat([self.head(tokens.pooled).softmax(1) for tokens in self._run(images, batch_size)])
 
     def prepare(self, images: Images) -> Tensor:
-        """What the network sees: float32 [B, 3, S, S], normalised, on the device."""
+        """Input of the network: float32 [B, 3, S, S], normalised, on the device."""
         pixels = _pixels(images) if isinstance(images, Tensor) else map(_picture, images)
         cuts = [self._cut(image) for image in pixels]
         return self._normalize.bytes(torch.cat(cuts).to(self._device))
@@ -213,7 +213,7 @@ class Encoder:
     @torch.no_grad()
     def _run(self, images: Images, batch_size: int) -> Iterator[Tokens]:
         if len(images) == 0:
-            raise DataError("images: there are none; give at least one")
+            raise DataError("images: the list is empty; give at least one")
         for start in range(0, len(images), batch_size):
             tokens: Tokens = self.backbone(self.prepare(images[start : start + batch_size]))
             yield tokens
@@ -258,13 +258,13 @@ def _picture(image: Image.Image | NDArray[np.uint8]) -> Tensor:
 
 
 def _network(backbone: Backbone) -> nn.Module:
-    """The module whose keys other programs know."""
+    """The module whose keys other programs understand."""
     return backbone.network if isinstance(backbone, TimmBackbone) else backbone
 
 
 def _pack(state: Mapping[str, Tensor]) -> bytes:
-    # safetensors orders tensors by itself, but several metadata keys by the hash of the day: one key.
-    # It refuses shared memory and foreign memory formats, hence the copy.
+    # safetensors orders tensors by itself, but several metadata keys by a hash that changes: one key.
+    # It refuses shared memory and other memory formats, hence the copy.
     plain = torch.contiguous_format
     return save({name: state[name].detach().cpu().clone(memory_format=plain) for name in state}, {"format": "pt"})
 
@@ -283,7 +283,7 @@ def read_card(path: Path) -> EncoderCard:
             f"{path}: cannot be read ({error.strerror}); give a folder that opsin export wrote"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: is no description of an encoder; export the run again") from error
+        raise CheckpointError(f"{path}: is not a description of an encoder; export the run again") from error
     if not isinstance(version, int) or version > FORMAT:
         raise CheckpointError(f"{path}: format {version}, this opsin reads up to {FORMAT}; install a newer opsin")
     try:
@@ -300,9 +300,7 @@ def _fill(network: nn.Module, path: Path, card: EncoderCard) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); export the run again") from error
     if hashlib.sha256(data).hexdigest() != card.sha256.get(path.name):
-        raise CheckpointError(
-            f"{path}: its check sum is not that of {CARD_FILE}, it is damaged; copy or export it again"
-        )
+        raise CheckpointError(f"{path}: its check sum is not that of {CARD_FILE}; copy or export it again")
     try:
         network.load_state_dict(load(data))
     except (SafetensorError, RuntimeError) as error:

@@ -1,7 +1,7 @@
-"""DINO: a student learns to see in part of an image what its slow copy, the teacher, sees in all of it.
+"""DINO: from parts of an image, a student predicts the output of its slow copy, the teacher, for large crops.
 
 Caron et al. 2021, https://arxiv.org/abs/2104.14294. The published settings are the recipe `dino-imagenet-vits16`.
-Everything that the paper counts in updates is counted in images here, so that a batch size is a matter of speed.
+Rates that the paper gives per update are per image here, so that the batch size is a matter of speed.
 
 Shapes: B images of a part, S side of a view in pixels, D width, d bottleneck, K prototypes, V student views (two
 global ones first), G = 2 teacher views.
@@ -22,17 +22,7 @@ from opsin.data.base import Augment
 from opsin.data.views.colour import ColorJitter, GaussianBlur, Grayscale, Solarize
 from opsin.data.views.crops import Crop, RandomResizedCrop
 from opsin.errors import ConfigError
-from opsin.methods.base import (
-    Batch,
-    Clock,
-    DataFacts,
-    Losses,
-    Method,
-    MethodConfig,
-    ParamGroup,
-    Views,
-    split_by_decay,
-)
+from opsin.methods.base import Batch, Clock, DataFacts, Losses, Method, MethodConfig, ParamGroup, Views, split_by_decay
 from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.ema import follow
 from opsin.nn.heads import Projector
@@ -43,30 +33,20 @@ from opsin.settings.family import Range, Settings
 Share = Annotated[float, Field(ge=0, le=1)]
 _GLOBAL = ("global_1", "global_2")
 _SLOW_ENOUGH = 0.8
-"""What a teacher keeps of itself in an update, at least; below, it has no opinion of its own."""
+"""Smallest momentum of a teacher per update; below it, the teacher copies the student."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Size:
-    """Settings that suit up to so many images."""
-
-    images: float
-    prototypes: int
-    temperature: float
-    momentum: float
-
-
-# Few images support few prototypes, and a teacher that follows at once: a run has fewer updates.
-_SIZES = (
-    _Size(20_000, 1024, 0.04, 0.99),
-    _Size(100_000, 4096, 0.04, 0.99),
-    _Size(500_000, 16384, 0.05, 0.994),
-    _Size(math.inf, 65536, 0.07, 0.996),
-)
+# By the largest number of images. Few images support few prototypes, and their fewer updates a faster teacher.
+_AUTO = {
+    20_000: {"prototypes": 1024, "teacher_temperature": 0.04, "momentum": 0.99},
+    100_000: {"prototypes": 4096, "teacher_temperature": 0.04, "momentum": 0.99},
+    500_000: {"prototypes": 16384, "teacher_temperature": 0.05, "momentum": 0.994},
+    math.inf: {"prototypes": 65536, "teacher_temperature": 0.07, "momentum": 0.996},
+}
 
 
 class DinoViews(Settings):
-    """Two large crops that the teacher sees too, and small ones for the student alone."""
+    """Two large crops for teacher and student, and small ones for the student alone."""
 
     global_scale: Range = (0.4, 1.0)
     """Share of the image's area in a large crop, from and to."""
@@ -77,9 +57,9 @@ class DinoViews(Settings):
     local_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Side of a small crop in pixels; `auto` is 3/7 of the large ones, in whole patches."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    """How a crop is resized."""
+    """Interpolation when a crop is resized."""
     flip: Literal["none", "random"] = "random"
-    """Mirror left to right."""
+    """Mirroring left to right: never, or with probability 0.5."""
     jitter: Share = 0.8
     """Probability that brightness, contrast, saturation and hue change."""
     brightness: Share = 0.4
@@ -91,7 +71,7 @@ class DinoViews(Settings):
     hue: float = Field(0.1, ge=0, le=0.5)
     """Strength of the random hue, in turns of the colour circle."""
     grayscale: Share = 0.2
-    """Probability of a grey view."""
+    """Probability that a view becomes grey."""
     blur: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)
     """Probability of blur in the first large crop, the second, and each small one."""
     blur_px: Range = (0.1, 2.0)
@@ -127,7 +107,7 @@ class DinoViews(Settings):
 
 
 class DinoConfig(MethodConfig):
-    """Self-distillation without labels; `auto` goes by the number of images."""
+    """Self-distillation without labels; `auto` follows from the number of images."""
 
     published: ClassVar[str | None] = "dino-imagenet-vits16"
     name: Literal["dino"] = "dino"
@@ -136,38 +116,33 @@ class DinoConfig(MethodConfig):
     hidden: int = Field(2048, gt=0)
     """Width of the head's inner layers."""
     bottleneck: int = Field(256, gt=0)
-    """Width of the unit vectors that are compared with prototypes."""
+    """Width of the unit vectors that are compared with the prototypes."""
     head_layers: int = Field(3, gt=0)
     """Linear layers before the prototypes."""
     learn_scale: bool = False
-    """Whether prototypes have learned lengths; true trains faster and may be unstable."""
+    """Learn the lengths of the prototypes; true trains faster and may be unstable."""
     student_temperature: float = Field(0.1, gt=0)
-    """Sharpness of the student's probabilities."""
+    """Temperature of the student's probabilities; lower is sharper."""
     teacher_temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Sharpness of the teacher's probabilities; `auto` is 0.04 to 0.07."""
+    """Temperature of the teacher's probabilities; `auto` is 0.04 to 0.07."""
     warmup_temperature: float = Field(0.04, gt=0)
     """The teacher's temperature at the beginning."""
     warmup_temperature_epochs: int = Field(0, ge=0)
-    """Epochs until the teacher has its own temperature, with a step each epoch."""
+    """Epochs in which the temperature rises from `warmup_temperature` to `teacher_temperature`, once an epoch."""
     momentum: Share | Literal["auto"] = "auto"
-    """What the teacher keeps of itself for each `momentum_batch_size` images, at the start; it ends at 1."""
+    """Share of the teacher that remains after `momentum_batch_size` images, at the start; it ends at 1."""
     center_momentum: float = Field(0.9, ge=0, le=1)
-    """What the centre keeps of itself for as many images; 1 is no centring."""
+    """Share of the centre that remains after `momentum_batch_size` images; 1 disables centring."""
     momentum_batch_size: int = Field(512, gt=0)
-    """Images that both momenta are meant for; a batch of another size keeps as much per image."""
+    """Batch size of both momenta in images; batches of another size keep the same share per image."""
     freeze_epochs: float = Field(1.0, ge=0)
-    """Epochs in which the prototypes rest."""
+    """Epochs before the prototypes begin to learn."""
     views: DinoViews = DinoViews()
-    """Crops and colour."""
+    """Crops and colours of the views."""
 
     def settled(self, samples: int) -> "DinoConfig":
-        """The same with numbers for the word `auto`."""
-        size = next(size for size in _SIZES if samples <= size.images)
-        known = {
-            "prototypes": size.prototypes,
-            "teacher_temperature": size.temperature,
-            "momentum": size.momentum,
-        }
+        """The same settings with numbers instead of `auto`."""
+        known = next(values for images, values in _AUTO.items() if samples <= images)
         return self.model_copy(update={key: value for key, value in known.items() if getattr(self, key) == "auto"})
 
     def build(self, model: ModelConfig, facts: DataFacts) -> "Dino":
@@ -176,13 +151,13 @@ class DinoConfig(MethodConfig):
 
 @dataclass(frozen=True, slots=True)
 class _Lesson:
-    """What the teacher says of a batch, for all the views of the student."""
+    """The teacher's output for a batch, which serves all views of the student."""
 
     targets: Targets
     features: Tensor
     """[G B, D]"""
-    told: bool = False
-    """Whether a piece of the batch has reported on it."""
+    reported: bool = False
+    """True if a piece of the batch has reported its measures."""
 
 
 class Dino(Method):
@@ -208,7 +183,7 @@ class Dino(Method):
         for part in (self.backbone, self.teacher_head, self.teacher_prototypes):
             part.requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
-        # Scores of the update that is being made; zero between updates, so no part of a checkpoint.
+        # Scores of the current update; zero between updates, hence not in a checkpoint.
         self.register_buffer("score_sum", torch.zeros(config.prototypes), persistent=False)
         self.register_buffer("score_count", torch.zeros(()), persistent=False)
         self._copy_to_teacher_heads()
@@ -223,7 +198,7 @@ class Dino(Method):
         return self.config.views.build(image_size, self._local_size(image_size))
 
     def prepare(self, first_batch: Callable[[], Batch]) -> None:
-        # Starting weights were loaded into the teacher, which is the one that is exported.
+        # Starting weights were loaded into the teacher, which is exported.
         self.backbone.prepare(lambda: first_batch().views[_GLOBAL[0]][0])
         self.student.load_state_dict(self.backbone.state_dict())
         self._copy_to_teacher_heads()
@@ -234,18 +209,20 @@ class Dino(Method):
             features = self.student.pool_sizes(_by_size(batch.views))  # [V B, D]
             vectors = self.student_head(features)
         with record_function("loss"):
+            num_pairs = len(_GLOBAL) * (len(_GLOBAL) + self.config.views.local_count - 1)
             total = cross_entropy(
                 vectors.view(-1, len(batch), vectors.shape[1]),
                 self.prototypes,
                 lesson.targets,
-                self._pairs(batch.views).to(vectors) / (self._num_pairs() * len(batch)),
+                self._pairs(batch.views).to(vectors) / (num_pairs * len(batch)),
                 temperature=self.config.student_temperature,
                 learn=clock.epoch >= self.config.freeze_epochs,
             )
-        measures = {"kl": total.detach()} if lesson.told else self._describe(lesson.targets, total.detach())
+        if lesson.reported:
+            return Losses(total, measures={"kl": total.detach()})
         own = features.detach()[: len(lesson.features)]  # of the large crops, which come first
         shown = {"student": own, "teacher": lesson.features[: len(own)]}
-        return Losses(total, measures=measures, features={} if lesson.told else shown)
+        return Losses(total, measures=self._describe(lesson.targets, total.detach()), features=shown)
 
     def chunks(self, batch: Batch, clock: Clock, views: int) -> Iterator[Batch]:
         """Views of one size, up to `views` at a time; the teacher sees the batch once."""
@@ -258,7 +235,7 @@ class Dino(Method):
                     grouped.setdefault(name, []).append(view)
                 pieces = {name: torch.cat(group) for name, group in grouped.items()}
                 yield replace(batch, views=pieces, targets=lesson)
-                lesson = replace(lesson, told=True)
+                lesson = replace(lesson, reported=True)
 
     def after_update(self, clock: Clock, applied: Tensor) -> None:
         with record_function("teacher update"), torch.no_grad():
@@ -285,7 +262,7 @@ class Dino(Method):
         ]
 
     def teacher_temperature(self, clock: Clock) -> float:
-        """The teacher's temperature at a time: the published one, which changes from epoch to epoch."""
+        """The teacher's temperature at `clock`; it changes from epoch to epoch, as published."""
         assert not isinstance(self.config.teacher_temperature, str), "settled"
         rise = self.config.warmup_temperature_epochs
         if clock.epoch >= rise:
@@ -294,25 +271,25 @@ class Dino(Method):
         return linear(progress, self.config.warmup_temperature, self.config.teacher_temperature)
 
     def teacher_momentum(self, clock: Clock) -> float:
-        """What the teacher keeps of itself in the update at `clock`."""
+        """Share of the teacher that remains in the update at `clock`."""
         assert not isinstance(self.config.momentum, str), "settled"
         kept = cosine(clock.epoch / clock.total_epochs, self.config.momentum, 1.0)
         return self._for_batch(kept, clock)
 
     def _for_batch(self, momentum: float, clock: Clock) -> float:
-        """What a batch of this size keeps, where one of `momentum_batch_size` keeps `momentum`."""
+        """`momentum`, which is for `momentum_batch_size` images, converted to the batch size at `clock`."""
         return float(momentum ** (clock.stage.batch_size / self.config.momentum_batch_size))
 
-    def advice(self, trouble: str, clock: Clock) -> str:
+    def advice(self, finding: str, clock: Clock) -> str:
         temperature, samples = self.teacher_temperature(clock), f"{self.samples:,} images"
-        if trouble == "uniform_collapse":
+        if finding == "uniform_collapse":
             return (
                 f"the teacher's temperature {temperature:g} is high for {samples}: "
                 f"try method.teacher_temperature={temperature / 2:.2g}, or fewer method.prototypes"
             )
         kept = self.teacher_momentum(clock)
         follows = f"the teacher keeps {kept:.3g} of itself in an update: try a higher method.momentum"
-        if trouble == "one_prototype_collapse":
+        if finding == "one_prototype_collapse":
             if kept < _SLOW_ENOUGH:
                 return follows
             if self.config.center_momentum == 1:
@@ -321,7 +298,7 @@ class Dino(Method):
                 f"centring does not keep up (method.center_momentum={self.config.center_momentum:g}): try a smaller "
                 f"one, a lower optim.lr, or a higher method.teacher_temperature than {temperature:g}"
             )
-        if trouble in ("feature_collapse", "no_teacher"):
+        if finding in ("feature_collapse", "no_teacher"):
             return f"{follows}, or a lower optim.lr"
         return ""
 
@@ -361,12 +338,9 @@ class Dino(Method):
         }
 
     def _pairs(self, views: Mapping[str, Tensor]) -> Tensor:
-        """[V, G] for these views: 1 where a student's view answers a teacher's, its own excepted."""
+        """[V, G] for these views: 1 for each pair of a student's and a teacher's view, 0 for the same view."""
         answers = {"global_1": [0.0, 1.0], "global_2": [1.0, 0.0], "local": [1.0, 1.0]}
         return torch.tensor([answers[name] for name in _ordered(views) for _ in views[name]])
-
-    def _num_pairs(self) -> int:
-        return 2 * (len(_GLOBAL) + self.config.views.local_count) - len(_GLOBAL)
 
     def _copy_to_teacher_heads(self) -> None:
         self.teacher_head.load_state_dict(self.student_head.state_dict())

@@ -1,7 +1,7 @@
 """H-JEPA: hidden features are predicted on several grids, from the coarsest to the finest.
 
-The idea is LeCun's (2022, "A path towards autonomous machine intelligence", section 4.6): predict at several levels of
-abstraction, each level helped by the one above. docs/HJEPA.md defines ours; with one level it is I-JEPA, bit for bit.
+After LeCun 2022, "A path towards autonomous machine intelligence", section 4.6: predictions at several levels of
+abstraction, each helped by the level above. docs/HJEPA.md defines ours; with one level it is I-JEPA, bit for bit.
 
 Shapes: L levels, level l a grid of cells of 2^l x 2^l patches; the others as in `ijepa.py`, C cells of a block.
 """
@@ -28,20 +28,20 @@ class HJepaConfig(IJepaConfig):
     published = None
     name: Literal["hjepa"] = "hjepa"  # type: ignore[assignment]  # another member of the family
     levels: int = Field(3, ge=1)
-    """Grids; each has cells of twice the side of the one below it."""
+    """Number of grids; the cells of each have twice the side of those one level below."""
     level_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """Weight of each level's loss, the finest first; null halves it from level to level: 1, 0.5, 0.25."""
+    """Weight of the loss of each level, the finest first; null halves it at each level: 1, 0.5, 0.25."""
     depths: tuple[int, ...] | None = None
-    """Blocks of the target encoder after which each level takes its targets, the finest first; null: all of them."""
+    """Number of blocks of the target encoder before the targets of each level, the finest first; null is all."""
     level_schedules: list[Schedule] = []
-    """A factor over the run on the learning rate of each level's predictor, the finest first; none is 1."""
+    """Schedules of the learning rate of each level's predictor, the finest first; an empty list is factor 1."""
 
     def build(self, model: ModelConfig, facts: DataFacts) -> "HJepa":
         return HJepa(self, encoder_config(self.name, model), facts)
 
 
 class HJepa(IJepa):
-    """I-JEPA with a predictor for each level; `hints` carry what a level predicts to the one below it."""
+    """I-JEPA with a predictor for each level; `hints` carry the predictions of a level to the one below."""
 
     config: HJepaConfig
 
@@ -58,8 +58,7 @@ class HJepa(IJepa):
             assert isinstance(layer, nn.Linear)
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-
-        self.views(facts.image_size)  # a size that does not work is told before a run begins
+        self.views(facts.image_size)  # refuses an impossible size before a run begins
 
     @property
     def levels(self) -> int:
@@ -73,7 +72,7 @@ class HJepa(IJepa):
         side, given = 2 ** (self.levels - 1), self.config.masks.coarsest
         if side > 1 and self.config.masks.parity == "published":
             raise ConfigError(
-                f"method.masks.parity=published: the released sampler knows one grid, and {self.levels} levels need "
+                f"method.masks.parity=published: the released sampler has one grid, and {self.levels} levels need "
                 "blocks of whole coarse cells; use method.levels=1, or parity=unbiased"
             )
         if given != 1 and given % side:
@@ -92,9 +91,9 @@ class HJepa(IJepa):
         total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
         targets = {f"target_{n}": level for n, level in enumerate(levels)}
         # The coarsest first, as they were predicted.
-        said = {f"prediction_{n}": levels[n] for n in reversed(range(self.levels))}
+        predictions = {f"prediction_{n}": levels[n] for n in reversed(range(self.levels))}
         parts = {f"level_{n}": loss for n, loss in enumerate(losses)}
-        return Losses(total, parts=parts, features=self.shown(context, targets, said))
+        return Losses(total, parts=parts, features=self.shown(context, targets, predictions))
 
     def predict_levels(self, images: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, list[Level]]:
         kept, grid = masks["context"], images.shape[-1] // self.encoder.patch
@@ -127,7 +126,7 @@ class HJepa(IJepa):
 
 
 def coarser(cells: Cells, side: int, grid: int) -> Cells:
-    """The cells of `side` x `side` patches that blocks of patches consist of, where those are whole cells."""
+    """The cells of `side` x `side` patches in blocks of patches that consist of whole cells."""
     rows, columns = cells.indices // grid, cells.indices % grid
     corner = (rows % side == 0) & (columns % side == 0) & cells.valid  # one patch for each cell
     count = cells.indices.shape[-1] // side**2
@@ -137,9 +136,9 @@ def coarser(cells: Cells, side: int, grid: int) -> Cells:
 
 
 def value_above(values: Tensor, cells: Cells, above: Cells, grid: int) -> Tensor:
-    """[B, T, C, D]: for each of `cells` what `values` [B, T, C above, D] say of the cell that it lies in.
+    """[B, T, C, D]: for each of `cells` the entry of `values` [B, T, C above, D] of the cell that contains it.
 
-    Padding takes any of them.
+    Padding gets an arbitrary entry.
     """
     across = grid // cells.side
     rows, columns = cells.indices // across, cells.indices % across
@@ -152,10 +151,10 @@ def value_above(values: Tensor, cells: Cells, above: Cells, grid: int) -> Tensor
 
 
 def _check_grid(levels: int, image_size: int, patch: int) -> None:
-    """See that images of this side can be cut into two coarsest cells a side, at least.
+    """Check that images of this side consist of whole coarsest cells, at least two a side.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: they do not.
     """
     side, grid = 2 ** (levels - 1), image_size // patch
     if levels > 1 and (grid % side or grid < 2 * side):
@@ -168,10 +167,10 @@ def _check_grid(levels: int, image_size: int, patch: int) -> None:
 
 
 def _check_lists(config: HJepaConfig, model: ViTConfig) -> None:
-    """See that there is an entry for each level, and that it means something.
+    """Check that each list has a usable entry for each level.
 
     Raises:
-        ConfigError: there is not.
+        ConfigError: an entry is missing or cannot be used.
     """
     lists = {
         "level_weights": config.level_weights,
@@ -184,7 +183,7 @@ def _check_lists(config: HJepaConfig, model: ViTConfig) -> None:
                 f"method.{key}: has {len(given)} entries for method.levels={config.levels}; give one for each level"
             )
     if config.level_weights is not None and not any(config.level_weights):
-        raise ConfigError("method.level_weights: all are 0, so that nothing would be learned; give one above 0")
+        raise ConfigError("method.level_weights: all are 0, and nothing would be learned; give one above 0")
     for depth in config.depths or ():
         if not 1 <= depth <= model.depth:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""I-JEPA: features of hidden blocks of an image are predicted from what is visible around them.
+"""I-JEPA: features of hidden blocks of an image are predicted from the visible patches around them.
 
 Assran et al. 2023, https://arxiv.org/abs/2301.08243. The published settings are the recipe `ijepa-imagenet-vith14`.
 
@@ -21,17 +21,7 @@ from opsin.clock.schedule import cosine, linear
 from opsin.data.views.crops import RandomResizedCrop
 from opsin.data.views.masks import MaskConfig
 from opsin.errors import ConfigError
-from opsin.methods.base import (
-    Batch,
-    Clock,
-    DataFacts,
-    Losses,
-    Method,
-    MethodConfig,
-    ParamGroup,
-    Views,
-    split_by_decay,
-)
+from opsin.methods.base import Batch, Clock, DataFacts, Losses, Method, MethodConfig, ParamGroup, Views, split_by_decay
 from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.ema import ema_decay, follow
 from opsin.nn.position import grid_positions
@@ -41,14 +31,14 @@ from opsin.settings.family import Range, Settings
 
 
 class JepaViews(Settings):
-    """How a training image is cut; its colours stay."""
+    """The crop of a training image; its colours stay unchanged."""
 
     scale: Range = (0.3, 1.0)
     """Share of the image's area in a crop, from and to."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How a crop is resized."""
+    """Interpolation when a crop is resized."""
     flip: Literal["none", "random"] = "none"
-    """Mirror left to right."""
+    """Mirroring left to right: never, or with probability 0.5."""
 
     def build(self, image_size: int) -> RandomResizedCrop:
         """The crop of the view `image`."""
@@ -65,21 +55,21 @@ class IJepaConfig(MethodConfig):
     predictor_depth: int = Field(6, gt=0)
     """Blocks of the predictor."""
     predictor_heads: int | None = Field(None, gt=0)
-    """Attention heads of the predictor; null takes as many as the encoder has."""
+    """Attention heads of the predictor; null takes the number of the encoder."""
     momentum: float = Field(0.996, ge=0, le=1)
-    """What the target encoder keeps of itself for each `momentum_batch_size` images, at the start; it ends at 1."""
+    """Share of the target encoder that remains after `momentum_batch_size` images, at the start; it ends at 1."""
     momentum_shape: Literal["linear", "cosine"] = "linear"
-    """How the momentum rises."""
+    """Shape of the rise of the momentum."""
     momentum_warmup: bool = False
-    """Begin with a smaller momentum, (1 + step) / (10 + step), so that the first weights are soon forgotten."""
+    """Begin with a smaller momentum, (1 + step) / (10 + step), to forget the first weights soon."""
     momentum_batch_size: int = Field(2048, gt=0)
-    """Images that the momentum is meant for; a batch of another size keeps as much per image."""
+    """Batch size of the momentum in images; batches of another size keep the same share per image."""
     norm_targets: bool = True
-    """Bring each target to mean 0 and variance 1; without it features may shrink to nothing."""
+    """Scale each target to mean 0 and variance 1; otherwise features may shrink to 0."""
     masks: MaskConfig = MaskConfig()
-    """What is hidden, and what is shown."""
+    """Masks of hidden and visible patches."""
     views: JepaViews = JepaViews()
-    """The crop."""
+    """Crops of the training images."""
 
     def build(self, model: ModelConfig, facts: DataFacts) -> "IJepa":
         return IJepa(self, encoder_config(self.name, model), facts)
@@ -92,7 +82,7 @@ class Cells:
     indices: Tensor
     """int64 [B, T, C], row by row on that grid."""
     valid: Tensor
-    """bool [B, T, C]: false where a block has fewer cells and an index is only padding."""
+    """bool [B, T, C]: false for the padding of a block with fewer cells."""
     side: int
 
     def positions(self, patches: int, width: int) -> Tensor:
@@ -101,26 +91,22 @@ class Cells:
         return grid_positions(across, across, width, side=self.side, device=self.indices.device)[self.indices]
 
     def gather(self, values: Tensor) -> Tensor:
-        """[B, T, C, D] out of the values [B, N, D] of all cells."""
+        """[B, T, C, D]: the values of these cells, from those of all cells [B, N, D]."""
         flat = torch.take_along_dim(values, self.indices.flatten(1)[..., None], dim=1)
         return flat.view(*self.indices.shape, -1)
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What is predicted on one grid, and what was to be predicted."""
+    """Predictions on one grid, and their targets."""
 
     cells: Cells
     raw: Tensor
-    """[B, n x n, D]: what the target encoder says of every cell."""
+    """[B, n x n, D]: the output of the target encoder for every cell."""
     predictions: Tensor
     """[B, T, C, D]"""
     targets: Tensor
     """[B, T, C, D]"""
-
-    def first_targets(self) -> Tensor:
-        """[B, T, D]: of each block one cell, before the norm."""
-        return torch.take_along_dim(self.raw, self.cells.indices[:, :, 0, None], dim=1)
 
     def errors(self) -> Tensor:
         """[B, T, C]: the mean smooth L1 distance of a prediction from its target."""
@@ -130,17 +116,17 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class LevelErrors:
-    """How far off the predictions of one level are."""
+    """Errors of the predictions of one level."""
 
     cells: Cells
     across: int
     """Cells in a row of the grid."""
     values: Tensor
-    """[B, T, C], as the loss has them; arbitrary where a cell is not valid."""
+    """[B, T, C], as in the loss; arbitrary if a cell is not valid."""
 
 
 class IJepa(Method):
-    """Context encoder `encoder`, its slow copy `backbone`, which is evaluated, and the predictor."""
+    """The context encoder `encoder`, its slow copy `backbone`, which is evaluated, and the predictors."""
 
     def __init__(self, config: IJepaConfig, model: ViTConfig, facts: DataFacts) -> None:
         super().__init__()
@@ -155,7 +141,7 @@ class IJepa(Method):
 
     @property
     def levels(self) -> int:
-        """How many grids are predicted."""
+        """Number of grids that are predicted."""
         return 1
 
     @property
@@ -171,11 +157,11 @@ class IJepa(Method):
         return Views(crops={"image": self.config.views.build(image_size)}, masks=masks)
 
     def masks(self) -> MaskConfig:
-        """What the masks are drawn by."""
+        """Settings of the masks."""
         return self.config.masks
 
     def prepare(self, first_batch: Callable[[], Batch]) -> None:
-        # Starting weights were loaded into the target encoder, which is the one that is exported.
+        # Starting weights were loaded into the target encoder, which is exported.
         self.encoder.load_state_dict(self.backbone.state_dict())
 
     def forward(self, batch: Batch, clock: Clock) -> Losses:
@@ -189,7 +175,7 @@ class IJepa(Method):
         return [LevelErrors(level.cells, patches // level.cells.side, level.errors()) for level in levels]
 
     def predict_levels(self, images: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, list[Level]]:
-        """The tokens [B, Kc, D] of the context, and what is predicted from them, the finest level first."""
+        """The tokens [B, Kc, D] of the context, and the levels predicted from them, the finest first."""
         cells = Cells(masks["targets"], masks["target_valid"], 1)
         (raw,) = self.target_tokens(images, [len(self.backbone.blocks)])
         context = self.encode_context(images, masks["context"])
@@ -197,54 +183,55 @@ class IJepa(Method):
         return context, [Level(cells, raw, predictions, self.targets(raw, cells))]
 
     def encode_context(self, images: Tensor, context: Tensor) -> Tensor:
-        """Tokens [B, Kc, D] of the patches `context` [B, Kc]; the others go into nothing."""
+        """Tokens [B, Kc, D] of the patches `context` [B, Kc], computed from these patches alone."""
         with record_function("student forward"):
             return self.encoder.forward_tokens(images, context).patches
 
     @torch.no_grad()
     def target_tokens(self, images: Tensor, depths: Sequence[int]) -> list[Tensor]:
-        """Tokens [B, N, D] of the target encoder, which sees the whole image, after so many of its blocks."""
+        """Tokens [B, N, D] of the whole image after each of the numbers of blocks `depths` of the target encoder."""
         with record_function("teacher forward"):
             return self.backbone.forward_depths(images, depths)
 
     @torch.no_grad()
     def targets(self, raw: Tensor, cells: Cells) -> Tensor:
-        """[B, T, C, D]: what `raw` [B, n x n, D] says of the cells that are asked for, normalised."""
+        """[B, T, C, D]: the values `raw` [B, n x n, D] of `cells`, normalised."""
         tokens = raw if raw.dtype == torch.float64 else raw.float()
         return cells.gather(F.layer_norm(tokens, tokens.shape[-1:]) if self.config.norm_targets else tokens)
 
     def predict(
         self, level: int, context: Tensor, kept: Tensor, cells: Cells, images: Tensor, hints: Tensor | None = None
     ) -> Tensor:
-        """[B, T, C, D], every block from a copy of the context of its own; `hints` [B, T, C, P] go into the queries."""
+        """[B, T, C, D], each block from its own copy of the context; `hints` [B, T, C, P] are added to the queries."""
         with record_function("predictor"):
             predictor = self.predictors[level]
             assert isinstance(predictor, Predictor)
             patches = images.shape[-1] // self.encoder.patch
             grid = grid_positions(patches, patches, predictor.width, device=kept.device)
-            places = grid.to(context.dtype)[kept]
-            asked = cells.positions(patches, predictor.width).to(context.dtype)
-            asked = asked if hints is None else asked + hints
-            predicted = predictor(context, places, asked.flatten(0, 1), cells.valid.flatten(0, 1))
+            positions = grid.to(context.dtype)[kept]
+            queries = cells.positions(patches, predictor.width).to(context.dtype)
+            queries = queries if hints is None else queries + hints
+            predicted = predictor(context, positions, queries.flatten(0, 1), cells.valid.flatten(0, 1))
             return torch.unflatten(predicted, 0, cells.indices.shape[:2])
 
     def compare(self, level: Level) -> Tensor:
         """The mean over images of the mean error of their valid cells."""
         with record_function("loss"):
-            apart = level.errors()
-            valid = level.cells.valid.to(apart.dtype)
-            return ((apart * valid).sum((1, 2)) / valid.sum((1, 2))).mean()
+            errors = level.errors()
+            valid = level.cells.valid.to(errors.dtype)
+            return ((errors * valid).sum((1, 2)) / valid.sum((1, 2))).mean()
 
     @torch.no_grad()
     def shown(
         self, context: Tensor, targets: Mapping[str, Level], predictions: Mapping[str, Level]
     ) -> dict[str, Tensor]:
-        """One vector of each image for the context, one of each block for targets (before the norm) and predictions."""
-        return {
-            "context": context.detach()[:, 0].float(),
-            **{name: level.first_targets().flatten(0, 1).float() for name, level in targets.items()},
-            **{name: level.predictions.detach()[:, :, 0].flatten(0, 1).float() for name, level in predictions.items()},
-        }
+        """One vector per image for the context, one per block for targets (before the norm) and predictions."""
+        found = {"context": context.detach()[:, 0]}
+        for name, level in targets.items():
+            found[name] = torch.take_along_dim(level.raw, level.cells.indices[:, :, 0, None], dim=1).flatten(0, 1)
+        for name, level in predictions.items():
+            found[name] = level.predictions.detach()[:, :, 0].flatten(0, 1)
+        return {name: vectors.float() for name, vectors in found.items()}
 
     def after_update(self, clock: Clock, applied: Tensor) -> None:
         with record_function("teacher update"):
@@ -252,7 +239,7 @@ class IJepa(Method):
             follow(list(self.backbone.parameters()), list(self.encoder.parameters()), applied * (1 - kept))
 
     def target_momentum(self, clock: Clock) -> float:
-        """What the target encoder keeps of itself in the update at `clock`."""
+        """Share of the target encoder that remains in the update at `clock`."""
         shape = linear if self.config.momentum_shape == "linear" else cosine
         kept = shape(clock.epoch / clock.total_epochs, self.config.momentum, 1.0)
         kept = kept ** (clock.stage.batch_size / self.config.momentum_batch_size)
@@ -264,8 +251,8 @@ class IJepa(Method):
             *split_by_decay(self.predictors, name="predictors.", hidden=True),
         ]
 
-    def advice(self, trouble: str, clock: Clock) -> str:
-        if trouble != "feature_collapse":
+    def advice(self, finding: str, clock: Clock) -> str:
+        if finding != "feature_collapse":
             return ""
         if not self.config.norm_targets:
             return "targets of any size can be met by shrinking them: set method.norm_targets=true"
@@ -282,7 +269,7 @@ class IJepa(Method):
         """The width of a predictor's tokens.
 
         Raises:
-            ConfigError: it does not fit the heads.
+            ConfigError: the width does not fit the heads.
         """
         wanted, heads = self.config.predictor_width, self.config.predictor_heads or model.heads
         unit = math.lcm(4, heads)
@@ -306,16 +293,16 @@ def pooled(tokens: Tensor, side: int) -> Tensor:
 
 
 def encoder_config(method: str, model: ModelConfig) -> ViTConfig:
-    """`model`, which must be a vision transformer over patches alone.
+    """`model`, if it is a vision transformer over patches alone.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: `model` is another network.
     """
     way_out = "model.name=vit model.class_token=false model.pool=mean model.position=sincos"
     if not isinstance(model, ViTConfig):
         raise ConfigError(
-            f"model.name={model.name}: method.name={method} leaves out patches, which only vit can do; use {way_out}"
+            f"model.name={model.name}: method.name={method} leaves out patches, which only vit supports; use {way_out}"
         )
     if model.class_token:
-        raise ConfigError(f"model.class_token=true: method.name={method} knows patches only; use {way_out}")
+        raise ConfigError(f"model.class_token=true: method.name={method} uses patches only; use {way_out}")
     return model

@@ -20,17 +20,7 @@ from opsin.data.views.crops import CenterCrop, Crop, PadCrop, RandomResizedCrop,
 from opsin.data.views.mix import Mix
 from opsin.data.views.randaugment import RandAugment
 from opsin.errors import ConfigError
-from opsin.methods.base import (
-    Batch,
-    Clock,
-    DataFacts,
-    Losses,
-    Method,
-    MethodConfig,
-    ParamGroup,
-    Views,
-    split_by_decay,
-)
+from opsin.methods.base import Batch, Clock, DataFacts, Losses, Method, MethodConfig, ParamGroup, Views, split_by_decay
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.heads import Classifier
 from opsin.settings.family import Range, Settings
@@ -40,25 +30,25 @@ class MixConfig(Settings):
     """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019), drawn for each image."""
 
     mixup: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution of Mixup's shares; 0 for no Mixup."""
+    """Alpha of the Beta distribution of Mixup's shares; 0 disables Mixup."""
     cutmix: float = Field(0.0, ge=0)
-    """Alpha of the Beta distribution of CutMix's shares; 0 for no CutMix."""
+    """Alpha of the Beta distribution of CutMix's shares; 0 disables CutMix."""
     p: float = Field(1.0, ge=0, le=1)
     """Probability that an image is mixed."""
     cutmix_share: float = Field(0.5, ge=0, le=1)
-    """Share of CutMix among the mixed images, where both are on."""
+    """Share of CutMix among the mixed images, if both are enabled."""
     until: float = Field(1.0, gt=0, le=1)
-    """Share of the run after which nothing is mixed any more."""
+    """Share of the run in which images are mixed."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Takes the place of the method's while images are mixed."""
+    """Label smoothing of mixed images, instead of the method's own."""
 
 
 class SupervisedViews(Settings):
-    """How a training image is cut and coloured."""
+    """Crop and colours of a training image."""
 
     crop: Literal["resized", "padded", "window", "center"] = "resized"
-    """`resized`: a random rectangle; `padded`: shifted over a padded border; `window`: the same, never resized, so that
-    smaller training images show a part; `center`: always the centre."""
+    """Crop: `resized` is a random rectangle, `padded` is shifted over a padded border, `window` is `padded` without
+    resizing, so that smaller training images show a part, `center` is the centre."""
     scale: Range = (0.08, 1.0)
     """Share of the image's area in a `resized` crop, from and to."""
     ratio: Range = (0.75, 4 / 3)
@@ -66,11 +56,11 @@ class SupervisedViews(Settings):
     padding_px: int = Field(4, ge=0)
     """Border of a `padded` or `window` crop in pixels."""
     padding: Literal["zero", "reflect"] = "zero"
-    """What this border shows."""
+    """Content of this border: zeros, or the mirrored image."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """How a crop is resized."""
+    """Interpolation when a crop is resized."""
     flip: Literal["none", "random", "alternate"] = "random"
-    """Mirror left to right; `alternate` mirrors each image in every second epoch."""
+    """Mirroring left to right; `alternate` mirrors each image in every second epoch."""
     brightness: float = Field(0.0, ge=0, le=1)
     """Strength of the random brightness."""
     contrast: float = Field(0.0, ge=0, le=1)
@@ -80,15 +70,15 @@ class SupervisedViews(Settings):
     hue: float = Field(0.0, ge=0, le=0.5)
     """Strength of the random hue, in turns of the colour circle."""
     grayscale: float = Field(0.0, ge=0, le=1)
-    """Probability of a grey image."""
+    """Probability that an image becomes grey."""
     randaugment_ops: int = Field(0, ge=0)
-    """Operations of RandAugment that an image goes through; 0 for none."""
+    """Number of operations of RandAugment on each image; 0 disables it."""
     randaugment_magnitude: int = Field(9, ge=0, le=30)
-    """Strength of each of them, 0 to 30."""
+    """Strength of each operation of RandAugment, 0 to 30."""
     erasing: float = Field(0.0, ge=0, le=1)
     """Probability that a random rectangle is erased."""
     cutout_px: int = Field(0, ge=0)
-    """Side of a square that is blanked out at a random place; 0 for none."""
+    """Side in pixels of a square that is blanked at a random position; 0 disables it."""
 
     def build(self, image_size: int, mix: MixConfig | None = None) -> Views:
         """One view named `image`."""
@@ -99,10 +89,9 @@ class SupervisedViews(Settings):
         return replace(views, mix=op, mix_until=mix.until)
 
     def _crop(self, size: int) -> Crop:
-        if self.crop == "padded":
-            return PadCrop(size=size, flip=self.flip, padding=self.padding, padding_px=self.padding_px)
-        if self.crop == "window":
-            return WindowCrop(size=size, flip=self.flip, padding=self.padding, padding_px=self.padding_px)
+        if self.crop in ("padded", "window"):
+            kind = PadCrop if self.crop == "padded" else WindowCrop
+            return kind(size=size, flip=self.flip, padding=self.padding, padding_px=self.padding_px)
         if self.crop == "center":
             return CenterCrop(size=size, flip=self.flip, resize=size, interpolation=self.interpolation)
         return RandomResizedCrop(
@@ -114,11 +103,8 @@ class SupervisedViews(Settings):
         if self.randaugment_ops:
             ops.append(RandAugment(num_ops=self.randaugment_ops, magnitude=self.randaugment_magnitude))
         if self.brightness or self.contrast or self.saturation or self.hue:
-            ops.append(
-                ColorJitter(
-                    brightness=self.brightness, contrast=self.contrast, saturation=self.saturation, hue=self.hue
-                )
-            )
+            strengths = self.model_dump(include={"brightness", "contrast", "saturation", "hue"})
+            ops.append(ColorJitter(**strengths))
         if self.grayscale:
             ops.append(Grayscale(p=self.grayscale))
         if self.erasing:
@@ -137,15 +123,15 @@ class SupervisedConfig(MethodConfig):
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the classifier."""
     head_lr_factor: float = Field(1.0, gt=0)
-    """Learning rate of the classifier over that of the backbone."""
+    """Learning rate of the classifier, as a multiple of the backbone's."""
     head_scale: float = Field(1.0, gt=0)
     """Factor on the class scores."""
     head_bias: bool = True
-    """Whether the classifier adds a bias."""
+    """Add a bias to the class scores."""
     views: SupervisedViews = SupervisedViews()
-    """Crops and colour."""
+    """Crop and colours of training images."""
     mix: MixConfig | None = None
-    """Images and labels mixed in pairs; null for none."""
+    """Mixing of images and labels in pairs; null disables it."""
 
     def build(self, model: ModelConfig, facts: DataFacts) -> "Supervised":
         if not facts.classes:
@@ -155,7 +141,7 @@ class SupervisedConfig(MethodConfig):
             )
         if len(facts.classes) == 1:
             raise ConfigError(
-                f"data.path: there is only one class, {facts.classes[0]!r}; a classifier needs at least two folders"
+                f"data.path: {facts.classes[0]!r} is the only class; a classifier needs at least two folders"
             )
         if facts.unlabelled:
             raise ConfigError(
@@ -193,7 +179,7 @@ class Supervised(Method):
         if blend is None:
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         else:
-            # Cross-entropy is linear in its target: that of the mixture is the mixture of both.
+            # Cross-entropy is linear in its target: for a mixture it is the mixture of both.
             own, other = (
                 F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
                 for target in (labels, blend.labels)

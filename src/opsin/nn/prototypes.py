@@ -53,10 +53,6 @@ class Prototypes(nn.Module):
             norms = vectors.norm(dim=1, keepdim=True)
             yield part, (vectors * (self.weight_g.detach()[part] / norms)).to(dtype), norms
 
-    def reach(self) -> float | None:
-        """The highest score of a unit vector; None if lengths are learned."""
-        return None if self.weight_g.requires_grad else 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class Targets:
@@ -176,8 +172,8 @@ class _Passes:
         self.sums = self.flat.new_zeros(len(self.flat), 1)
         self.top = torch.full_like(self.sums, -math.inf)
         """The highest exponent of each vector so far, which is subtracted from all; unused with `bounded`."""
-        reach = prototypes.reach()
-        self.bounded = reach is not None and reach / temperature < _SAFE_EXPONENT[self.dtype]
+        # Unless lengths are learned, the score of a unit vector is at most 1.
+        self.bounded = not prototypes.weight_g.requires_grad and 1 / temperature < _SAFE_EXPONENT[self.dtype]
         num_bytes = (len(self.flat) + len(self.teacher)) * len(prototypes.weight_v) * self.dtype.itemsize
         self.keeps = num_bytes <= _KEPT_BYTES
         self.kept: list[tuple[Tensor, Tensor]] = []

@@ -43,11 +43,6 @@ class TimmConfig(ModelConfig):
         return options
 
     def build(self, *, image_size: int, channels: int = 3) -> "TimmBackbone":
-        """The network with fresh weights, on the CPU.
-
-        Raises:
-            ConfigError: timm does not know the name or an option, or the network refuses such images.
-        """
         return TimmBackbone(self, image_size=image_size, channels=channels)
 
 
@@ -141,11 +136,8 @@ def _create(config: TimmConfig, image_size: int, channels: int, *, pretrained: b
         near = difflib.get_close_matches(config.name, [*ModelConfig.members(), *timm.list_models()], n=1)
         way_out = f"did you mean {near[0]!r}?" if near else "timm.list_models() gives all names"
         raise ConfigError(f"model.name = {config.name!r}: unknown to opsin and timm; {way_out}")
-    arguments: dict[str, Any] = {"in_chans": channels}
-    if config.drop_path is not None:
-        arguments["drop_path_rate"] = config.drop_path
-    if config.dropout is not None:
-        arguments["drop_rate"] = config.dropout
+    wanted = {"in_chans": channels, "drop_path_rate": config.drop_path, "drop_rate": config.dropout}
+    arguments: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
     try:
         published = timm.models.get_pretrained_cfg(config.name, allow_unregistered=True)
         if published is not None and published.fixed_input_size:

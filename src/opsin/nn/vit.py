@@ -62,7 +62,6 @@ class ViTConfig(ModelConfig):
         return self
 
     def build(self, *, image_size: int, channels: int = 3) -> "VisionTransformer":
-        """The network with fresh weights, on the CPU."""
         if image_size % self.patch:
             lower = image_size // self.patch * self.patch
             raise ConfigError(

@@ -91,8 +91,11 @@ def _group_lines(settings: Settings, indent: str) -> Iterator[tuple[str, str]]:
             comment = (
                 f"One of {', '.join(settings.root().members())}{' or others' if settings.root().fallback() else ''}."
             )
-        entries = _with_removed(value, field.get_default(call_default_factory=True, validated_data={}))
-        yield from _value_lines(f"{indent}{_text(key)}:", entries, indent, comment)
+        default = field.get_default(call_default_factory=True, validated_data={})
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            # `read` starts from the default: null removes an entry of it.
+            value = {**value, **{name: None for name in default if name not in value}}
+        yield from _value_lines(f"{indent}{_text(key)}:", value, indent, comment)
 
 
 def _value_lines(start: str, value: object, indent: str, comment: str) -> Iterator[tuple[str, str]]:
@@ -114,13 +117,6 @@ def _value_lines(start: str, value: object, indent: str, comment: str) -> Iterat
             yield from block[1:]
     else:
         yield f"{start} {_flow(to_jsonable_python(value))}", comment
-
-
-def _with_removed(value: object, default: object) -> object:
-    """A table with `null` for each entry of its default that it lacks, because `read` starts from the default."""
-    if not isinstance(value, Mapping) or not isinstance(default, Mapping):
-        return value
-    return {**value, **{key: None for key in default if key not in value}}
 
 
 def _leaves(value: object, prefix: str) -> Iterator[tuple[str, object]]:

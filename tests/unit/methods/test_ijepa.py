@@ -319,7 +319,10 @@ def test_monitors_get_one_vector_of_an_image_and_one_of_each_block() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (TimmConfig(name="resnet18", stem="small"), "which only vit can do; use model.name=vit model.class_token=fals"),
+        (
+            TimmConfig(name="resnet18", stem="small"),
+            "which only vit supports; use model.name=vit model.class_token=fals",
+        ),
         (ViTConfig(width=12, depth=1, heads=2, patch=4), r"model\.class_token=true: .* use .*model\.class_token=false"),
     ],
     ids=["not a vit", "class token"],

@@ -200,7 +200,7 @@ def test_without_weights_nothing_is_loaded() -> None:
 
 
 def test_our_vit_has_no_pretrained_weights() -> None:
-    with pytest.raises(ConfigError, match="model 'vit' only timm has them; give a file"):
+    with pytest.raises(ConfigError, match="not model 'vit'; give a file"):
         initialise(vit(), ViTConfig(weights="pretrained"))
 
 

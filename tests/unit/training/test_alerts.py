@@ -46,8 +46,8 @@ class High(Monitor):
 class Advised(Tiny):
     """A method that knows what to do."""
 
-    def advice(self, trouble: str, clock: Clock) -> str:
-        return f"against {trouble} at {clock.step} do nothing"
+    def advice(self, finding: str, clock: Clock) -> str:
+        return f"against {finding} at {clock.step} do nothing"
 
 
 class Scenario:
