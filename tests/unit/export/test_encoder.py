@@ -127,7 +127,7 @@ def test_pictures_of_any_size_and_mode_are_taken(tmp_path: Path) -> None:
         (torch.full((1, 3, 20, 20), 255.0), "values from 255 to 255"),
         ([np.zeros((20, 20, 3))], "float64"),
         ([Image.new("F", (20, 20))], "mode F"),
-        ([], "there are none"),
+        ([], "the list is empty"),
     ],
 )
 def test_other_images_are_told_what_to_be(tmp_path: Path, images: Tensor, fault: str) -> None:
