@@ -113,7 +113,7 @@ def test_images_without_labels_are_refused_with_the_way_out() -> None:
 
 
 def test_a_single_class_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"the only class, 'cat'; .* at least two folders"):
+    with pytest.raises(ConfigError, match=r"'cat' is the only class; .* at least two folders"):
         SupervisedConfig().build(VIT, facts("cat"))
 
 
