@@ -41,7 +41,7 @@ _STALL_S = 40.0
 def sigkill(case: Case) -> int:
     """One to three SIGKILLs; every second one waits for a checkpoint write."""
     kills = case.draw.randint(1, 3)
-    for kill in train_killed(case.start, case.run, STEPS, kills, case.draw):
+    for kill in train_killed(case, case.run, STEPS, kills, case.draw):
         case.strike()
         case.tell(f"killed {kill}")
     return 0
@@ -268,7 +268,7 @@ def rollback_killed(case: Case) -> int:
     gone_back = [event.step for event in read_events(twin.events) if event.kind == "rollback"]
     case.tell(f"poison in images {images} from step {first} to {first + length}; went back to steps {gone_back}")
     kills = case.draw.randint(2, 4)
-    for kill in train_killed(case.start, case.run, STEPS, kills, case.draw):
+    for kill in train_killed(case, case.run, STEPS, kills, case.draw):
         case.tell(f"killed {kill}")
         if gone_back and kill.step >= min(gone_back):
             case.strike()

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from interleaved import table
-from opsin.commands.verify import Kill, digest, finish, start, train_killed
+from opsin.commands.verify import Kill, Training, digest, finish, train_killed
 from opsin.run.recipe import read
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
@@ -76,12 +76,12 @@ def carry_out(trial: Trial, *, folder: Path, steps: int, seed: int) -> Outcome:
     out = RunDirectory(folder / f"{trial.name} {trial.precision}".replace(" ", "-"))
     own = (f"precision={trial.precision}", f"data.workers={trial.workers}", *trial.overrides)
     messages = out.path.with_suffix(".messages")
-    begin = partial(start, folder / "recipe.yaml", out.path, *own, messages=messages)
+    program = Training(folder / "recipe.yaml", out.path, own, messages)
     try:
         draw = random.Random(f"{seed} {trial.name}")
-        kills = tuple(train_killed(begin, out, steps, trial.kills, draw)) if trial.kills else ()
+        kills = tuple(train_killed(program, out, steps, trial.kills, draw)) if trial.kills else ()
         if not trial.kills:
-            finish(begin(), trial.name)
+            finish(program.start(), trial.name)
     except Exception:
         sys.stderr.write(messages.read_text())
         raise

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -162,16 +163,22 @@ def say_on_stderr() -> None:
     os.dup2(2, 1)  # stdout is for answers
 
 
-def begin(asked: Mapping[str, Any]) -> Forked:
-    return Forked(asked["arguments"], say_on_stderr)
+@dataclass(frozen=True)
+class Command:
+    """One command of `opsin`, in a new process each time."""
+
+    arguments: list[str]
+
+    def start(self) -> Forked:
+        return Forked(self.arguments, say_on_stderr)
 
 
 def train(asked: Mapping[str, Any]) -> int:
-    return begin(asked).wait()
+    return Command(asked["arguments"]).start().wait()
 
 
 def stop(asked: Mapping[str, Any]) -> int:
-    process, metrics = begin(asked), Path(asked["arguments"][-1], "metrics.jsonl")
+    process, metrics = Command(asked["arguments"]).start(), Path(asked["arguments"][-1], "metrics.jsonl")
     while process.poll() is None and (last_step(metrics) or 0) < asked["after"]:
         time.sleep(0.001)
     process.send(signal.Signals(asked["signal"]))
@@ -181,7 +188,7 @@ def stop(asked: Mapping[str, Any]) -> int:
 def kill(asked: Mapping[str, Any]) -> list[dict[str, Any]]:
     out = RunDirectory(Path(asked["arguments"][-1]))
     draw = random.Random(asked["seed"])
-    kills = train_killed(lambda: begin(asked), out, asked["steps"], asked["kills"], draw)
+    kills = train_killed(Command(asked["arguments"]), out, asked["steps"], asked["kills"], draw)
     return [{"step": kill.step, "newest": kill.newest, "in_write": kill.in_write} for kill in kills]
 
 
