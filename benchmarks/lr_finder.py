@@ -21,10 +21,10 @@ from interleaved import table
 from opsin.errors import TrainingError
 from opsin.reporting.console import open_console
 from opsin.reporting.journal import read_rows
+from opsin.run.lr_curve import Reading, read_curve
 from opsin.run.recipe import read
 from opsin.run.session import train_recipe
-from opsin.tuning.lr import choose_range, run_sweep
-from opsin.tuning.lr_curve import Reading, read_curve
+from opsin.run.sweep import choose_range, run_sweep
 
 DIGITS_IMAGES = 1438
 CIFAR10_IMAGES = 12_000

@@ -35,9 +35,6 @@ METHODS_SEEN_FROM = {"training": {"base"}, "evaluation": {"base"}, "monitors": {
 WITHOUT_TORCH = ("settings", "clock.cadence", "clock.schedule", "clock.timeline", "storage", "reporting")
 WITHOUT_TORCH_FILES = ("processes.supervisor", "processes.trail", "processes.crashes", "processes.excluded")
 
-# Hidden links that are still to be removed.
-KNOWN = {("run.rates", "commands.main")}
-
 ROW = {part: number for number, parts in enumerate(ROWS) for part in parts}
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -77,7 +74,7 @@ def links(name: str, *, processes: bool) -> list[tuple[int, str]]:
     source = FILES[name].read_text()
     needed = [*imports(source), *(own_processes(source) if processes else ())]
     found = [(line, file) for line, target in needed if (file := file_of(target, FILES))]
-    return [(line, file) for line, file in found if file != name and (name, file) not in KNOWN]
+    return [(line, file) for line, file in found if file != name]
 
 
 def fault(importer: str, target: str) -> str | None:

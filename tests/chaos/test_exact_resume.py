@@ -203,7 +203,7 @@ def test_verify_says_why_there_is_nothing_to_prove(capfd: pytest.CaptureFixture[
         verify("quickstart", ["optim.learning_rate=1"], steps=5, kills=1)
     with pytest.raises(ConfigError, match=r"--steps 5 --kills 0: both must be at least 1"):
         verify("quickstart", [], steps=5, kills=0)
-    with pytest.raises(ConfigError, match=r"--steps 3 --kills 3: each kill takes steps of its own; ask for --steps 60"):
+    with pytest.raises(ConfigError, match=r"--steps 3 --kills 3: each kill needs steps of its own; ask for --steps 60"):
         verify("quickstart", [], steps=3, kills=3)
     with pytest.raises(ConfigError, match=r"the straight run ended with exit status 2 instead of 0 \(see above\)"):
         verify("quickstart", ["data.path=nowhere"], steps=5, kills=1)

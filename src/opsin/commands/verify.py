@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError
+from opsin.reporting.console import open_console
+from opsin.run.rates import settle_rates
 from opsin.run.recipe import read
-from opsin.run.session import settle_rates
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
 from opsin.storage.listing import last_step
@@ -49,7 +50,7 @@ def verify(recipe: str, overrides: Sequence[str], *, steps: int, kills: int) -> 
     wanted = read(recipe, own)
     with tempfile.TemporaryDirectory(prefix="opsin-verify-", ignore_cleanup_errors=True) as folder:
         # One sweep for both runs, where the learning rate is to be found.
-        settled = settle_rates(wanted, Path(folder, "sweep"), name=Path(recipe).stem, notice=print)
+        settled = settle_rates(wanted, Path(folder, "sweep"), name=Path(recipe).stem, teller=open_console())
         text = to_yaml(settled, comments=False)
         frozen, messages = Path(folder, "recipe.yaml"), Path(folder, "messages")
         frozen.write_text(text)

@@ -1,15 +1,21 @@
 """How this machine computes a recipe: device, number format, attention kernel, memory layout."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from opsin.errors import ConfigError, TrainingError
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.run.recipe import Recipe
 from opsin.storage.teller import Teller
 from opsin.training import precision
+from opsin.training.memory import is_out_of_memory
+
+_ANY_ORDER = " does not have a deterministic implementation"  # in the message of torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +64,30 @@ def place(method: Method, numerics: Numerics) -> Method:
     if numerics.channels_last:
         method = method.to(memory_format=torch.channels_last)
     return method.to(numerics.device)
+
+
+@contextmanager
+def explain_torch_errors(recipe: Recipe) -> Iterator[None]:
+    """Turn errors of torch that a change of the recipe avoids into ours: memory, compiler, deterministic kernels."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            sizes = [stage.batch_size or recipe.batch_size for stage in recipe.stages] or [recipe.batch_size]
+            raise TrainingError(
+                f"out of memory at batches of up to {max(sizes)} images and accumulate={recipe.accumulate}: raise "
+                "accumulate, or lower batch_size, the image size (of the stages too) or the size of the model; updates "
+                "are split where memory.on_out_of_memory allows it (with batch norm it must say `always`), in pieces "
+                "of one image at the least"
+            ) from error
+        if _ANY_ORDER in str(error):
+            operation = str(error).partition(_ANY_ORDER)[0].strip()
+            raise ConfigError(
+                f"deterministic: true: torch has no {operation} that gives the same bits each time on this device; use "
+                "deterministic=false, with which a repeated or resumed run is equal within rounding only, or another "
+                "network"
+            ) from error
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"compile: true does not work here: {reason}; use compile=false") from error
+        raise

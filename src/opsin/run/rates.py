@@ -1,95 +1,88 @@
-"""`optim.lr=auto`: the learning rate that `opsin tune lr` suggests, from a process of its own."""
+"""`optim.lr=auto`: a sweep finds the learning rates before a run begins."""
 
-import hashlib
-import json
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from opsin.errors import ConfigError, OpsinError, Stopped, TrainingError, TransientError
-from opsin.processes.trail import VARIABLE, follow
+from opsin.errors import OpsinError
+from opsin.processes.trail import VARIABLE
+from opsin.reporting.console import open_console
 from opsin.run.recipe import Recipe, read
-from opsin.settings.text import flatten
-
-RESULT = "lr.json"
-
-# Keys that no sweep sees: it has its own rate, keeps nothing and scores nothing.
-_UNSEEN = (
-    "optim.lr",
-    "optim.schedule.",
-    "data.workers",
-    "data.prefetch",
-    "data.resident",
-    "checkpoints.",
-    "limits.",
-    "log.",
-    "monitors.",
-    "evaluators.",
-)
-_KINDS: Mapping[int, type[OpsinError]] = {2: ConfigError, 3: Stopped}
+from opsin.run.sweep import STEPS, choose_range, read_result, sweep_into
+from opsin.settings.text import diff, to_yaml
+from opsin.storage.files import write_atomic, writing
+from opsin.storage.teller import Teller
+from opsin.training.checkpoints.format import find_checkpoints
+from opsin.training.precision import choose_device, forget_peak, release_memory
 
 
-def find_lr(
-    recipe: Path, overrides: Sequence[str], folder: Path, *, say: Callable[[str], None] = lambda text: None
-) -> Mapping[str, float]:
-    """The learning rates for `recipe` with its overrides: `lr`, and each other one that goes along with it.
+def settle_rates(recipe: Recipe, out: Path, *, name: str, teller: Teller) -> Recipe:
+    """Return the recipe with learning rates for the word `auto`: those of the run in `out`, or of a sweep.
 
-    They take the place of the same fields of `recipe.optim`. `folder` keeps what the sweep wrote; a later call for
-    the same recipe reads it there.
+    The sweep is kept beside `out`.
 
     Raises:
-        ConfigError: the recipe cannot be trained as it is.
-        Stopped: the sweep got a signal.
-        TrainingError: its curve has no usable slope, or it found another reason that stays.
-        TransientError: it crashed.
+        OpsinError: the sweep found none.
     """
-    known = _read_result(folder, sweep_key(read(str(recipe), overrides)))
+    if recipe.optim.lr != "auto":
+        return recipe
+    if (out / "recipe.yaml").exists() and find_checkpoints(out / "checkpoints"):
+        before = read(str(out / "recipe.yaml"))
+        # Equal but for the rates, if nothing differs once these are taken over.
+        if before.optim.name == recipe.optim.name:
+            known = {key: getattr(before.optim, key) for key in ("lr", "other_lr") if hasattr(before.optim, key)}
+            if not diff(before, settled := _with_rates(recipe, known)):
+                return settled
+    return _with_rates(recipe, find_rates(recipe, out.with_name(f"{out.name}-lr"), name=name, teller=teller))
+
+
+def find_rates(recipe: Recipe, folder: Path, *, name: str, teller: Teller) -> Mapping[str, float]:
+    """Return the learning rates for `recipe`: `lr`, and each other one of `optim` that follows it.
+
+    `folder` keeps the files of the sweep; a later call for the same recipe reads the result there.
+
+    Raises:
+        OpsinError: as `sweep_into`; so ConfigError, DataError and CheckpointError of the recipe.
+    """
+    known = read_result(folder, recipe)
     if known is not None:
-        say(f"optim.lr=auto: {_shown(known)}, found before ({folder})")
+        teller.notice(f"optim.lr=auto: {_shown(known)}, found before ({folder})")
         return known
-    say(f"optim.lr=auto: sweeping the learning rate first ({folder})")
-    command = [sys.executable, "-m", "opsin", "tune", "lr", str(recipe), *overrides, "--quiet", "--out", str(folder)]
-    # With a trail of its own: where the sweep is, is no place of the run.
-    with tempfile.TemporaryDirectory(prefix="opsin-lr-", ignore_cleanup_errors=True) as trail:
-        done = subprocess.run(
-            command, env=_environment(trail), stderr=subprocess.PIPE, text=True, errors="replace", check=False
-        )
-        is_verdict = follow(Path(trail)).verdict is not None
-    if done.returncode:
-        faults = [line.removeprefix("opsin: ") for line in done.stderr.splitlines() if line.startswith("opsin: ")]
-        faults = faults or [f"the sweep ended with exit status {done.returncode}: {done.stderr.strip()[-500:]}"]
-        kind = _KINDS.get(done.returncode, TrainingError if is_verdict else TransientError)
-        raise kind(*(f"optim.lr=auto: {fault}" for fault in faults))
-    found = _read_result(folder, sweep_key(read(str(recipe), overrides)))
-    assert found is not None, "the sweep has written what it found"
-    say(f"optim.lr=auto: {_shown(found)}")
-    return found
-
-
-def sweep_key(recipe: Recipe) -> str:
-    """A short hash of what a sweep depends on; recipes with the same one get the same learning rate."""
-    seen = {key: value for key, value in flatten(recipe).items() if not key.startswith(_UNSEEN)}
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _environment(trail: str) -> dict[str, str]:
-    """The environment of a process that finds this very package, however this process came to it."""
-    places = [str(Path(__file__).resolve().parent.parent.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), VARIABLE: trail}
-
-
-def _read_result(folder: Path, key: str) -> Mapping[str, float] | None:
-    """What an earlier sweep found, if it was of this recipe and found something."""
+    teller.notice(f"optim.lr=auto: sweeping the learning rate first ({folder})")
+    wanted = folder / ".sweep" / f"{name}.yaml"  # hidden: the sweep wants the folder for itself
+    with writing(folder, "choose another --out"):
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(wanted, to_yaml(recipe, comments=False).encode())
     try:
-        result = json.loads((folder / RESULT).read_text())
-        if result["key"] != key or not result["rates"]:
-            return None
-        return {str(name): float(rate) for name, rate in result["rates"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: it is made anew
-        return None
+        with _apart_from_the_run(recipe):
+            asked = choose_range(recipe, None, None, STEPS)
+            _, rates = sweep_into(folder, str(wanted), (), asked, open_console(quiet=True))
+    except OpsinError as error:
+        raise type(error)(*(f"optim.lr=auto: {fault}" for fault in error.faults)) from error
+    teller.notice(f"optim.lr=auto: {_shown(rates)}")
+    return rates
+
+
+@contextmanager
+def _apart_from_the_run(recipe: Recipe) -> Iterator[None]:
+    """Keep a sweep out of the memory of the run that follows, and out of the trail that a supervisor reads.
+
+    A step or an image at which a sweep crashes is none of the run.
+    """
+    trail = os.environ.pop(VARIABLE, None)
+    try:
+        yield
+    finally:
+        if trail is not None:
+            os.environ[VARIABLE] = trail
+        device = choose_device(recipe.device)
+        release_memory(device)
+        forget_peak(device)
+
+
+def _with_rates(recipe: Recipe, rates: Mapping[str, object]) -> Recipe:
+    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update=dict(rates))})
 
 
 def _shown(rates: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from opsin.errors import ConfigError, RunError, Stopped, TrainingError
+from opsin.errors import ConfigError, RunError, Stopped
 from opsin.export.encoder import write_model
 from opsin.reporting.console import Console, describe, duration, open_console
 from opsin.reporting.journal import Journal, Sink
@@ -24,26 +24,24 @@ from opsin.reporting.sinks import CsvTable, TensorBoard, TextLog
 from opsin.reporting.teller import RunTeller
 from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.run.assemble import assemble
+from opsin.run.numerics import explain_torch_errors
 from opsin.run.parts import build_parts
-from opsin.run.rates import find_lr
+from opsin.run.rates import settle_rates
 from opsin.run.recipe import Recipe, read
 from opsin.settings.text import diff, to_yaml
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
 from opsin.storage.backup.service import open_backup, refuse_taken
 from opsin.storage.directory import RunDirectory, spelled_out
-from opsin.storage.files import write_atomic
 from opsin.storage.teller import Silence, Teller
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.evaluations import AVERAGED
 from opsin.training.loop import Run, fit
-from opsin.training.memory import is_out_of_memory
 from opsin.training.precision import choose_device, describe_device, peak_memory_bytes
 from opsin.training.state import TrainState
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
 """Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""
-_ANY_ORDER = " does not have a deterministic implementation"  # how torch says so
 _SHOWN = 8  # differences from a publication that are told one by one
 _LEARNED = ("stages", "epochs", "batch_size", "data.image_size", "data.drop_last", "model.", "method.", "optim.")
 
@@ -87,7 +85,7 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
     if fresh:
         refuse_taken(recipe.backup)
     notes: list[str] = []
-    settled = settle_rates(recipe, out, name=name, notice=open_console(quiet=quiet).notice)
+    settled = settle_rates(recipe, out, name=name, teller=open_console(quiet=quiet))
     if settled != recipe:
         notes.append(f"optim.lr: {settled.optim.lr}, found by a sweep")
     recipe = settled
@@ -114,7 +112,7 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
         )
     before, after = read(str(directory.recipe)), read(str(directory.recipe), overrides)
     name = directory.recipe_name() or path.name
-    after = settle_rates(after, path, name=name, notice=open_console(quiet=quiet).notice)
+    after = settle_rates(after, path, name=name, teller=open_console(quiet=quiet))
     changed = diff(before, after)
     refused = [line for line in changed if line.startswith(FIXED)]
     if refused:
@@ -124,37 +122,6 @@ def resume_run(path: Path, overrides: Sequence[str], *, quiet: bool = False) -> 
     with RunDirectory.prepare(path, fresh=False) as locked:
         locked.take_recipe(to_yaml(before, comments=False))
         return _train_in(locked, after, name, notes, quiet=quiet)
-
-
-def settle_rates(recipe: Recipe, out: Path, *, name: str, notice: Callable[[str], None]) -> Recipe:
-    """The recipe with learning rates for the word `auto`: those of the run in `out`, or what a sweep finds.
-
-    The sweep is kept beside `out`.
-
-    Raises:
-        OpsinError: the sweep found none.
-    """
-    if recipe.optim.lr != "auto":
-        return recipe
-    if (out / "recipe.yaml").exists() and find_checkpoints(out / "checkpoints"):
-        before = read(str(out / "recipe.yaml"))
-        # Equal but for the rates, where nothing differs once these are taken over.
-        if before.optim.name == recipe.optim.name:
-            known = {key: getattr(before.optim, key) for key in ("lr", "other_lr") if hasattr(before.optim, key)}
-            if not diff(before, settled := _with_rates(recipe, known)):
-                return settled
-    folder = out.with_name(f"{out.name}-lr")
-    wanted = folder / ".sweep" / f"{name}.yaml"  # hidden: the sweep wants the folder for itself
-    try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(wanted, to_yaml(recipe, comments=False).encode())
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}; choose another --out") from error
-    return _with_rates(recipe, find_lr(wanted, (), folder, say=notice))
-
-
-def _with_rates(recipe: Recipe, rates: Mapping[str, object]) -> Recipe:
-    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update=dict(rates))})
 
 
 def against_published(recipe: Recipe) -> str | None:
@@ -185,7 +152,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     backup = open_backup(recipe.backup, directory.path, resuming=resuming, say=partial(_tell_of_backup, teller))
     directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
     with backup:
-        with _session(directory, journal, console, device), in_words(recipe):
+        with _session(directory, journal, console, device), explain_torch_errors(recipe):
             run = assemble(build_parts(recipe, teller), directory, teller, backup)
             state = fit(run)
             if run.checkpoints.newest_step != state.step:
@@ -269,33 +236,6 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
             if str(error) != reason:
                 console.warning(str(error))
         journal.close()  # waits for the last pictures: training is over before
-
-
-@contextmanager
-def in_words(recipe: Recipe) -> Iterator[None]:
-    """What torch tells in a traceback although the recipe can change it: no memory, no compiler, no exact kernel."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            sizes = [stage.batch_size or recipe.batch_size for stage in recipe.stages] or [recipe.batch_size]
-            raise TrainingError(
-                f"out of memory at batches of up to {max(sizes)} images and accumulate={recipe.accumulate}: raise "
-                "accumulate, or lower batch_size, the image size (of the stages too) or the size of the model; updates "
-                "are split where memory.on_out_of_memory allows it (with batch norm it must say `always`), in pieces "
-                "of one image at the least"
-            ) from error
-        if _ANY_ORDER in str(error):
-            operation = str(error).partition(_ANY_ORDER)[0].strip()
-            raise ConfigError(
-                f"deterministic: true: torch has no {operation} that gives the same bits each time on this device; use "
-                "deterministic=false, with which a repeated or resumed run is equal within rounding only, or another "
-                "network"
-            ) from error
-        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"compile: true does not work here: {reason}; use compile=false") from error
-        raise
 
 
 def _write_final(directory: RunDirectory, state: TrainState) -> None:

@@ -63,6 +63,12 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def forget_peak(device: torch.device) -> None:
+    """Count the most memory of the GPU from here on; what was resident on the CPU cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def cpu_capabilities() -> dict[str, object]:
     """What the processor can do, by torch's names; empty where torch cannot tell."""
     ask = getattr(torch.cpu, "get_capabilities", None)

@@ -17,8 +17,9 @@ import opsin
 from opsin.errors import ConfigError, LockLost, OpsinError, RunError
 from opsin.reporting.journal import read_events, read_rows
 from opsin.reporting.sinks import TextLog
+from opsin.run.numerics import explain_torch_errors
 from opsin.run.recipe import fingerprint
-from opsin.run.session import FIXED, in_words, open_sinks, resume_run, train, train_recipe
+from opsin.run.session import FIXED, open_sinks, resume_run, train, train_recipe
 from opsin.storage import lock as runlock
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
@@ -188,7 +189,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> Non
 def test_an_operation_without_a_deterministic_kernel_is_named_with_the_way_out() -> None:
     configure(torch.device("cpu"), "fp32", deterministic=True)
     message = r"deterministic: true: torch has no put_ that .*; use deterministic=false"
-    with pytest.raises(ConfigError, match=message), in_words(digits_recipe()):
+    with pytest.raises(ConfigError, match=message), explain_torch_errors(digits_recipe()):
         torch.zeros(2).put_(torch.tensor([0]), torch.tensor([1.0]))
 
 

@@ -14,23 +14,30 @@ from torch import Tensor
 
 from opsin.clock.schedule import Constant
 from opsin.commands.main import main
-from opsin.errors import ConfigError, OpsinError, RunError, TrainingError, TransientError
+from opsin.commands.verify import digest
+from opsin.errors import ConfigError, DataError, OpsinError, RunError, TrainingError
 from opsin.processes.trail import VARIABLE, LastActivity, follow
 from opsin.reporting.console import Console, open_console
 from opsin.reporting.journal import Journal
 from opsin.reporting.teller import RunTeller
 from opsin.run.assemble import assemble
+from opsin.run.lr_curve import sweep_rates
 from opsin.run.parts import build_parts
-from opsin.run.rates import find_lr, sweep_key
+from opsin.run.rates import find_rates
 from opsin.run.recipe import Recipe, read
+from opsin.run.session import train_recipe
+from opsin.run.sweep import SweepRange, choose_range, rising_losses, run_sweep, scaled_rates, sweep_key
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
+from opsin.storage.teller import Silence
 from opsin.training.loop import Run
 from opsin.training.state import LossScale, TrainState
-from opsin.tuning.lr import SweepRange, choose_range, rising_losses, run_sweep, scaled_rates, tune_lr
-from opsin.tuning.lr_curve import sweep_rates
+from opsin.tuning.lr import tune_lr
+from tests.cli.commands import pictures
 from tests.conftest import RunOpsin
 from tests.digits_run import CONVNET, OVERRIDES, digits_recipe, train_digits
+from tests.story import Story
+from tests.unit.data.pictures import png
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 
@@ -245,69 +252,80 @@ def test_a_sweep_leaves_no_trace_in_a_run(tmp_path: Path, run_opsin: RunOpsin) -
 
 
 def test_a_search_runs_once_for_a_recipe(tmp_path: Path) -> None:
-    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run" / "tuning" / "lr"
-    recipe.write_text(to_yaml(small("optim.lr=auto"), comments=False))
-    said: list[str] = []
-    found = find_lr(recipe, (), folder, say=said.append)
+    folder, story = tmp_path / "run-lr", Story()
+    found = find_rates(small("optim.lr=auto"), folder, name="mine", teller=story)
     assert 1e-4 < found["lr"] < 0.1
-    assert read(str(folder / "tuned.yaml")).optim.lr == found["lr"]
+    assert read(str(folder / "tuned.yaml")) == small(f"optim.lr={found['lr']}")
     written = (folder / "lr.json").stat().st_mtime_ns
-    assert find_lr(recipe, ("log.every=7", "limits.steps=3"), folder, say=said.append) == found
+    again = small("optim.lr=auto", "log.every=7", "limits.steps=3")
+    assert find_rates(again, folder, name="mine", teller=story) == found
     assert (folder / "lr.json").stat().st_mtime_ns == written
-    assert said[-1].endswith(f"lr={found['lr']:g}, found before ({folder})")
+    assert story.notices == [
+        f"optim.lr=auto: sweeping the learning rate first ({folder})",
+        f"optim.lr=auto: lr={found['lr']:g}",
+        f"optim.lr=auto: lr={found['lr']:g}, found before ({folder})",
+    ]
 
 
-def test_a_search_that_finds_nothing_says_why(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"extends: quickstart\ndata.path: {tmp_path}/nowhere\n")
-    with pytest.raises(ConfigError, match=r"^optim.lr=auto: .*nowhere"):
-        find_lr(recipe, (), tmp_path / "lr")
+@pytest.mark.parametrize("optimizer", [SGD, ("optim.name=muon", "optim.other_lr=0.05")], ids=["sgd", "muon"])
+def test_a_run_after_its_own_sweep_has_the_bits_of_one_with_the_rate_by_hand(
+    optimizer: tuple[str, ...], tmp_path: Path
+) -> None:
+    keys = (*optimizer, "limits.steps=10")
+    train_recipe(small(*keys, "optim.lr=auto"), tmp_path / "auto", name="auto", quiet=True)
+    found = read(str(tmp_path / "auto" / "recipe.yaml")).optim
+    rates = [f"optim.{name}={value}" for name, value in found if name in ("lr", "other_lr")]
+    train_recipe(small(*keys, *rates), tmp_path / "by hand", name="by hand", quiet=True)
+    assert digest(RunDirectory(tmp_path / "auto")) == digest(RunDirectory(tmp_path / "by hand"))
 
 
-ENDS = """
-import os, signal, sys
-from opsin.processes.trail import Trail
-
-if "tune" in getattr(sys, "orig_argv", ()):
-    {end}
-"""
+@pytest.fixture
+def trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a supervisor."""
+    folder = tmp_path / "trail"
+    folder.mkdir()
+    monkeypatch.setenv(VARIABLE, str(folder))
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("end", "kind", "is_final"),
+    ("keys", "kind", "fault", "is_final"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", TransientError, False),
-        ("print('opsin: a fault of opsin', file=sys.stderr); sys.stderr.flush(); os._exit(4)", TransientError, False),
-        ("Trail.from_environment().verdict('no slope'); os._exit(4)", TrainingError, True),
-        ("print('opsin: nowhere', file=sys.stderr); sys.stderr.flush(); os._exit(2)", ConfigError, False),
+        (("data.path=nowhere",), DataError, "nowhere: ", False),
+        (("batch_size=100000",), ConfigError, "batch_size=100000: ", False),
+        (("data.path=same", "batch_size=8"), TrainingError, "mine: no learning rate found: the loss never fa", True),
     ],
-    ids=["killed", "crashed", "no result", "wrong input"],
+    ids=["no data", "no batch", "no slope"],
 )
-def test_a_supervisor_learns_whether_another_search_may_succeed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, kind: type[OpsinError], is_final: bool
+def test_a_search_that_finds_nothing_says_why_and_whether_another_may(
+    keys: tuple[str, ...],
+    kind: type[OpsinError],
+    fault: str,
+    is_final: bool,
+    tmp_path: Path,
+    trail: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(ENDS.format(end=end))
-    trail = tmp_path / "trail"
-    trail.mkdir()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv(VARIABLE, str(trail))
-    (tmp_path / "recipe.yaml").write_text(to_yaml(small("optim.lr=auto"), comments=False))
-    with pytest.raises(kind, match=r"^optim\.lr=auto: ") as caught:
-        find_lr(tmp_path / "recipe.yaml", (), tmp_path / "lr")
-    assert type(caught.value) is kind
-    assert follow(trail) == LastActivity(), "the sweep is no part of the run"
-    assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--quiet"]) == kind.exit_status
+    monkeypatch.chdir(tmp_path)
+    for path in pictures(tmp_path / "same").rglob("*.png"):
+        path.write_bytes(png(0))  # of both classes: nothing can be learned
+    recipe = small(*SGD, *keys, "optim.lr=auto")
+    with pytest.raises(kind, match=f"^optim.lr=auto: {fault}"):
+        find_rates(recipe, tmp_path / "lr", name="mine", teller=Silence())
+    assert follow(trail) == LastActivity(), "the sweep is not part of the run"
+    (tmp_path / "mine.yaml").write_text(to_yaml(recipe, comments=False))
+    assert main(["train", "mine.yaml", "--out", "run", "--quiet"]) == kind.exit_status
     assert (follow(trail).verdict is not None) == is_final
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_result_is_no_result(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"extends: quickstart\ndata.path: {tmp_path}/nowhere\n")
+    recipe = small("optim.lr=auto", f"data.path={tmp_path}/nowhere")
     (tmp_path / "lr").mkdir()
     for text in ("", "[]", "{}", '{"key": 1, "rates": {"lr": 1}}'):
         (tmp_path / "lr" / "lr.json").write_text(text)
-        with pytest.raises(ConfigError, match="nowhere"):
-            find_lr(recipe, (), tmp_path / "lr")
+        with pytest.raises(DataError, match="nowhere"):
+            find_rates(recipe, tmp_path / "lr", name="mine", teller=Silence())
 
 
 def test_a_result_holds_for_recipes_that_a_sweep_cannot_tell_apart() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from opsin.tuning.lr_curve import DIVERGED_AT, FEWEST_STEPS, Divergence, Reading, read_curve, smooth, sweep_rates
+from opsin.run.lr_curve import DIVERGED_AT, FEWEST_STEPS, Divergence, Reading, read_curve, smooth, sweep_rates
 
 RATES = sweep_rates(1e-5, 1.0, 200)
 

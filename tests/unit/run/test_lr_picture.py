@@ -10,8 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from opsin.tuning.lr_curve import read_curve, sweep_rates
-from opsin.tuning.lr_plot import draw_curve
+from opsin.run.lr_curve import draw_curve, read_curve, sweep_rates
 
 RATES = sweep_rates(1e-5, 1.0, 100)
 Pixels = NDArray[np.uint8]
@@ -56,7 +55,7 @@ def test_any_losses_can_be_drawn(losses: list[float]) -> None:
 
 def test_drawing_needs_no_window(tmp_path: Path) -> None:
     code = (
-        "import sys; from opsin.tuning.lr_plot import draw_curve; from opsin.tuning.lr_curve import read_curve\n"
+        "import sys; from opsin.run.lr_curve import draw_curve, read_curve\n"
         "assert 'matplotlib' not in sys.modules\n"
         "draw_curve('name', [1, 2], [1, 2], read_curve([1, 2], [1, 2], stopped=True))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

@@ -1,8 +1,8 @@
-"""What the curve of a learning-rate sweep says: pure functions of rates and losses.
+"""The curve of a learning-rate sweep: its reading, which is a pure function of rates and losses, and its picture.
 
 Smith 2017, "Cyclical learning rates for training neural networks", section 3.3, proposes the sweep and leaves the
-reading to the eye. Here it is a rule: the suggestion is where the steep descent ends (`benchmarks/lr_finder.py`
-compares it with grids).
+reading to the eye. Here it is a rule: the suggestion is the rate at which the steep descent ends
+(`benchmarks/lr_finder.py` compares it with grids).
 
 Shapes: N updates of a sweep.
 """
@@ -10,22 +10,28 @@ Shapes: N updates of a sweep.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opsin.reporting.style import BLUE, GREEN, RED, new_figure, to_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Floats = NDArray[np.float64]
 
 DIVERGED_AT = 4.0
-"""A mean loss of so many times the best ends a sweep."""
+"""Ratio of the mean loss to its lowest value that ends a sweep."""
 FEWEST_STEPS = 20
 """A shorter sweep has no curve to read."""
 
-# The moving mean that tells divergence remembers about ten updates.
+# The moving mean that shows divergence remembers about ten updates.
 _MEMORY = 0.9
 _WIDTHS_IN_SWEEP = 25
 _BEGINNINGS_IN_SWEEP = 20
-# A fall is clear above so many spreads of the noise. Measured with 200 updates: below 1.5 where a network did not
+# Spreads of the noise above which a fall is clear. Measured with 200 updates: below 1.5 where a network did not
 # learn (a vision transformer on digits with SGD), 5 or more where one did.
 _CLEAR_FALL = 4.0
 # The descent has ended when this share of the fall is made and the slope is this share of the steepest.
@@ -36,6 +42,7 @@ _RISEN = 0.25
 _DISTANCE = 3.0
 # A rise within this factor of the first rate means that the sweep began too high.
 _EARLY = 30.0
+_GREY = "#8A8A8A"
 
 
 def sweep_rates(first: float, last: float, steps: int) -> list[float]:
@@ -55,7 +62,7 @@ class Divergence:
         self._sum = self._weight = 0.0
 
     def shows(self, loss: float) -> bool:
-        """Whether the loss has run away with this update; one that is not finite always has."""
+        """True if the loss has run away with this update; one that is not finite always has."""
         if not math.isfinite(loss):
             return True
         # Divided by the sum of its weights, the mean is right from the first update on.
@@ -70,30 +77,30 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a curve says. Rates are None where it does not show them."""
+    """The reading of a curve. Rates that it does not show are None."""
 
     smoothed: tuple[float, ...]
     """The losses without their noise, N of them."""
     noise: float
     """Spread (one standard deviation) of the losses around `smoothed`."""
     fall: float
-    """How far the smoothed loss falls."""
+    """Fall of the smoothed loss."""
     steepest: float | None
-    """Where it falls fastest per factor of the rate."""
+    """Rate at which it falls fastest per factor of the rate."""
     valley: float | None
-    """Where the steep descent ends."""
+    """Rate at which the steep descent ends."""
     diverged: float | None
-    """Where it has clearly risen again, or the sweep was stopped."""
+    """Rate at which it has clearly risen again, or at which the sweep was stopped."""
     safe: float | None
     """A third of `diverged`."""
     suggestion: float | None
-    """`valley`, or `safe` where that is lower; to two digits. None where the curve has no usable slope."""
+    """The lower of `valley` and `safe`, to two digits. None if the curve has no usable slope."""
     reason: str
-    """Why, as the end of a sentence."""
+    """The reason, as the end of a sentence."""
 
 
 def read_curve(rates: Sequence[float], losses: Sequence[float], *, stopped: bool) -> Reading:
-    """What the losses at these rates say, N of each; `stopped` tells that the loss ran away after the last."""
+    """Read a curve of N rates and losses; `stopped` says that the loss ran away after the last."""
     if len(losses) < FEWEST_STEPS:
         at = f", at {rates[0]:.2g}" if rates else ""
         reason = f"the loss runs away as soon as the sweep begins{at}: begin lower with --from"
@@ -159,6 +166,36 @@ def smooth(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return (wdd * wy - wd * wdy) / determinant, (w * wdy - wd * wy) / determinant
 
 
+def draw_curve(name: str, rates: Sequence[float], losses: Sequence[float], reading: Reading) -> bytes:
+    """Draw the curve as PNG: losses, smoothed loss, and the reading.
+
+    Raises:
+        RunError: matplotlib cannot be imported.
+    """
+    figure = new_figure(7.2, 4.2)
+    axes = figure.add_subplot()
+    axes.plot(rates, losses, ".", color=_GREY, markersize=3, label="loss of one update")
+    axes.plot(rates, reading.smoothed, color="black", linewidth=1.5, label="smoothed")
+    _mark(axes, reading.steepest, BLUE, ":", "steepest descent")
+    _mark(axes, reading.safe, RED, "--", "safe: a third of where it has risen")
+    _mark(axes, reading.suggestion, GREEN, "-", "suggestion")
+    if reading.diverged is not None:
+        axes.axvspan(reading.diverged, rates[-1], color=RED, alpha=0.08, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_ylim(*_limits(reading))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    if reading.suggestion is None:
+        said = "no usable slope"
+    else:
+        said = f"optim.lr {reading.suggestion:g}: {reading.reason}"
+    # A name may hold dollar signs, which would be read as a formula.
+    axes.set_title(f"{name}: {said}", loc="left", fontsize=9, parse_math=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
+    return to_png(figure)
+
+
 def _descent(smoothed: Floats, slope: Floats, start: float, fall: float) -> tuple[int, int]:
     """The steepest step of the first large descent, and the one at which that flattens.
 
@@ -177,3 +214,18 @@ def _descent(smoothed: Floats, slope: Floats, start: float, fall: float) -> tupl
 def _spread(rest: Floats) -> float:
     """Standard deviation from the median distance, which single outliers do not change."""
     return float(1.4826 * np.median(np.abs(rest - np.median(rest))))
+
+
+def _mark(axes: "Axes", rate: float | None, color: str, style: str, what: str) -> None:
+    if rate is not None:
+        axes.axvline(rate, color=color, linestyle=style, linewidth=1.2, label=f"{what} ({rate:.2g})")
+
+
+def _limits(reading: Reading) -> tuple[float, float]:
+    """Room for the descent and the beginning of the rise; the runaway end would flatten all the rest."""
+    if not reading.smoothed:
+        return 0.0, 1.0
+    low = min(reading.smoothed)
+    high = reading.smoothed[0]
+    margin = max(high - low, 6 * reading.noise, 1e-6)
+    return low - 0.25 * margin, high + 0.6 * margin
