@@ -1,7 +1,7 @@
 """`opsin tune loader`: does training wait for the data, and with which settings does it wait least?
 
 For every setting the data path is measured alone and together with training, the training step also on one batch that
-stays on the device. What counts is training with the data; the other two say who waits for whom.
+stays on the device. Training with the data counts; the other two rates show which side waits for the other.
 """
 
 import io
@@ -47,7 +47,7 @@ _WAITS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A way to feed the device. `prefetch` is per worker, and without meaning where there is none."""
+    """A way to feed the device. `prefetch` is per worker, and means nothing without workers."""
 
     workers: int
     prefetch: int
@@ -63,7 +63,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What a setting achieves, in images per second."""
+    """Rates of a setting, in images per second."""
 
     setting: Setting
     pinned: bool
@@ -72,12 +72,12 @@ class Rate:
     training: float
     """Training with this data."""
     start_s: float
-    """Until the first batch: workers start, or all images are decoded."""
+    """Seconds until the first batch: workers start, or all images are decoded."""
 
 
 @dataclass(frozen=True)
 class LoaderReport:
-    """All that was measured, and what follows from it."""
+    """All measurements, and the verdict on them."""
 
     device: str
     stage: str
@@ -87,10 +87,11 @@ class LoaderReport:
     rates: tuple[Rate, ...]
     best: Setting
     not_resident: str
-    """Why images cannot stay in memory; empty if they can."""
+    """The reason for which images cannot stay in memory; empty if they can."""
     unpinned: float | None
-    """Copies to the GPU from memory that is not pinned; None without a GPU."""
+    """Images per second that are copied to the GPU from memory that is not pinned; None without a GPU."""
     pinned: float | None
+    """The same from pinned memory."""
 
     @property
     def best_keys(self) -> str:
@@ -119,11 +120,11 @@ class LoaderReport:
 
     @property
     def step(self) -> float:
-        """Images per second of the training step; other work on the machine can only make it less."""
+        """Images per second of the training step: the larger measurement, since other work can only slow it."""
         return max(self.steps)
 
     def verdict(self) -> list[str]:
-        """Who waits for whom, the best setting, and what residence would bring; a line each."""
+        """Lines on the side that waits, on the best setting, and on images that stay in memory."""
         best = next(rate for rate in self.rates if rate.setting == self.best)
         lost = max(0.0, 1 - best.training / self.step)
         lines = []
@@ -178,7 +179,7 @@ def tune_loader(recipe: Recipe, *, seconds: float, teller: Teller) -> LoaderRepo
         try:
             rates.append(_measure(endless, setting, seconds, device))
         except ConfigError:
-            # What else it may be, the settings before would have met.
+            # Any other fault would have ended the settings before.
             if not setting.resident:
                 raise
             not_resident = "the images have several sizes"
@@ -250,7 +251,7 @@ def _settings(cores: int) -> Iterator[Setting]:
 
 
 def _endless(recipe: Recipe) -> Recipe:
-    """The first stage of the recipe, so long that its end does not matter, with nothing but training."""
+    """The first stage of the recipe, too long to end while it is measured, with nothing but training."""
     changes: dict[str, object] = {
         "stages": recipe.stages[:1],
         "epochs": _ENDLESS_EPOCHS,
@@ -259,7 +260,7 @@ def _endless(recipe: Recipe) -> Recipe:
         "limits": recipe.limits.model_copy(update={"steps": None}),
     }
     if isinstance(recipe.optim.lr, str):
-        # Words for a rate that is found elsewhere; no time depends on it.
+        # A word for a rate that is found elsewhere; no time depends on it.
         changes["optim"] = recipe.optim.model_copy(update={"lr": 1e-3})
     return recipe.model_copy(update=changes)
 
@@ -270,7 +271,7 @@ def _with(recipe: Recipe, setting: Setting) -> Recipe:
 
 
 def _why_not_resident(train: Source, seed: int, device: torch.device) -> str:
-    """Why not all images can stay in memory, as far as the first one tells; empty if they can."""
+    """Return the reason for which not all images can stay in memory, judged by the first; empty if they can."""
     num_bytes = len(train) * read_or_replace(train, 0, seed).image.nbytes
     limit = byte_limit(device)
     if num_bytes <= limit:
@@ -318,14 +319,14 @@ def _batches(run: Run) -> Generator[Batch]:
 
 
 def _take(batches: Iterator[Batch], number: int) -> int:
-    """The images of the next batches, which are on the device when this returns."""
+    """Take the next batches onto the device; return the number of their images."""
     taken = [next(batches) for _ in range(number)]
     float(next(iter(taken[-1].views.values()))[0, 0, 0, 0, 0])
     return sum(map(len, taken))
 
 
 def _train(state: TrainState, run: Run, batches: Iterator[Batch] | Sequence[Batch]) -> int:
-    """Train on the batches; their images. The updates are done when this returns."""
+    """Train on the batches to the end of their updates; return the number of their images."""
     reports = [train_step(state, batch, run.plan) for batch in batches]
     float(reports[-1].values["train/loss"])
     return sum(report.images for report in reports)
