@@ -53,7 +53,7 @@ class _Home:
     """A folder of checkpoints that nobody else writes."""
 
     def __init__(self, folder: Path) -> None:
-        self.checkpoints = folder
+        self.path = self.checkpoints = folder
 
     def check_held(self) -> None:
         pass

@@ -35,7 +35,7 @@ SMALL = (*BROKEN_UP, *VIT, "precision=fp32", "log.every=1", f"limits.steps={STEP
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """The run that was left alone, without a backup."""
-    return training(tmp_path_factory.mktemp("straight") / "run").directory
+    return RunDirectory(training(tmp_path_factory.mktemp("straight") / "run").directory.path)
 
 
 def training(out: Path, *overrides: str) -> Run:
@@ -57,7 +57,7 @@ def test_a_run_goes_on_from_its_backup_bit_for_bit(s3: str, straight: RunDirecto
     lose(tmp_path / "run")
     assert restore(s3, tmp_path / "again", say=pytest.fail).step == 13
     assert content(tmp_path / "again") == before
-    run = resume_run(tmp_path / "again", [f"limits.steps={STEPS}"], quiet=True).directory
+    run = RunDirectory(resume_run(tmp_path / "again", [f"limits.steps={STEPS}"], quiet=True).directory.path)
     assert digest(run) == digest(straight)
     assert learned(run) == learned(straight)
     # And the backup is that of the finished run.
@@ -69,7 +69,7 @@ def test_a_run_goes_on_from_an_earlier_step_of_its_backup(s3: str, straight: Run
     # What the run removes before it was sent would not be there.
     training(tmp_path / "run", f"backup.path={s3}", "backup.keep=all", "checkpoints.keep=9")
     assert restore(s3, tmp_path / "again", step=10, say=pytest.fail).step == 10
-    run = resume_run(tmp_path / "again", [], quiet=True).directory
+    run = RunDirectory(resume_run(tmp_path / "again", [], quiet=True).directory.path)
     assert digest(run) == digest(straight)
     assert learned(run) == learned(straight)
 
@@ -96,8 +96,8 @@ def test_a_killed_machine_costs_what_was_not_copied_yet(
     steps = {step for step, _ in learned(RunDirectory(tmp_path / "again"))}
     assert set(range(1, restored.step + 1)) <= steps, "every row up to the checkpoint is there"
     end_there = f"limits.steps={restored.step + 3}"
-    whole = training(tmp_path / "whole", *long, end_there).directory
-    run = resume_run(tmp_path / "again", [end_there], quiet=True).directory
+    whole = RunDirectory(training(tmp_path / "whole", *long, end_there).directory.path)
+    run = RunDirectory(resume_run(tmp_path / "again", [end_there], quiet=True).directory.path)
     assert digest(run) == digest(whole)
     assert learned(run) == learned(whole)
 
@@ -107,7 +107,7 @@ def test_training_goes_on_without_its_backup_and_catches_up(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-        run = training(tmp_path / "run", f"backup.path={s3}", "backup.wait=0").directory
+        run = RunDirectory(training(tmp_path / "run", f"backup.path={s3}", "backup.wait=0").directory.path)
     assert digest(run) == digest(straight)
     told = [event.kind for event in read_events(run.events) if event.kind.startswith("backup")]
     assert told == ["backup_failed", "backup_incomplete"]

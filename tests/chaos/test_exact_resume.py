@@ -45,7 +45,9 @@ def killer() -> Iterator[Killer]:
 
 def straight(folder: Path, *overrides: str) -> RunDirectory:
     """A run that was left alone."""
-    return train_recipe(read("quickstart", overrides), folder / "straight", name="straight", quiet=True).directory
+    return RunDirectory(
+        train_recipe(read("quickstart", overrides), folder / "straight", name="straight", quiet=True).directory.path
+    )
 
 
 def is_equal(run: RunDirectory, other: RunDirectory) -> bool:

@@ -48,7 +48,7 @@ def killer() -> Iterator[Killer]:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """The run that was left alone."""
     folder = tmp_path_factory.mktemp("guarded") / "straight"
-    return train_recipe(read("quickstart", GUARDED), folder, name="straight", quiet=True).directory
+    return RunDirectory(train_recipe(read("quickstart", GUARDED), folder, name="straight", quiet=True).directory.path)
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
-from opsin.reporting.sinks import TextLog
 from opsin.storage.teller import Teller
 
 if TYPE_CHECKING:
@@ -20,7 +19,15 @@ _SHOWN = ("train/loss", "train/top1", "train/images_per_s", "train/lr", "gpu/pea
 _BAR_EVERY_S = 0.25
 
 
-def open_console(*, quiet: bool = False, stream: TextIO | None = None, log: TextLog | None = None) -> "Console":
+class Log(Protocol):
+    """A file that gets the lines of a console, too."""
+
+    def say(self, text: str) -> None:
+        """Add a line; never raises."""
+        ...
+
+
+def open_console(*, quiet: bool = False, stream: TextIO | None = None, log: Log | None = None) -> "Console":
     """The console that fits `stream` (standard output if None).
 
     `quiet` leaves only warnings. `log` gets every line but progress, quiet or not.
@@ -33,9 +40,7 @@ def open_console(*, quiet: bool = False, stream: TextIO | None = None, log: Text
 class Console(Teller):
     """Plain lines without control characters; progress every `every_s` seconds. Events are not recorded."""
 
-    def __init__(
-        self, stream: TextIO, *, quiet: bool = False, log: TextLog | None = None, every_s: float = 10.0
-    ) -> None:
+    def __init__(self, stream: TextIO, *, quiet: bool = False, log: Log | None = None, every_s: float = 10.0) -> None:
         self._stream = stream
         self._quiet = quiet
         self._log = log
@@ -115,7 +120,7 @@ class Console(Teller):
 class LiveConsole(Console):
     """A progress bar that stays below the lines. Drawn four times a second at most, by no thread."""
 
-    def __init__(self, stream: TextIO, *, log: TextLog | None = None) -> None:
+    def __init__(self, stream: TextIO, *, log: Log | None = None) -> None:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         super().__init__(stream, log=log, every_s=_BAR_EVERY_S)

@@ -23,9 +23,8 @@ from typing import Any, ClassVar
 from opsin.errors import LockLost, RunError
 from opsin.reporting.lines import LineFile, encode, finite, parse_line, read_lines
 from opsin.reporting.outlets import Outlet
-from opsin.storage.directory import RunDirectory
 from opsin.storage.files import sync, write_atomic
-from opsin.storage.teller import Fact, Teller
+from opsin.storage.teller import Fact, Owner, Teller
 
 _POSITION = ("step", "epoch", "time_s")
 _HIGHER = ("top1", "top5", "accuracy")
@@ -97,7 +96,12 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, sinks: Sequence[Sink] = (), *, teller: Teller, owner: RunDirectory | None = None
+        self,
+        folder: Path,
+        sinks: Sequence[Sink] = (),
+        *,
+        teller: Teller,
+        owner: Owner | None = None,
     ) -> None:
         """`teller` reports files that cannot be written. Nothing is written once `owner` has lost its lock."""
         self._folder = folder

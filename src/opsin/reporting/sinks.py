@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 
 from opsin.errors import LockLost
 from opsin.reporting.journal import GRADIENTS, PERCENTS, Event, Row, Sink, quantile_names, quantiles_by_part, read_rows
-from opsin.storage.directory import RunDirectory
 from opsin.storage.files import write_atomic
-from opsin.storage.teller import Teller
+from opsin.storage.teller import Owner, Teller
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.histogram_pb2 import HistogramProto  # type: ignore[import-untyped]
@@ -179,7 +178,7 @@ class TextLog(Sink):
 
     name = "log.txt"
 
-    def __init__(self, folder: Path, teller: Teller, *, owner: RunDirectory | None = None) -> None:
+    def __init__(self, folder: Path, teller: Teller, *, owner: Owner | None = None) -> None:
         """`say` writes nothing once `owner` has lost its lock."""
         super().__init__(folder, teller)
         self._path = folder / self.name

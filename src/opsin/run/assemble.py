@@ -27,12 +27,12 @@ from opsin.training.checkpoints.checkpoints import Checkpoints, Copies
 from opsin.training.evaluations import Evaluations
 from opsin.training.evaluator import EvaluationContext, Evaluator
 from opsin.training.guard import Guard
-from opsin.training.loop import Run
+from opsin.training.loop import Profile, Run
 from opsin.training.memory import Splits, uses_batch_statistics
 from opsin.training.monitor import Monitor
 from opsin.training.observe import Observations
 from opsin.training.optim import pace_setter
-from opsin.training.profile.profile import Profile, StepProfile
+from opsin.training.profile.profile import StepProfile
 from opsin.training.state import GradientViewer, StepPlan
 from opsin.training.stop import Stop
 

@@ -35,6 +35,14 @@ class Teller(Reporter, Protocol):
             self.notice(notice)
 
 
+class Owner(Protocol):
+    """The holder of a run directory's lock."""
+
+    def check_held(self) -> None:
+        """Raise LockLost if another process holds the lock by now."""
+        ...
+
+
 class Silence(Teller):
     """A teller that reports nothing."""
 

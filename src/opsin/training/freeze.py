@@ -5,12 +5,14 @@ frozen keeps its running statistics too. Networks of which nothing ever learns (
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from opsin.clock.timeline import Clock
+from opsin.clock.timeline import Clock, Timeline
 from opsin.errors import ConfigError
+from opsin.storage.teller import Teller
 
 
 class LayerFreezer:
@@ -75,3 +77,21 @@ def _beginnings(names: Sequence[str]) -> str:
     found = dict.fromkeys(".".join(name.split(".")[:-1][:3]) or name for name in names)
     shown = list(found)
     return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-3:]])
+
+
+def announce_stage(timeline: Timeline, freezer: LayerFreezer, teller: Teller, number: int, step: int) -> None:
+    """Record that a stage begins; report it to people if there are several, or if layers are frozen."""
+    stage = timeline.stages[number]
+    frozen = freezer.frozen(stage.train)
+    facts = {name: value for name, value in asdict(stage).items() if name != "name"}
+    teller.tell("stage", step, number=number, name=stage.name, **{**facts, "train": list(stage.train)}, frozen=frozen)
+    if len(timeline.stages) == 1 and not frozen:
+        return
+    words = [f"{stage.passes:.3g} epochs", f"{stage.image_size} px", f"batches of {stage.batch_size}"]
+    if stage.data_fraction < 1:
+        words.append(f"{stage.data_fraction:.0%} of the images")
+    if stage.lr_scale != 1:
+        words.append(f"learning rate x {stage.lr_scale:g}")
+    if frozen:
+        words.append(f"{len(frozen)} of {len(freezer.learnable)} tensors frozen (events.jsonl names them)")
+    teller.notice(f"stage {number + 1} of {len(timeline.stages)}, {stage.name!r}: {', '.join(words)}")

@@ -1,21 +1,31 @@
 """The loop. Everything it needs stands in `Run`; everything that changes stands in `TrainState`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from opsin.data.base import Data
+from opsin.data.base import Batch, Data
 from opsin.errors import Stopped
-from opsin.storage.directory import RunDirectory
 from opsin.training.agenda import Agenda
 from opsin.training.alerts import Alerts
-from opsin.training.checkpoints.checkpoints import Checkpoints
+from opsin.training.checkpoints.checkpoints import Checkpoints, Home
 from opsin.training.evaluations import Evaluations
 from opsin.training.guard import Guard
 from opsin.training.monitor import RollBack
 from opsin.training.observe import Observations
-from opsin.training.profile.profile import Profile
 from opsin.training.state import Start, StepPlan, TrainState
 from opsin.training.step import train_step
 from opsin.training.stop import Stop
+
+
+class Profile:
+    """Looks at no step."""
+
+    def over(self, batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
+        """The same batches, each asked for when `state` is ready for it."""
+        return batches
+
+    def end_step(self, state: TrainState) -> None:
+        """Told after the update with the batch that was given last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,7 @@ class Run:
     alerts: Alerts
     guard: Guard
     stop: Stop
-    directory: RunDirectory
+    directory: Home
     profile: Profile = field(default_factory=Profile)
 
 

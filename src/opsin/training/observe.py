@@ -19,10 +19,9 @@ from opsin.errors import Diverged
 from opsin.reporting.teller import RunTeller
 from opsin.training.agenda import Agenda
 from opsin.training.alerts import Alerts
-from opsin.training.freeze import LayerFreezer
+from opsin.training.freeze import LayerFreezer, announce_stage
 from opsin.training.monitor import CANCELLED, Finding, Monitor, RollBack
 from opsin.training.precision import peak_memory_bytes
-from opsin.training.stages import announce_stage
 from opsin.training.state import StepReport, TrainState
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from opsin.clock.schedule import Cosine, Momentum, OneCycle, Schedule, cosine
@@ -261,15 +261,3 @@ def _check_groups(method: Method, groups: Sequence[ParamGroup]) -> None:
     assert len(seen) == len(set(seen)), "a parameter stands in two groups"
     missing = {id(p): n for n, p in method.named_parameters() if p.requires_grad and id(p) not in set(seen)}
     assert not missing, f"parameters without a group: {sorted(missing.values())[:5]}"
-
-
-@torch.no_grad()
-def scale(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply all by one factor, a scalar, or each by its own of [len(grads)]."""
-    if factor.device.type == "cpu":
-        # Most are within the clip and stay as they are; on a GPU the host would wait for the numbers.
-        for grad, own in zip(grads, factor.expand(len(grads)).tolist(), strict=True):
-            if own != 1:
-                grad.mul_(own)
-        return
-    torch._foreach_mul_(list(grads), list(factor.unbind()) if factor.ndim else factor)

@@ -1,7 +1,6 @@
 """From the stages of a recipe to those of a run."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Protocol
 
 from pydantic import Field
@@ -127,21 +126,3 @@ def plan_stages(schedule: Schedule, timeline: Timeline, method: Method) -> Layer
         method.backbone.check_size(stage.image_size, key=f"stages.{number}.image_size")
         freezer.check(stage.train, key=f"stages.{number}.train")
     return freezer
-
-
-def announce_stage(timeline: Timeline, freezer: LayerFreezer, teller: Teller, number: int, step: int) -> None:
-    """Write down that a stage begins; for a reader, where there are several or layers are frozen."""
-    stage = timeline.stages[number]
-    frozen = freezer.frozen(stage.train)
-    facts = {name: value for name, value in asdict(stage).items() if name != "name"}
-    teller.tell("stage", step, number=number, name=stage.name, **{**facts, "train": list(stage.train)}, frozen=frozen)
-    if len(timeline.stages) == 1 and not frozen:
-        return
-    words = [f"{stage.passes:.3g} epochs", f"{stage.image_size} px", f"batches of {stage.batch_size}"]
-    if stage.data_fraction < 1:
-        words.append(f"{stage.data_fraction:.0%} of the images")
-    if stage.lr_scale != 1:
-        words.append(f"learning rate x {stage.lr_scale:g}")
-    if frozen:
-        words.append(f"{len(frozen)} of {len(freezer.learnable)} tensors frozen (events.jsonl names them)")
-    teller.notice(f"stage {number + 1} of {len(timeline.stages)}, {stage.name!r}: {', '.join(words)}")

@@ -15,8 +15,8 @@ from opsin.clock.seeding import seed_layers
 from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
 from opsin.methods.base import Losses
+from opsin.training.gradients import scale
 from opsin.training.memory import is_out_of_memory
-from opsin.training.optim import scale
 from opsin.training.precision import release_memory
 from opsin.training.profile.parts import span
 from opsin.training.state import Pace, StepPlan, StepReport, TrainState

@@ -28,7 +28,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def trained(out: Path, *overrides: str) -> RunDirectory:
-    return train_recipe(recipe(*overrides), out, name="exact", quiet=True).directory
+    return RunDirectory(train_recipe(recipe(*overrides), out, name="exact", quiet=True).directory.path)
 
 
 def trained_in_parts(out: Path, cuts: Sequence[int], *overrides: str) -> RunDirectory:
@@ -36,7 +36,7 @@ def trained_in_parts(out: Path, cuts: Sequence[int], *overrides: str) -> RunDire
     trained(out, *overrides, f"limits.steps={cuts[0]}")
     for cut in cuts[1:]:
         resume_run(out, [f"limits.steps={cut}"], quiet=True)
-    return resume_run(out, [f"limits.steps={STEPS}"], quiet=True).directory
+    return RunDirectory(resume_run(out, [f"limits.steps={STEPS}"], quiet=True).directory.path)
 
 
 def learned(run: RunDirectory) -> dict[int, Row]:
@@ -122,7 +122,7 @@ def test_every_session_may_load_in_its_own_way(tmp_path: Path) -> None:
     out = tmp_path / "parts"
     trained(out, *SMALL, *RICH, "limits.steps=7")
     resume_run(out, ["limits.steps=18", "data.resident=false", "data.workers=3"], quiet=True)
-    parts = resume_run(out, [f"limits.steps={STEPS}", "data.workers=0"], quiet=True).directory
+    parts = RunDirectory(resume_run(out, [f"limits.steps={STEPS}", "data.workers=0"], quiet=True).directory.path)
     assert digest(parts) == digest(whole)
 
 
@@ -144,7 +144,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_after_the_one_before(tmp_pa
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content if damage == "flipped" else content[:-100])
-    repaired = resume_run(out, [f"limits.steps={STEPS}"], quiet=True).directory
+    repaired = RunDirectory(resume_run(out, [f"limits.steps={STEPS}"], quiet=True).directory.path)
     assert digest(repaired) == digest(whole)
     assert learned(repaired) == learned(whole)
     assert events(repaired, "checkpoint_damaged") == events(repaired, "resumed") == [16]
@@ -189,4 +189,4 @@ def test_a_limit_below_what_is_done_is_refused_and_harms_nothing(tmp_path: Path)
     before = digest(done), learned(done)
     with pytest.raises(CheckpointError, match="the run has done 24 steps, the recipe ends after 12"):
         resume_run(tmp_path / "run", ["limits.steps=12"], quiet=True)
-    assert (digest(resume_run(tmp_path / "run", [], quiet=True).directory), learned(done)) == before
+    assert (digest(RunDirectory(resume_run(tmp_path / "run", [], quiet=True).directory.path)), learned(done)) == before

@@ -2,7 +2,7 @@
 
 import torch
 
-from opsin.training.optim import scale
+from opsin.training.gradients import scale
 
 
 def test_all_take_one_factor() -> None:

@@ -79,7 +79,7 @@ class Home:
     """A run directory, as checkpoints need it."""
 
     def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
-        self.checkpoints = folder
+        self.path = self.checkpoints = folder
         self.check_held = check
 
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
 from opsin.storage.files import remove_leftovers, rename_over
-from opsin.storage.teller import Teller
+from opsin.storage.teller import Owner, Teller
 from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.format import (
-    Checkpoint,
+    Restored,
     find_checkpoints,
     load_newest,
     name_of,
@@ -36,15 +36,12 @@ from opsin.training.checkpoints.writer import reason_of, room, write_checkpoint
 from opsin.training.state import Detour, TrainState
 
 
-class Home(Protocol):
-    """The directory of a run, as its checkpoints need it."""
+class Home(Owner, Protocol):
+    """The directory of a run, as training needs it."""
 
+    path: Path
     checkpoints: Path
     """The folder of the checkpoints."""
-
-    def check_held(self) -> None:
-        """Raise LockLost if the directory is another process's by now."""
-        ...
 
 
 class Record(Teller, Protocol):
@@ -65,16 +62,6 @@ class Copies(Protocol):
     def take(self, checkpoint: Path) -> None:
         """Copy a complete checkpoint, before older ones are removed; called in the thread that writes, never raises."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """The checkpoint that a run goes on from."""
-
-    stored: Checkpoint | None
-    """None where there is none: the run begins."""
-    damaged: Mapping[Path, str]
-    """Newer checkpoints that are damaged, with the fault of each."""
 
 
 class Checkpoints:
@@ -119,15 +106,15 @@ class Checkpoints:
         """
         with self._writable():
             remove_leftovers(self._folder)
-            stored, damaged = load_newest(self._folder, state)
+            restored = load_newest(self._folder, state)
         if state.step > self._agenda.last_step:
             raise CheckpointError(
                 f"{self._folder}: the run has done {state.step} steps, the recipe ends after {self._agenda.last_step}; "
                 "ask for more epochs, or train into another --out"
             )
-        self._newest = None if stored is None else (stored.step, stored.detours)
+        self._newest = None if restored.stored is None else (restored.stored.step, restored.stored.detours)
         self._tried_s = state.elapsed_s
-        return Restored(stored, damaged)
+        return restored
 
     def settle(self, restored: Restored, step: int) -> None:
         """Rename damaged checkpoints to `damaged-step-...`, forget scores after `step`, and report the resume.

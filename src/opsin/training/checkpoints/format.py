@@ -56,6 +56,16 @@ class Checkpoint:
     detours: tuple[Detour, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The checkpoint that a run goes on from."""
+
+    stored: Checkpoint | None
+    """None where there is none: the run begins."""
+    damaged: Mapping[Path, str]
+    """Newer checkpoints that are damaged, with the fault of each."""
+
+
 def find_checkpoints(folder: Path) -> dict[int, Path]:
     """The complete checkpoints in `folder` by step, oldest first; their content is not verified."""
     found = {int(match[1]): path for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))}
@@ -168,8 +178,8 @@ def load_into(path: Path, state: TrainState) -> Checkpoint:
     return stored
 
 
-def load_newest(folder: Path, state: TrainState) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """Put the newest valid checkpoint in `folder` into `state`; it, and what is wrong with those passed over.
+def load_newest(folder: Path, state: TrainState) -> Restored:
+    """Put the newest valid checkpoint in `folder` into `state`, passing over damaged ones.
 
     Raises:
         CheckpointError: all are damaged (a line for each); one does not fit, or was written by a newer opsin.
@@ -177,7 +187,7 @@ def load_newest(folder: Path, state: TrainState) -> tuple[Checkpoint | None, dic
     damaged: dict[Path, str] = {}
     for path in reversed(find_checkpoints(folder).values()):
         try:
-            return load_into(path, state), damaged
+            return Restored(load_into(path, state), damaged)
         except DamagedCheckpoint as error:
             damaged[path] = str(error)
     if damaged:
@@ -186,7 +196,7 @@ def load_newest(folder: Path, state: TrainState) -> tuple[Checkpoint | None, dic
             f"{folder}: no valid checkpoint is left; fetch one from the backup of the run, if it has any: "
             "opsin restore URL OTHER_DIR; or start over with --fresh",
         )
-    return None, damaged
+    return Restored(None, damaged)
 
 
 def digest(facts: Mapping[str, Any]) -> str:

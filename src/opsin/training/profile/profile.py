@@ -24,6 +24,7 @@ from opsin.errors import RunError
 from opsin.settings.family import Settings
 from opsin.storage.teller import Teller
 from opsin.training.agenda import Agenda
+from opsin.training.loop import Profile
 from opsin.training.profile.parts import (
     DATA,
     PARTS,
@@ -56,17 +57,6 @@ class ProfileConfig(Settings):
     """Updates before them, counted from the start or the resume."""
     trace: bool = True
     """Write the first three as trace.json, for chrome://tracing or ui.perfetto.dev."""
-
-
-class Profile:
-    """Looks at no step."""
-
-    def over(self, batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
-        """The same batches, each asked for when `state` is ready for it."""
-        return batches
-
-    def end_step(self, state: TrainState) -> None:
-        """Told after the update with the batch that was given last."""
 
 
 class Pauses(Protocol):
