@@ -28,7 +28,7 @@ class AccuracyConfig(EvaluatorConfig):
     """Images per forward pass; changes speed and memory, not scores."""
     views: Literal[1, 2, 6] = 1
     """Views of an image whose probabilities are averaged: 1 is the image, 2 adds its mirror image, 6 both shifted by
-    a pixel to either side as well. More views cost as many forward passes; say so beside the score."""
+    a pixel to either side as well. Each view costs a forward pass; report their number beside the score."""
 
     def build(self, context: EvaluationContext, prefix: str) -> "Accuracy":
         if context.validation is None:

@@ -1,7 +1,7 @@
-"""Scores of features: what the parts of such evaluators share.
+"""Scores of features: the common part of such evaluators.
 
-An encoder is scored by what can be read from its features of labelled images: those of the bank are
-learned from, those of the queries are scored. The network itself learns nothing.
+A simple classifier learns from the features of the bank, and the features of the queries are scored. The
+network itself learns nothing.
 
 Shapes: B images of a batch, N images of a set, D width, K classes.
 """
@@ -34,7 +34,7 @@ from opsin.training.precision import exact_products
 
 TOPS = (1, 5)
 _FEATURES_SHARE = 0.6
-"""Of a time budget, what goes into features at most; the rest is for the score."""
+"""The largest share of a time budget for features; the rest is for the score."""
 
 
 class FeatureScoreConfig(EvaluatorConfig, ABC):
@@ -51,7 +51,7 @@ class FeatureScoreConfig(EvaluatorConfig, ABC):
     blocks: int = Field(1, ge=1)
     """Number of last blocks of a vision transformer whose features are concatenated; DINO and I-JEPA publish 4."""
     seconds: float | None = Field(300.0, gt=0)
-    """Time for one evaluation, after which it goes on with fewer images and reports their number; null for no limit."""
+    """Seconds for one evaluation, which then uses fewer images and reports their number; null for no limit."""
     batch_size: int = Field(256, gt=0)
     """Images per forward pass; changes speed and memory, not scores."""
 
@@ -153,8 +153,8 @@ class FeatureScore:
     def evaluate(self, method: FeatureNetwork) -> Mapping[str, float]:
         """`top1`, and `top5` where there are more than five classes.
 
-        Where not all went as asked, this as well: `bank` and `queries`, the images learned from and scored, if
-        time or unreadable images left some out; `cut`, 1, if time ended the learning.
+        If time or unreadable images left some out, also `bank` and `queries`, the numbers of images learned from and
+        scored; if time ended the learning, also `cut`, which is 1.
         """
         report = self.report(method)
         used = {"bank": report.bank, "queries": report.queries}
@@ -163,7 +163,7 @@ class FeatureScore:
         return {**report.values, **missing, **({"cut": 1.0} if report.is_cut else {})}
 
     def report(self, method: FeatureNetwork) -> FeatureReport:
-        """The score with what it is made from.
+        """The score, and the numbers of images behind it.
 
         Raises:
             DataError: no image can be read.
@@ -264,7 +264,7 @@ def _pooled(network: FeatureNetwork, images: Tensor, blocks: int) -> Tensor:
 def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
     """Number of images whose true class is among the best: int64, one for each of `kept_tops`.
 
-    `scores` is [N, K]. A score that is not finite is no answer.
+    `scores` is [N, K]. A score that is not finite counts as wrong.
     """
     tops = kept_tops(scores.shape[1])
     best = scores.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).topk(max(tops), dim=1)  # [N, max(tops)]

@@ -52,7 +52,7 @@ def score_neighbours(
     for values, labels in zip(queries.values.split(_QUERY_CHUNK), queries.labels.split(_QUERY_CHUNK), strict=True):
         cosines, indices = neighbours(F.normalize(values, dim=1), known, k)
         votes = count_votes(cosines, bank.labels[indices], bank.num_classes, temperature)
-        # A class without a vote is no answer, also not the second best.
+        # A class without a vote must not count as the second best either.
         hits.append(count_hits(votes.masked_fill(votes == 0, -math.inf), labels))
         images += len(labels)
         if math.isfinite(until_s):

@@ -100,8 +100,8 @@ class Choice:
 def choose_decay(bank: Features, decays: Sequence[float], *, iterations: int, until_s: float = math.inf) -> Choice:
     """The penalty with which a fit to the rest of the bank has the smallest loss on its first tenth.
 
-    The loss, since accuracies on so few images are often equal. From the strongest penalty on, each fit goes on from
-    the one before, until the loss rises. The bank is in an order whose every beginning is stratified.
+    The loss decides, since accuracies on few images are often equal. From the strongest penalty on, each fit starts
+    at the one before, until the loss rises. The bank is in an order whose every beginning is stratified.
     """
     held = max(1, len(bank.labels) // _CHOICE_PARTS)
     first, rest = _rows(bank, slice(held)), _rows(bank, slice(held, None))

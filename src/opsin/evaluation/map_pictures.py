@@ -23,7 +23,7 @@ Pixels = np.ndarray[Any, np.dtype[np.float32]]
 _PANEL_PX, _GAP_PX, _HEAD_PX = 128, 6, 34
 _TEXT = 6.5
 _UNSEEN, _NOWHERE = 0.85, 0.75
-"""Grey of what a network does not see, and of cells without a number."""
+"""Grey of unseen patches, and of cells without a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def draw_predictions(images: Tensor, blocks: Sequence[Blocks], errors: Sequence[
 
 
 def draw_attention(images: Tensor, attention: Tensor) -> bytes:
-    """Images [B, C, S, S] in 0..1, and how much each head looks at each patch, [B, H, N]: as PNG."""
+    """Images [B, C, S, S] in 0..1, and the attention of each head to each patch, [B, H, N]: as PNG."""
     columns = [Column("image", [Panel(panel_of(image)) for image in images])]
     side = math.isqrt(attention.shape[-1])
     grids = attention.unflatten(2, (side, side))

@@ -149,12 +149,12 @@ class Maps:
         return MapsReport(values, list(written.values()))
 
     def errors(self, method: Explainer, images: Tensor) -> tuple[list[Tensor], list[Blocks]]:
-        """For each level the mean errors [B, n, n], NaN where no mask ever hides a cell; and what each mask hides.
+        """For each level the mean errors [B, n, n], NaN in cells that no mask hides; and the blocks of each mask.
 
-        Every mask is that of all images, so that their maps can be compared.
+        All images get the same masks, so that their maps can be compared.
         """
         sampler = method.views(images.shape[-1]).masks
-        assert sampler is not None, "what predicts hidden patches has masks"
+        assert sampler is not None, "a method that predicts hidden patches has masks"
         sums: list[Tensor] = []
         counts: list[Tensor] = []
         blocks: list[Blocks] = []

@@ -70,7 +70,7 @@ class CollapseConfig(MonitorConfig):
 
 
 class Collapse(Monitor):
-    """Measures features of student and teacher, and judges them with what the method says of its teacher.
+    """Measures features of student and teacher, and judges them together with values of the method.
 
     From the method it reads, where rows have them, `train/teacher_entropy_share`, `train/kl`, `train/winners`, how many
     prototypes are the first choice for an image of the batch, and `train/prototypes_used`, the same as a share of how

@@ -184,10 +184,10 @@ def duration(seconds: float) -> str:
 
 
 def _phrase(name: str, value: float) -> str:
-    prefix, _, what = name.rpartition("/")
-    label = what if prefix in ("", "train") else f"{prefix} {what}"
-    if what in ("top1", "top5", "accuracy"):
+    prefix, _, kind = name.rpartition("/")
+    label = kind if prefix in ("", "train") else f"{prefix} {kind}"
+    if kind in ("top1", "top5", "accuracy"):
         return f"{label} {100 * value:.2f} %"
-    if what == "images_per_s":
+    if kind == "images_per_s":
         return f"{value:,.0f} images/s"
     return f"{label} {value:.4g}"

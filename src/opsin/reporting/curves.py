@@ -54,7 +54,7 @@ class Curve:
 class History:
     """The curves of a `metrics.jsonl` that may still grow, or be cut by a resume.
 
-    Reading goes on where it stopped, so that it costs what was added since.
+    Each reading continues at the end of the one before.
     """
 
     def __init__(self, path: Path, *, wanted: re.Pattern[str]) -> None:

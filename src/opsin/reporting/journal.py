@@ -1,7 +1,7 @@
-"""The journal of a run: what was measured, what happened, and the best of it.
+"""The journal of a run: its measurements, its events, and the best of its scores.
 
 `metrics.jsonl` is the truth: one JSON object per line with `step`, `epoch`, `time_s`, then the
-values sorted by name. No step has two lines. `events.jsonl` holds what happened, `summary.json` the
+values sorted by name. No step has two lines. `events.jsonl` holds the events, `summary.json` the
 last and best of every score. CSV, TensorBoard and plain text are sinks: copies that may fail.
 
 A value that is not finite is written as null and read back as NaN.
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened after `step` updates, at an ISO 8601 time (UTC)."""
+    """An event after `step` updates, at an ISO 8601 time (UTC)."""
 
     time: str
     step: int
@@ -77,7 +77,7 @@ class Sink:
         """Forget everything after `step`; `metrics.jsonl` has forgotten it already."""
 
     def catch_up(self, step: int) -> None:
-        """Read from `metrics.jsonl` what is missing up to `step`, since more calls failed than are kept."""
+        """Add missing rows up to `step` from `metrics.jsonl`: more calls failed than are kept."""
         self.rewind(step)
 
     def close(self) -> None:
@@ -88,11 +88,11 @@ class Sink:
 
 
 class Journal:
-    """Writes the history of a run, in any thread. Once it is open, nothing that happens to a file stops training.
+    """Writes the history of a run, in any thread. Once it is open, no fault of a file stops training.
 
-    What cannot be written (a full disk, say) waits in memory and is written when that is possible
-    again; the first fault of each file or sink is a warning, each recovery an event. Of each, the
-    newest 10,000 entries are kept; sinks make good from `metrics.jsonl` what they lost.
+    Entries that cannot be written (on a full disk, say) wait in memory until they can; the first fault
+    of each file or sink is a warning, each recovery an event. Of each, the newest 10,000 entries are
+    kept; sinks add those that they lost from `metrics.jsonl`.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Journal:
     def sync(self) -> None:
         """Make the content of the files survive a power cut, in any thread; the first fault is a warning.
 
-        Due before a checkpoint counts: a run that goes on from it makes no row or event before it again.
+        Called before a checkpoint is valid: a run that resumes from it does not repeat earlier rows and events.
         """
         try:
             for name in ("metrics.jsonl", "events.jsonl"):

@@ -56,7 +56,7 @@ class LineFile:
 
 
 def read_lines(path: Path, is_whole: Check) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The whole lines as bytes and as objects, others are skipped; nothing if there is no file."""
+    """The whole lines as bytes and as objects; damaged ones are skipped. A missing file has no lines."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -47,7 +47,7 @@ class Plots(Sink):
         """Wait for pictures of the whole run."""
         if (self.folder / "metrics.jsonl").exists():
             end_s = time.monotonic() + self._patience_s
-            self._hear(wait_s=self._patience_s)  # what it draws now is not the whole run
+            self._hear(wait_s=self._patience_s)  # the drawing in progress lacks the last rows
             if not self._drawing:
                 self._ask()
                 self._hear(wait_s=max(0.0, end_s - time.monotonic()))

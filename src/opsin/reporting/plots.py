@@ -59,7 +59,7 @@ def draw_run(directory: Path) -> list[Path]:
 
 
 class RunPlots:
-    """Draws one run again and again, reading each time only what was added."""
+    """Draws a run repeatedly, and reads only the rows that were added."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -105,11 +105,11 @@ class _Sheet:
         self._name = name
         self._stages = stages
 
-    def panels(self, what: str, count: int, *, same_height: bool = False) -> "tuple[Figure, list[Axes]]":
-        """An empty figure about `what`, and its panels from left to right."""
+    def panels(self, title: str, count: int, *, same_height: bool = False) -> "tuple[Figure, list[Axes]]":
+        """An empty figure with a title, and its panels from left to right."""
         width, height = _PANEL_INCHES
         figure = new_figure(width * count, height)
-        figure.suptitle(f"{self._name}: {what}", x=0.01, ha="left", fontsize=_TEXT + 1, parse_math=False)
+        figure.suptitle(f"{self._name}: {title}", x=0.01, ha="left", fontsize=_TEXT + 1, parse_math=False)
         panels = list(figure.subplots(1, count, squeeze=False, sharey=same_height)[0])
         for axes in panels:
             axes.grid(color=_GRID, linewidth=0.6)
@@ -198,7 +198,7 @@ def _schedule(sheet: _Sheet, history: History) -> "Figure | None":
     for axes, (name, table) in zip(panels, tables.items(), strict=True):
         _line(axes, table, EPOCH)
         values = table[:, MEAN]
-        # A cosine ends near zero, too: only what is small for most of the run wants a logarithmic axis.
+        # A cosine ends near zero, too: only values that are small for most of a run need a logarithmic axis.
         if np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmedian(values):
             axes.set_yscale("log")
         elif name == "train/lr":

@@ -114,8 +114,8 @@ class TensorBoard(Sink):
                 self.write(row)
 
     def _begin(self, *, purge_from: int | None) -> None:
-        # Readers take the files in the order of their names, and drop what they have read from
-        # `purge_from` on when a later file begins with it.
+        # Readers take the files in the order of their names, and drop steps from `purge_from` on when a
+        # later file begins with it.
         self._path = self.folder / self.name / f"events.out.tfevents.{time.time():.6f}"
         self._end = 0
         self._purge_from = purge_from
@@ -128,7 +128,7 @@ class TensorBoard(Sink):
             RecordWriter(data).write(record)
         self._path.parent.mkdir(exist_ok=True)
         with self._path.open("r+b" if self._path.exists() else "xb", buffering=0) as file:
-            file.seek(self._end)  # over what a failed attempt left
+            file.seek(self._end)  # over the rest of a failed attempt
             if file.write(data.getvalue()) < data.tell():
                 raise OSError("no space left on the device")
         self._end += data.tell()
@@ -187,7 +187,7 @@ class TextLog(Sink):
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
-        """Add a line of any text, in any thread. If that fails, it waits for the next; the oldest of many are lost."""
+        """Add a line of any text, in any thread. A line that fails waits for the next; the oldest of many are lost."""
         with self._lock, suppress(OSError, LockLost):
             if self._owner is not None:
                 self._owner.check_held()

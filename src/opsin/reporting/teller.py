@@ -1,4 +1,4 @@
-"""Tellers: what a run and what a command report, to people and to programs."""
+"""Tellers of runs and of commands: reports to people and to programs."""
 
 import sys
 from collections.abc import Mapping

@@ -46,7 +46,7 @@ _GIVEN_UP = "refused"
 
 
 def webhook_url(setting: str) -> str:
-    """The URL that the recipe's key `alerts.webhook` means: itself, or the value of `env:NAME`.
+    """The URL of the recipe's key `alerts.webhook`: the key itself, or for `env:NAME` the value of the variable.
 
     Raises:
         ConfigError: the variable is not set, or holds no URL; the message does not show a secret.
@@ -79,7 +79,7 @@ def check_setting(setting: str) -> str:
     parts = urlsplit(setting)
     is_plain = _PLAIN_PATH.fullmatch(parts.path) and not any(sign in setting for sign in "?#@")
     if not is_plain or any(map(_TOKEN.fullmatch, re.split(r"[/.~]", parts.path))):
-        raise ValueError(f"{masked(setting)} holds what looks like a token, and recipes are copied; {way_out}")
+        raise ValueError(f"{masked(setting)} seems to hold a token, and recipes are copied; {way_out}")
     return setting
 
 

@@ -25,7 +25,7 @@ class Best(Protocol):
 
 
 class Evaluations:
-    """Runs evaluators when they are due, writes their scores, and tells which state is the best."""
+    """Runs evaluators when they are due, writes their scores, and marks the best state."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Evaluations:
         return bool(self._agenda.scores(step))
 
     def run_if_due(self, state: TrainState) -> None:
-        """Evaluate what is due at this step and has no score yet."""
+        """Run the evaluators that are due at this step and have no score yet."""
         with self._observations.paused():
             scores = self._score(state)
             if scores:
@@ -64,7 +64,7 @@ class Evaluations:
                 self._summarise_epoch(state)
 
     def _score(self, state: TrainState) -> dict[str, float]:
-        """What the evaluators say that are due and have no score in the journal, by full name."""
+        """Scores of the evaluators that are due and have none in the journal, by full name."""
         known = self._journal.row(state.step)
         wanted = {
             prefix: self._evaluators[prefix]
@@ -76,7 +76,7 @@ class Evaluations:
                 evaluator.step = state.step
         averaged: Mapping[str, Mapping[str, float]] = {}
         if state.ema is not None and wanted:
-            # First, so that what an evaluator leaves in a file is of the weights that train.
+            # First, so that the files of an evaluator end up with those of the weights that train.
             with state.ema.in_place(), self._features.weights_unchanged():
                 averaged = {prefix: evaluator.evaluate(state.method) for prefix, evaluator in wanted.items()}
         with self._features.weights_unchanged():

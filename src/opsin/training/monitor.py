@@ -22,7 +22,7 @@ Action = Literal["ignore", "warn", "stop", "rollback"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A verdict: what is wrong with a training."""
+    """A verdict: a fault of a training."""
 
     kind: str
     """One word for `Method.advice`, the journal and the documentation: `uniform_collapse`."""
