@@ -24,7 +24,8 @@ from opsin.training.loop import Run
 from tests.cli.commands import run_several
 from tests.digits_run import BROKEN_UP, VIT
 from tests.s3_server import KEY, SECRET, S3Server
-from tests.unit.storage.backup.small_run import content, write_checkpoint, write_run
+from tests.story import Story
+from tests.unit.storage.backup.small_run import Quiet, content, write_checkpoint, write_run
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("torch_switches")]
 
@@ -55,20 +56,20 @@ def test_a_run_goes_on_from_its_backup_bit_for_bit(s3: str, straight: RunDirecto
     training(tmp_path / "run", "limits.steps=13", f"backup.path={s3}")
     before = content(tmp_path / "run")
     lose(tmp_path / "run")
-    assert restore(s3, tmp_path / "again", say=pytest.fail).step == 13
+    assert restore(s3, tmp_path / "again", Quiet()).step == 13
     assert content(tmp_path / "again") == before
     run = RunDirectory(resume_run(tmp_path / "again", [f"limits.steps={STEPS}"], quiet=True).directory.path)
     assert digest(run) == digest(straight)
     assert learned(run) == learned(straight)
     # And the backup is that of the finished run.
-    restore(s3, tmp_path / "end", say=pytest.fail)
+    restore(s3, tmp_path / "end", Quiet())
     assert content(tmp_path / "end") == content(run.path)
 
 
 def test_a_run_goes_on_from_an_earlier_step_of_its_backup(s3: str, straight: RunDirectory, tmp_path: Path) -> None:
     # What the run removes before it was sent would not be there.
     training(tmp_path / "run", f"backup.path={s3}", "backup.keep=all", "checkpoints.keep=9")
-    assert restore(s3, tmp_path / "again", step=10, say=pytest.fail).step == 10
+    assert restore(s3, tmp_path / "again", Quiet(), step=10).step == 10
     run = RunDirectory(resume_run(tmp_path / "again", [], quiet=True).directory.path)
     assert digest(run) == digest(straight)
     assert learned(run) == learned(straight)
@@ -91,7 +92,7 @@ def test_a_killed_machine_costs_what_was_not_copied_yet(
         finally:
             process.kill()
     shutil.rmtree(tmp_path / "run")
-    restored = restore(s3, tmp_path / "again", say=pytest.fail)
+    restored = restore(s3, tmp_path / "again", Quiet())
     assert restored.step is not None
     steps = {step for step, _ in learned(RunDirectory(tmp_path / "again"))}
     assert set(range(1, restored.step + 1)) <= steps, "every row up to the checkpoint is there"
@@ -119,14 +120,14 @@ def test_training_goes_on_without_its_backup_and_catches_up(
     assert [name for name, data in written.items() if SECRET.encode() in data or KEY.encode() in data] == []
     assert marked_steps(open_store(s3)) == []
     assert main(["backup", str(run.path)]) == 0
-    assert restore(s3, tmp_path / "again", say=pytest.fail).step == STEPS
+    assert restore(s3, tmp_path / "again", Quiet()).step == STEPS
     assert content(tmp_path / "again") == content(run.path)
 
 
 def test_a_server_that_never_answers_holds_up_no_end(s3: str, tmp_path: Path, s3_server: S3Server) -> None:
-    folder, told = write_run(tmp_path / "run"), list[str]()
+    folder, told = write_run(tmp_path / "run"), Story()
     config = BackupConfig(path=s3, wait=1)
-    backup = open_backup(config, folder, resuming=False, say=lambda kind, text: told.append(kind))
+    backup = open_backup(config, folder, resuming=False, teller=told)
     s3_server.pause()
     try:
         with backup:
@@ -135,7 +136,7 @@ def test_a_server_that_never_answers_holds_up_no_end(s3: str, tmp_path: Path, s3
         took_s = time.monotonic() - end
     finally:
         s3_server.go_on()
-    assert told == ["backup_incomplete"]
+    assert [kind for kind, _ in told.events] == ["backup_incomplete"]
     assert took_s < 15, "one second, and some for a request on its way, which gives up after a minute at the earliest"
 
 

@@ -22,13 +22,12 @@ def add_commands(commands: Commands) -> None:
 
 def _restore(arguments: argparse.Namespace) -> None:
     from opsin.reporting.teller import CommandTeller
-    from opsin.storage.backup.elsewhere import at_step
     from opsin.storage.backup.restore import restore
 
-    folder, say = arguments.directory, CommandTeller("opsin: ").notice
-    found = restore(arguments.url, folder, step=arguments.step, only=arguments.only, say=say)
+    folder = arguments.directory
+    found = restore(arguments.url, folder, CommandTeller("opsin: "), step=arguments.step, only=arguments.only)
     size = f"{found.num_files} files, {found.num_bytes / 2**20:.1f} MiB fetched"
-    print(f"{folder}: restored {at_step(found.step)} ({size}); opsin resume {folder} goes on")
+    print(f"{folder}: restored {found.at_step()} ({size}); opsin resume {folder} goes on")
 
 
 def _backup(arguments: argparse.Namespace) -> None:
@@ -43,7 +42,7 @@ def _backup(arguments: argparse.Namespace) -> None:
     if config is None:
         raise ConfigError(f"{folder}: its recipe names no backup; name one: opsin backup {folder} URL")
     with RunDirectory.locked(folder):
-        faults = finish_backup(config, folder, say=CommandTeller("opsin: ").notice)
+        faults = finish_backup(config, folder, CommandTeller("opsin: "))
     if faults:
         left = f"{len(faults)} checkpoint{'s'[: len(faults) > 1]}"
         raise RunError(f"{folder}: all but {left} went to {config.path}; the reasons are listed above")

@@ -76,7 +76,7 @@ def _directory_to_train(arguments: argparse.Namespace) -> Path:
     named = [text for text in arguments.overrides if text.startswith(("backup=", "backup.path="))]
     if named:
         raise ConfigError(f"command line: {named[0]} and --out {run.url} both name a backup of the run; give one")
-    begin_elsewhere(run, say=CommandTeller("opsin: ").notice)
+    begin_elsewhere(run, CommandTeller("opsin: "))
     arguments.overrides.append(f"backup.path={run.url}")
     if not arguments.quiet:
         print(f"run directory: {run.folder} (another one: --local FOLDER), copied to {run.url}", flush=True)
@@ -95,7 +95,7 @@ def _directory_to_resume(arguments: argparse.Namespace) -> Path:
     run = find_elsewhere(arguments.directory, arguments.local)
     if run is None:
         return path(arguments.directory)
-    fetch_elsewhere(run, say=CommandTeller("opsin: ").notice)
+    fetch_elsewhere(run, CommandTeller("opsin: "))
     return run.folder
 
 

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +66,7 @@ def train(
         name, wanted = Path(recipe).stem, read(str(recipe), texts)
     place = Path("runs", name) if out is None else Path(os.path.expanduser(out))
     if out is not None and (elsewhere := find_elsewhere(str(out), None)) is not None:
-        begin_elsewhere(elsewhere, say=open_console(quiet=False).notice)
+        begin_elsewhere(elsewhere, open_console(quiet=False))
         place = elsewhere.folder
         backup = wanted.backup or BackupConfig(path=elsewhere.url)
         wanted = wanted.model_copy(update={"backup": backup.model_copy(update={"path": elsewhere.url})})
@@ -149,7 +148,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
     resuming = bool(find_checkpoints(directory.checkpoints))
     teller = RunTeller(journal, console)
-    backup = open_backup(recipe.backup, directory.path, resuming=resuming, say=partial(_tell_of_backup, teller))
+    backup = open_backup(recipe.backup, directory.path, resuming=resuming, teller=teller)
     directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
     with backup:
         with _session(directory, journal, console, device), explain_torch_errors(recipe):
@@ -183,14 +182,6 @@ def open_sinks(recipe: Recipe, name: str, folder: Path, log: TextLog, teller: Te
     if recipe.alerts.webhook is not None:
         sinks.append(Webhook(folder, teller, webhook_url(recipe.alerts.webhook), recipe=name))
     return sinks
-
-
-def _tell_of_backup(teller: RunTeller, kind: str, text: str) -> None:
-    """An event of the backup, for the journal and the reader; in any thread."""
-    if kind in ("backup_recovered", "backup_waiting"):
-        teller.tell(kind, notice=text, message=text)
-    else:
-        teller.tell(kind, warn=text, warning=text)
 
 
 def _last_words(directory: RunDirectory, journal: Journal) -> str:

@@ -7,8 +7,8 @@ Fact: TypeAlias = "str | int | float | bool | Sequence[Fact] | Mapping[str, Fact
 """A value of an event; anything that JSON can hold."""
 
 
-class Reporter(Protocol):
-    """Reports lines to people. Every method may be called in any thread."""
+class Teller(Protocol):
+    """Reports lines to people, and records events for programs. Every method may be called in any thread."""
 
     def notice(self, text: str) -> None:
         """A line on something worth knowing."""
@@ -17,10 +17,6 @@ class Reporter(Protocol):
     def warning(self, text: str) -> None:
         """A line on something that is wrong, while work goes on."""
         ...
-
-
-class Teller(Reporter, Protocol):
-    """Reports lines to people, and records events for programs."""
 
     def tell(
         self, kind: str, step: int | None = None, *, notice: str | None = None, warn: str | None = None, **facts: Fact

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from opsin.errors import ConfigError
-from opsin.storage.backup.secrecy import masked
+from opsin.storage.backup.config import masked
 from opsin.storage.backup.store import Absent, StoreError
 
 if TYPE_CHECKING:
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 
 _PART = 8 * 2**20
 _MAX_PARTS = 9_000  # S3 allows 10,000
-_PARTS_AT_ONCE = 4  # so many parts are in memory
-_PIECE = 2**17  # bytes that come at once: what was fetched when a line fails is kept but for the last of them
+_PARTS_AT_ONCE = 4  # and in memory
+_PIECE = 2**17  # bytes of a chunk; when a line fails, only the last chunk is lost
 _HASH = "sha256"  # the name of the hash among an object's attributes
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified container does not exist")
 _DENIED = re.compile(r"status code: 40[13]\b")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
-# Where there are no keys the library asks the machine for those of its role, at this address in all clouds.
+# Without keys the library asks the machine for those of its role, at this address in all clouds.
 _MACHINE = re.compile(r"//169\.254\.169\.254/|/latest/api/token\b")
 _NO_CREDENTIALS = (
     "no credentials: the environment has none (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, "
     "AZURE_STORAGE_ACCOUNT_KEY, ...), and this machine has no role that gives any"
 )
-# Short: the caller tries again, for as long as it takes, and can be told to stop in between.
+# Short: the caller tries again for as long as needed, and can be stopped in between.
 _RETRY: Mapping[str, Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 _CONNECT = timedelta(seconds=5)
-# Without an answer, or in the middle of one: a file may take as long as it takes, as long as something comes.
+# The longest pause before and within an answer: a file may take any time as long as bytes arrive.
 _SILENCE = timedelta(seconds=60)
-# For a part or a small file on its way out, which nobody sees moving. A line that is dead the system notices sooner.
+# For a part or a small file that is sent without a sign of progress. The system notices a dead line sooner.
 _SENDING = timedelta(minutes=10)
 _FOR_EVER = timedelta(days=365)
 
 
 def open_bucket(url: str) -> "Bucket":
-    """The folder at an address without credentials; nothing is asked of the server yet.
+    """Return the folder at an address without credentials; no request goes to the server yet.
 
     Raises:
         ConfigError: obstore is not installed.
@@ -78,7 +78,7 @@ class Bucket:
     """Objects below one prefix. Large files go in parts; each carries its sha256 as an attribute."""
 
     def __init__(self, url: str, store: "ObjectStore", sending: "ObjectStore", secrets: Mapping[str, str]) -> None:
-        """`store` and `sending` are the same one, but for their patience.
+        """`store` and `sending` reach the same objects with different time limits.
 
         `secrets` are settings whose values no message may show, beside those of the environment.
         """
@@ -92,7 +92,7 @@ class Bucket:
         import obstore
         from obstore.exceptions import BaseError
 
-        with self._in_words(name):
+        with self._store_errors(name):
             if size <= _PART:
                 obstore.put(self._sending, name, b"".join(chunks), attributes={_HASH: sha256}, use_multipart=False)
                 return
@@ -107,7 +107,7 @@ class Bucket:
                     max_concurrency=self._parts_at_once,
                 )
             except BaseError as error:
-                if "TimedOut" in str(error):  # parts share the line: on a slow one each gets it for itself from now on
+                if "TimedOut" in str(error):  # on a slow line the parts go one by one from now on
                     self._parts_at_once = 1
                 raise
 
@@ -115,7 +115,7 @@ class Bucket:
         import obstore
 
         try:
-            with self._in_words(name):
+            with self._store_errors(name):
                 found = obstore.get(self._store, name, options={"head": True})
                 return found.meta["size"] == size and found.attributes.get(_HASH) == sha256
         except Absent:
@@ -125,11 +125,11 @@ class Bucket:
         import obstore
         from obstore.exceptions import BaseError
 
-        with self._in_words(name):
+        with self._store_errors(name):
             try:
                 found = obstore.get(self._store, name, options={"range": {"offset": start}} if start else None)
             except BaseError as error:
-                if start and "status code: 416" in str(error):  # there is nothing behind that byte
+                if start and "status code: 416" in str(error):  # the file ends before that byte
                     return
                 raise
             for chunk in found.stream(min_chunk_size=_PIECE):
@@ -138,29 +138,29 @@ class Bucket:
     def names(self, folder: str = "") -> list[str]:
         import obstore
 
-        with self._in_words(folder):
+        with self._store_errors(folder):
             return sorted(item["path"] for page in obstore.list(self._store, folder or None) for item in page)
 
     def remove(self, name: str) -> None:
         import obstore
 
         try:
-            with self._in_words(name):
+            with self._store_errors(name):
                 obstore.delete(self._store, name)
         except Absent:
             return
 
     def clear(self) -> None:
-        """Nothing: parts of broken-off uploads cannot be seen from here; a rule of the bucket removes them."""
+        """Do nothing: parts of interrupted uploads are not listed; a rule of the bucket removes them."""
 
     @contextmanager
-    def _in_words(self, name: str) -> Iterator[None]:
+    def _store_errors(self, name: str) -> Iterator[None]:
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         try:
             yield
         except (FileNotFoundError, BaseError) as error:
-            # Not chained: what the library says in full holds headers and the names of keys.
+            # Not chained: the full error of the library holds headers and the names of keys.
             said = str(error)
             if any(words in said for words in _NO_BUCKET):
                 raise StoreError(f"{self.shown}: there is no such bucket", refused=True) from None
@@ -173,7 +173,7 @@ class Bucket:
 
 
 def _reason(error: Exception, secrets: Mapping[str, str]) -> str:
-    """The last thing that the first line says, with no more than the code of what the server sent along."""
+    """Return the last part of the first line, with no more than the error code of the server's answer."""
     said = str(error)
     line = said.partition("\n")[0].partition("<")[0].rpartition(" - ")[2].strip().rstrip(":")
     if code := _CODE.search(said):
@@ -182,7 +182,7 @@ def _reason(error: Exception, secrets: Mapping[str, str]) -> str:
 
 
 def _shared_aws_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Keys and region of the profile in `~/.aws`, where the environment has none."""
+    """Return keys and region of the profile in `~/.aws` where the environment has none."""
     found: dict[str, str] = {}
     profile = environment.get("AWS_PROFILE", "default")
     home = Path(environment.get("HOME", "~")).expanduser() / ".aws"

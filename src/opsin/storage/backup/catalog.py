@@ -1,25 +1,27 @@
-"""What a backup says about itself, so that nothing half sent or damaged is taken for a run.
+"""The catalogue of a backup, by which an incomplete or damaged backup is never taken for a run.
 
-PLACE/
-├── backup.json                     which run this is, and the sha256 of every file that is no checkpoint
+STORE/
+├── backup.json                     the name of the run, and the sha256 of every file that is not of a checkpoint
 ├── recipe.yaml, metrics.jsonl ...  the files of the run directory under their own names
 └── checkpoints/
     ├── step-00000123/              the files of a checkpoint
-    └── step-00000123.json          its mark: written last, so a checkpoint without it does not exist
+    └── step-00000123.json          its mark: written last, so that a checkpoint without it does not exist
 
 Files of a run change while it goes on. `backup.json` is written before them and lists every content that may be there.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from opsin.errors import RunError
-from opsin.storage.backup.store import BackupStore, put_bytes, read_bytes
+from opsin.storage.backup.store import BackupStore, ReadableStore, put_bytes, read_bytes
+from opsin.storage.records import Record, Shape
 
 FORMAT = 1
 """The newest format that this code reads, and the one that it writes."""
@@ -27,13 +29,24 @@ FORMAT = 1
 INDEX = "backup.json"
 CHECKPOINTS = "checkpoints"
 
-_MARK = re.compile(r"step-(\d+)\.json")
-_STEP = re.compile(r"step-(\d+)")
-_DAMAGED = re.compile(r"damaged-step-(\d+)")
+_MARK_NAME = re.compile(r"step-(\d+)\.json")
+_STEP_NAME = re.compile(r"step-(\d+)")
+_DAMAGED_NAME = re.compile(r"damaged-step-(\d+)")
 
 
 class DamagedCatalog(Exception):
     """An index or a mark that is not what was written."""
+
+
+def _check_name(name: str) -> str:
+    """Return `name`, which must lie within the folder that its file is written to."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or any(part.startswith(".") for part in path.parts) or "\\" in name:
+        raise ValueError(f"{name!r} cannot be the name of a file in a run directory")
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_check_name)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +59,45 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The run that a backup is of, and what its files may hold."""
+    """The run that a backup is of, and the contents of its files."""
 
     run: str
     """A random name that a run keeps for life."""
-    files: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    files: Mapping[_Name, tuple[Entry, ...]]
     """The contents that each file may have, the newest first."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    step: int
+    files: dict[_Name, Entry]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    format: int
+
+
+_INDEX = Record(Index, indent=1)
+_MARK = Record(_Mark, indent=1)
+_FORMAT = Record(_Format)
 
 
 def step_folder(step: int) -> str:
-    """Where the files of a checkpoint are, here and there."""
+    """The folder of a checkpoint, in a run directory and in its backup."""
     return f"{CHECKPOINTS}/step-{step:08d}"
 
 
 def is_of_checkpoint(name: str) -> bool:
-    """Whether a file belongs to a checkpoint, be it the file of a mark."""
+    """True if a file belongs to a checkpoint or is its mark."""
     parts = PurePosixPath(name).parts
-    return parts[0] == CHECKPOINTS and (len(parts) > 2 or _MARK.fullmatch(parts[-1]) is not None)
+    return parts[0] == CHECKPOINTS and (len(parts) > 2 or _MARK_NAME.fullmatch(parts[-1]) is not None)
 
 
 def entry_of(path: Path) -> Entry:
-    """The content of a file that is there.
+    """Return the content of a file.
 
     Raises:
         OSError: it cannot be read.
@@ -77,27 +108,27 @@ def entry_of(path: Path) -> Entry:
 
 
 def local_steps(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run directory, oldest first."""
-    return dict(sorted(_steps(folder, _STEP)))
+    """Return the complete checkpoints of a run directory, oldest first."""
+    return dict(sorted(_steps(folder, _STEP_NAME)))
 
 
 def damaged_steps(folder: Path) -> set[int]:
-    """The steps of the checkpoints that a run directory has set aside because they were damaged."""
-    return {step for step, _ in _steps(folder, _DAMAGED)}
+    """Return the steps of the checkpoints that a run directory has renamed because they were damaged."""
+    return {step for step, _ in _steps(folder, _DAMAGED_NAME)}
 
 
-def marked_steps(store: BackupStore) -> list[int]:
-    """The steps whose checkpoints were sent whole, oldest first.
+def marked_steps(store: ReadableStore) -> list[int]:
+    """Return the steps of the complete checkpoints in a backup, oldest first.
 
     Raises:
         StoreError: out of reach.
     """
     names = (PurePosixPath(name) for name in store.names(CHECKPOINTS))
-    return sorted(int(m[1]) for p in names if p.parent.name == CHECKPOINTS and (m := _MARK.fullmatch(p.name)))
+    return sorted(int(m[1]) for p in names if p.parent.name == CHECKPOINTS and (m := _MARK_NAME.fullmatch(p.name)))
 
 
-def read_mark(store: BackupStore, step: int) -> dict[str, Entry] | None:
-    """The files of a checkpoint; None where it has no mark.
+def read_mark(store: ReadableStore, step: int) -> dict[str, Entry] | None:
+    """Return the files of a checkpoint; None if it has no mark.
 
     Raises:
         DamagedCatalog: the mark is not what was written.
@@ -105,83 +136,55 @@ def read_mark(store: BackupStore, step: int) -> dict[str, Entry] | None:
         RunError: written by a newer opsin.
     """
     name = f"{step_folder(step)}.json"
-    facts = _read(store, name)
-    if facts is None:
-        return None
-    try:
-        if facts["step"] != step:
-            raise DamagedCatalog(f"{store.shown}: {name}: is of step {facts['step']}")
-        return {_checked_name(key): Entry(**value) for key, value in facts["files"].items()}
-    except (LookupError, TypeError, AttributeError) as error:
-        raise DamagedCatalog(f"{store.shown}: {name}: cannot be read") from error
+    mark = _read(store, name, _MARK)
+    if mark is not None and mark.step != step:
+        raise DamagedCatalog(f"{store.shown}: {name}: is of step {mark.step}")
+    return None if mark is None else mark.files
 
 
 def write_mark(store: BackupStore, step: int, files: Mapping[str, Entry]) -> None:
-    """Make a checkpoint exist whose files are all there.
+    """Mark a checkpoint as complete: all of its files are in the backup.
 
     Raises:
-        StoreError: it is not written.
+        StoreError: the mark is not written.
     """
-    facts = {"format": FORMAT, "step": step, "files": {name: asdict(files[name]) for name in sorted(files)}}
-    put_bytes(store, f"{step_folder(step)}.json", _text(facts))
+    put_bytes(store, f"{step_folder(step)}.json", _MARK.dump(_Mark(step, dict(sorted(files.items())))))
 
 
-def read_index(store: BackupStore) -> Index | None:
-    """The index of the backup in `store`; None where there is none.
+def read_index(store: ReadableStore) -> Index | None:
+    """Return the index of the backup in `store`; None if there is none.
 
     Raises:
         DamagedCatalog: it is not what was written.
         StoreError: out of reach.
         RunError: written by a newer opsin.
     """
-    facts = _read(store, INDEX)
-    if facts is None:
-        return None
-    try:
-        listed = {_checked_name(name): tuple(Entry(**e) for e in entries) for name, entries in facts["files"].items()}
-        return Index(str(facts["run"]), listed)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise DamagedCatalog(f"{store.shown}: {INDEX}: cannot be read") from error
+    return _read(store, INDEX, _INDEX)
 
 
-def write_index(store: BackupStore, index: Index) -> None:
-    """Put `index` in exchange for the one before.
+def write_index(store: BackupStore, run: str, files: Mapping[str, tuple[Entry, ...]]) -> None:
+    """Replace the index.
 
     Raises:
         StoreError: it is not written.
     """
-    files = {name: [asdict(entry) for entry in index.files[name]] for name in sorted(index.files)}
-    put_bytes(store, INDEX, _text({"format": FORMAT, "run": index.run, "files": files}))
+    put_bytes(store, INDEX, _INDEX.dump(Index(run, dict(sorted(files.items())))))
 
 
 def _steps(folder: Path, form: re.Pattern[str]) -> Iterator[tuple[int, Path]]:
-    places = (folder / CHECKPOINTS).glob("*")
-    return ((int(m[1]), path) for path in places if (m := form.fullmatch(path.name)) and path.is_dir())
+    paths = (folder / CHECKPOINTS).glob("*")
+    return ((int(m[1]), path) for path in paths if (m := form.fullmatch(path.name)) and path.is_dir())
 
 
-def _read(store: BackupStore, name: str) -> dict[str, Any] | None:
+def _read(store: ReadableStore, name: str, record: Record[Shape]) -> Shape | None:
     data = read_bytes(store, name)
     if data is None:
         return None
     try:
-        facts: dict[str, Any] = json.loads(data)
-        too_new = facts["format"] > FORMAT
-    except (ValueError, LookupError, TypeError) as error:
-        raise DamagedCatalog(f"{store.shown}: {name}: cannot be read") from error
-    if too_new:
-        raise RunError(
-            f"{store.shown}: {name}: too new: format {facts['format']}, this opsin reads up to {FORMAT}; upgrade opsin"
-        )
-    return facts
-
-
-def _checked_name(name: str) -> str:
-    """`name`, which is never outside of the folder that it will be written to."""
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or any(part.startswith(".") for part in path.parts) or "\\" in name:
-        raise DamagedCatalog(f"{name!r} is no name of a file in a run directory")
-    return name
-
-
-def _text(facts: Mapping[str, object]) -> bytes:
-    return (json.dumps(facts, indent=1) + "\n").encode()
+        if (found := _FORMAT.parse(data).format) > FORMAT:
+            raise RunError(
+                f"{store.shown}: {name}: too new: format {found}, this opsin reads up to {FORMAT}; upgrade opsin"
+            )
+        return record.parse(data)
+    except ValueError as error:
+        raise DamagedCatalog(f"{store.shown}: {name}: cannot be read ({error})") from error

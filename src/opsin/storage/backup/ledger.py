@@ -1,20 +1,35 @@
-"""What a run directory remembers of its backup, in the hidden folder `.backup`."""
+"""The record that a run directory keeps of its backup, in the hidden folder `.backup`."""
 
-import json
 import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from opsin.storage.files import write_atomic
+from pydantic import Field
+
+from opsin.errors import RunError
+from opsin.storage.records import Record
 
 HIDDEN = ".backup"
-"""The folder in the run directory: the ledger, and files that wait to be sent."""
+"""The folder in the run directory with the ledger, and with files that wait to be sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    run: str
+    store: Annotated[str, Field(alias="place")]
+    steps: list[int]
+    spared: list[int] = field(default_factory=list)
+
+
+_FACTS = Record(_Facts)
 
 
 class Ledger:
-    """The name of the run, and which checkpoints in the store are its own to remove."""
+    """The name of the run, and the checkpoints in the store that it may remove there."""
 
     def __init__(self, folder: Path, store: str, *, run: str | None = None) -> None:
-        """The ledger of the run directory `folder`, or a new one; `run` is the name of a restored run."""
+        """Load the ledger of the run directory `folder`, or begin one; `run` is the name of a restored run."""
         self._path = folder / HIDDEN / "ledger.json"
         self._store = store
         self.run = run or uuid.uuid4().hex
@@ -25,35 +40,33 @@ class Ledger:
             self._load()
 
     def add(self, *steps: int, spared: bool = False) -> None:
-        """Note steps whose checkpoints may be removed once the run has removed its own, and the name of the run.
+        """Add steps whose checkpoints may be removed from the store once the run has removed its own.
 
         Raises:
-            OSError: it cannot be written down.
+            OSError: the ledger cannot be written.
         """
         self._write(self.steps | set(steps), self.spared | set(steps) if spared else self.spared - set(steps))
 
     def drop(self, step: int) -> None:
-        """The checkpoint of `step` is removed.
+        """Forget the checkpoint of `step`, which was removed from the store.
 
         Raises:
-            OSError: it cannot be written down.
+            OSError: the ledger cannot be written.
         """
         self._write(self.steps - {step}, self.spared - {step})
 
     def _load(self) -> None:
         try:
-            facts = json.loads(self._path.read_bytes())
-            self.run = str(facts["run"])
-            if facts["place"] == self._store:
-                self.steps = frozenset(int(step) for step in facts["steps"])
-                self.spared = frozenset(int(step) for step in facts.get("spared", ()))
-        except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: a new one loses no checkpoint
+            facts = _FACTS.read(self._path, "a new one is begun")
+        except (OSError, RunError):  # none yet, or damaged: a new one loses no checkpoint
             return
+        self.run = facts.run
+        if facts.store == self._store:
+            self.steps, self.spared = frozenset(facts.steps), frozenset(facts.spared)
 
     def _write(self, steps: frozenset[int], spared: frozenset[int]) -> None:
         if (steps, spared) == (self.steps, self.spared) and self._path.exists():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"run": self.run, "place": self._store, "steps": sorted(steps), "spared": sorted(spared)}
-        write_atomic(self._path, (json.dumps(facts) + "\n").encode())
+        _FACTS.write(self._path, _Facts(self.run, self._store, sorted(steps), sorted(spared)))
         self.steps, self.spared = steps, spared

@@ -1,12 +1,12 @@
 """Brings a backup up to date with its run directory, one pass after another.
 
-A pass may fail or be killed anywhere: what is there stays whole, and the next pass goes on.
+A pass may fail or be killed anywhere: the backup stays whole, and the next pass goes on.
 """
 
 import errno
 import hashlib
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,6 @@ from opsin.storage.backup.catalog import (
     INDEX,
     DamagedCatalog,
     Entry,
-    Index,
     damaged_steps,
     entry_of,
     is_of_checkpoint,
@@ -30,9 +29,9 @@ from opsin.storage.backup.catalog import (
 )
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.ledger import Ledger
-from opsin.storage.backup.outgoing import Throttle, Unfit, outgoing
-from opsin.storage.backup.staging import Staging
+from opsin.storage.backup.staging import Staging, Throttle, Unfit, outgoing
 from opsin.storage.backup.store import BackupStore, StoreError
+from opsin.storage.records import Record
 
 _MANIFEST = "manifest.json"
 _RECIPE = "recipe.yaml"
@@ -40,7 +39,7 @@ _MAX_CONTENTS = 8  # how many contents of a file the index remembers
 
 
 class Missing(NamedTuple):
-    """What is not in the backup yet."""
+    """Checkpoints and files that are not in the backup yet."""
 
     steps: list[int]
     files: list[str]
@@ -62,6 +61,14 @@ class _Signature(NamedTuple):
     inode: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    files: dict[str, Entry]
+
+
+_MANIFESTS = Record(_Manifest)
+
+
 class Mirror:
     """The backup of one run directory. Only `stage` and `missing` may be called from other threads."""
 
@@ -76,14 +83,14 @@ class Mirror:
         self._connected = False
         self._written: set[str] = set()
         self._has_gone_on = False
-        """Whether a checkpoint has arrived that this process wrote."""
+        """True once a checkpoint that this process wrote has arrived."""
         self._marked: dict[int, dict[str, Entry]] = {}
-        """What the marks in the store say. An empty table is a damaged mark."""
+        """The files of each marked checkpoint in the store; none for a damaged mark."""
         self._contents: dict[str, tuple[Entry, ...]] = {}
         self._sent: dict[str, _Signature] = {}
 
     def connect(self) -> None:
-        """Find out what is there.
+        """Read the catalogue of the store.
 
         Raises:
             RunError: another run, or one that has gone further than this directory.
@@ -92,7 +99,7 @@ class Mirror:
         try:
             index = read_index(self._store)
         except DamagedCatalog:
-            index = None  # it is written anew
+            index = None  # it is replaced
         if index is not None and index.run != self._ledger.run:
             raise RunError(
                 f"{self._store.shown}: holds the backup of another run; choose another backup.path, or go on with "
@@ -108,7 +115,7 @@ class Mirror:
                 "it, or choose another backup.path"
             )
         self._store.clear()
-        # The ledger may be of another store: what both have is the run's own there too.
+        # The ledger may be of another store: checkpoints that both have belong to the run there, too.
         self._ledger.add(*(s for s, path in own.items() if s in marked and marked[s] == _stated(path)))
         self._contents = {} if index is None else dict(index.files)
         self._marked = marked
@@ -116,7 +123,7 @@ class Mirror:
         self._connected = True
 
     def stage(self, checkpoint: Path) -> None:
-        """Hold on to a checkpoint that was just written, until it is sent.
+        """Hold a checkpoint that was just written until it is sent.
 
         Raises:
             OSError: this folder cannot be written.
@@ -125,13 +132,13 @@ class Mirror:
         self._staging.take(checkpoint)
 
     def sync(self) -> list[str]:
-        """Send what is missing, and remove there what the run has removed; gives what is not worth sending, in words.
+        """Send what is missing, and remove what the run has removed; return a sentence for each damaged checkpoint.
 
         Raises:
             RunError: as `connect`.
             StoreError: the store failed; what was sent stays.
             Cancelled: by the throttle.
-            OSError: a file of the run cannot be read or set aside, or the run directory is gone.
+            OSError: a file of the run cannot be read or copied, or the run directory is gone.
             Unfit: a file cannot be read while it is sent.
         """
         if not self._connected:
@@ -139,14 +146,14 @@ class Mirror:
         try:
             return self._sync()
         except StoreError:
-            # Whatever happened to it meanwhile: what it holds is asked for again.
+            # The store may have changed meanwhile: the next pass reads its catalogue again.
             self._connected = False
             raise
 
     def missing(self) -> Missing:
-        """What is not there yet, as far as is known here."""
+        """Return what is not in the backup yet, as far as this process knows."""
         own = ((step, _stated(path)) for step, path in local_steps(self._folder).items())
-        # What is damaged here by now may be whole there.
+        # A checkpoint that is damaged here by now may be whole in the backup.
         steps = [s for s, stated in own if not self._marked.get(s) or stated not in (None, self._marked[s])]
         files = [name for name, now in self._run_files() if self._sent.get(name) != now]
         return Missing(steps, files)
@@ -161,7 +168,7 @@ class Mirror:
             except (Unfit, FileNotFoundError):
                 if source.is_dir():
                     faults[step] = self._fault(step)
-                elif step > max(self._staging.sources(), default=-1):  # else a newer one, or its link, replaces it
+                elif step > max(self._staging.sources(), default=-1):  # else a newer one replaces it
                     faults[step] = f"{_of(step)} was removed before it was sent"
             self._prune()
         self._send_files()
@@ -178,9 +185,9 @@ class Mirror:
         return f"{_of(step)} is damaged here; {fate}"
 
     def _next_step(self, faults: dict[int, str]) -> tuple[int, Path, dict[str, Entry]] | None:
-        """The newest checkpoint that is not there and not among `faults`, where it is and what it holds.
+        """Return the newest checkpoint that is missing in the backup and not among `faults`, with folder and files.
 
-        One whose manifest cannot be read goes to `faults`.
+        One whose manifest cannot be read is added to `faults`.
         """
         for step, source in self._staging.sources().items():
             if step in faults:
@@ -205,7 +212,7 @@ class Mirror:
             target = f"{step_folder(step)}/{name}"
             if not self._store.holds(target, size=entry.bytes, sha256=entry.sha256):
                 self._send(source / name, target, entry)
-        # Before the mark: whoever goes on from this step finds its rows.
+        # Before the mark: a run that goes on from this step needs its rows.
         self._send_files()
         write_mark(self._store, step, entries)
         self._marked[step] = entries
@@ -213,14 +220,14 @@ class Mirror:
         self._staging.release(step)
 
     def _send(self, source: Path, name: str, entry: Entry) -> None:
-        chunks = outgoing(source, self._throttle, size=entry.bytes, sha256=entry.sha256)
+        chunks = outgoing(source, self._throttle, entry)
         self._store.put(name, chunks, size=entry.bytes, sha256=entry.sha256)
 
     def _send_files(self) -> None:
-        """The files that have changed, and away with those that are gone.
+        """Send the files that have changed, and remove those that are gone.
 
         Raises:
-            FileNotFoundError: the run directory itself is gone, which says nothing about its files.
+            FileNotFoundError: the run directory itself is gone; nothing is removed then.
         """
         found = dict(self._run_files())
         if _RECIPE not in found:
@@ -241,7 +248,7 @@ class Mirror:
             for name, (_, entry) in copies.items():
                 before = [old for old in self._contents.get(name, ()) if old != entry]
                 self._contents[name] = (entry, *before[: _MAX_CONTENTS - 1])
-            write_index(self._store, Index(self._ledger.run, self._contents))
+            write_index(self._store, self._ledger.run, self._contents)
         for name, (copy, entry) in copies.items():
             self._send(copy, name, entry)
             self._contents[name] = (entry,)
@@ -251,7 +258,7 @@ class Mirror:
         self._staging.discard_copies()
 
     def _run_files(self) -> Iterator[tuple[str, _Signature]]:
-        """Every file of the run that is no checkpoint."""
+        """Yield every file of the run that does not belong to a checkpoint."""
         for path in sorted(self._folder.rglob("*")):
             name = path.relative_to(self._folder)
             if any(part.startswith(".") for part in name.parts) or not path.is_file():
@@ -268,15 +275,15 @@ class Mirror:
         return name != _RECIPE and any(fnmatch(name, form) for form in self._config.leave_out)
 
     def _prune(self) -> None:
-        """Remove there what the run has removed here; never the last one that both have.
+        """Remove from the backup the checkpoints that the run has removed; never the last one that both have.
 
-        What the run has set aside, because it went back before it, goes under any `backup.keep`. What was damaged
-        stays until the run has gone on without it: the copy may be the only whole one.
+        A checkpoint that the run has gone back before is removed under any `backup.keep`. The copy of one that was
+        damaged stays until the run has gone on without it: it may be the only whole one.
         """
         own = local_steps(self._folder)
         damaged = set() if self._has_gone_on else self._ledger.spared | damaged_steps(self._folder)
         removed = sorted(self._ledger.steps - own.keys() - damaged)
-        # One that was written anew after a rollback counts once it is there anew.
+        # One that was replaced after a rollback counts once its new state is in the backup.
         if not removed or not any(
             other in self._marked and self._marked[other] == _stated(path) for other, path in own.items()
         ):
@@ -297,13 +304,13 @@ def _of(step: int) -> str:
 
 
 def _stated(checkpoint: Path) -> dict[str, Entry] | None:
-    """The files of a checkpoint, by its manifest; None where that cannot be read."""
+    """Return the files of a checkpoint by its manifest; None if that cannot be read."""
     try:
         data = (checkpoint / _MANIFEST).read_bytes()
-        stated = {name: Entry(int(e["bytes"]), str(e["sha256"])) for name, e in json.loads(data)["files"].items()}
+        stated = _MANIFESTS.parse(data).files
         others = [p.name for p in sorted(checkpoint.iterdir()) if p.name not in stated and p.name != _MANIFEST]
         stated.update({name: entry_of(checkpoint / name) for name in others})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return None
-    # The manifest is sent last: it says what the others hold.
+    # The manifest is sent last: it lists the contents of the others.
     return {**dict(sorted(stated.items())), _MANIFEST: Entry(len(data), hashlib.sha256(data).hexdigest())}

@@ -1,15 +1,14 @@
-"""A run directory from its backup: the newest whole state, with all that belongs to it."""
+"""Restores a run directory from its backup: the newest complete state with all files around it."""
 
 import errno
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from opsin.errors import ConfigError, RunError
-from opsin.storage.backup.attempts import insist
 from opsin.storage.backup.catalog import (
     INDEX,
     DamagedCatalog,
@@ -25,38 +24,41 @@ from opsin.storage.backup.catalog import (
 from opsin.storage.backup.config import check_path
 from opsin.storage.backup.ledger import Ledger
 from opsin.storage.backup.open import open_store
-from opsin.storage.backup.store import Absent, BackupStore, StoreError
-from opsin.storage.files import sync, sync_tree
+from opsin.storage.backup.store import Absent, PatientReader, StoreError
+from opsin.storage.files import sync, sync_tree, writing
 from opsin.storage.lock import Holder, RunLock
+from opsin.storage.teller import Teller
 
 _LOCK = ".lock"
 _RECIPE = "recipe.yaml"
-_LOGS = (".jsonl", ".txt", ".csv")  # a torn line is worth less than the lines around it
+_LOGS = (".jsonl", ".txt", ".csv")  # kept if damaged: the other lines are still good
 _WEIGHTS = "model*.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What came back. `step` is None where the backup holds no checkpoint."""
+    """The result of a restore. `step` is None if the backup holds no checkpoint."""
 
     step: int | None
     num_files: int
     num_bytes: int
 
+    def at_step(self) -> str:
+        """`at step 40`."""
+        return "without a checkpoint" if self.step is None else f"at step {self.step}"
 
-def restore(
-    url: str, folder: Path, *, step: int | None = None, only: bool = False, say: Callable[[str], None]
-) -> Restored:
+
+def restore(url: str, folder: Path, teller: Teller, *, step: int | None = None, only: bool = False) -> Restored:
     """Write the run in the backup at `url` into `folder`, which is new or empty; every file is verified.
 
-    The state is that of `step`, or the newest whole one; damaged ones are told to `say` and left out. Earlier
-    checkpoints come along unless `only` one is wanted: retention and rollback work on as if nothing had happened.
-    An interrupted restore goes on where it was. Where `folder` is a link, what it leads to is filled.
+    The state is that of `step`, or the newest complete one; damaged ones are reported and left out. Earlier
+    checkpoints come along unless `only` one is wanted, so that retention and rollback work as before. An interrupted
+    restore goes on in the middle of a file. If `folder` is a link, the folder that it leads to is filled.
 
     Raises:
         ConfigError: `url` cannot be a store.
-        RunError: no backup there, nothing whole in it, no such step, out of reach; `folder` is in use, or a
-            mount point.
+        RunError: there is no backup, no complete state or no such step; the store is out of reach; `folder` is in
+            use, or a mount point.
     """
     try:
         url = check_path(url)
@@ -64,29 +66,25 @@ def restore(
         raise ConfigError(f"command line: {error}") from error
     _refuse_full(folder)
     try:
-        return _Restore(open_store(url), folder, say).run(step, only=only)
+        with writing(folder, "put that right, the same command goes on"):
+            return _Restore(PatientReader(open_store(url), teller), folder, teller).run(step, only=only)
     except StoreError as error:
         raise RunError(f"{error}; what was fetched stays, the same command goes on") from error
-    except OSError as error:
-        raise RunError(
-            f"{folder}: cannot be written: {error.strerror or error}; put that right, the same command goes on"
-        ) from error
 
 
 class _Restore:
-    """One restore. Files come into a hidden folder beside the run directory, which takes its name when all is there."""
+    """One restore. Files come into a hidden folder beside the run directory, and take its name at the end."""
 
-    def __init__(self, store: BackupStore, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, store: PatientReader, folder: Path, teller: Teller) -> None:
         self._store = store
         self._folder = folder.resolve()
         self._partial = self._folder.with_name(f".{self._folder.name}.restoring")
-        self._say = say
+        self._teller = teller
         self._num_files = 0
         self._num_bytes = 0
 
     def run(self, wanted: int | None, *, only: bool) -> Restored:
-        index = insist(self._read_index, say=self._say)
-        steps = insist(lambda: marked_steps(self._store), say=self._say)
+        index, steps = self._read_index(), marked_steps(self._store)
         if _RECIPE not in index.files:
             raise RunError(f"{self._store.shown}: holds no backup of a run (no {_RECIPE})")
         if wanted is not None and wanted not in steps:
@@ -97,7 +95,7 @@ class _Restore:
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        """Hold the hidden folder, which no other restore writes meanwhile.
+        """Lock the hidden folder, so that no other restore writes it meanwhile.
 
         Raises:
             RunError: another one has it, or has just ended; or `folder` is a mount point.
@@ -119,7 +117,7 @@ class _Restore:
             lock.release()
 
     def _make_way(self) -> None:
-        """Remove the empty folder that has the name: what cannot be removed could not be replaced at the end."""
+        """Remove the empty folder that has the name: if it cannot be removed, it could not be replaced at the end."""
         try:
             if self._folder.exists():
                 self._folder.rmdir()
@@ -147,32 +145,32 @@ class _Restore:
         newest = max(kept, default=None)
         is_newest = newest == max(steps, default=None)
         for name, entries in index.files.items():
-            # The weights of the end, for a run that goes back before it, would be taken for the newest.
+            # A run that goes back must not come with the weights of its end: they would be taken for the newest.
             if is_newest or not Path(name).match(_WEIGHTS):
                 self._fetch_file(name, entries)
         of_checkpoints = (f"{step_folder(step)}/{name}" for step in kept for name in kept[step])
         self._remove_others({_LOCK, *index.files, *of_checkpoints})
         ledger = Ledger(self._partial, self._store.shown, run=index.run or None)
         ledger.add(*kept)
-        # The later ones too: who goes on from here takes another way, and they are no part of it. But those that have
-        # come damaged may be whole, or be mended there.
+        # The later ones, too: a run that goes on from here will not contain them. But those that came damaged may be
+        # whole in the store, or be mended there.
         ledger.add(*(step for step in steps if newest is not None and step > newest), spared=wanted is None)
         sync_tree(self._partial)
         self._partial.rename(self._folder)
         sync(self._folder.parent)
-        (self._folder / _LOCK).unlink()  # still held: whoever asks for this run has to wait until here
+        (self._folder / _LOCK).unlink()  # held until here: no other process uses the run before it is complete
         return Restored(newest, self._num_files, self._num_bytes)
 
     def _read_index(self) -> Index:
         try:
-            return read_index(self._store) or Index("")
+            return read_index(self._store) or Index("", {})
         except DamagedCatalog as error:
-            self._say(f"{error}; the files of the run are taken as they are")
+            self._teller.notice(f"{error}; the files of the run are taken as they are")
         names = [name for name in self._store.names() if name != INDEX and not is_of_checkpoint(name)]
         return Index("", dict.fromkeys(names, ()))
 
-    def _fetch_checkpoints(self, steps: Iterable[int], *, only: bool) -> dict[int, dict[str, Entry]]:
-        """The files of the checkpoints that have come whole, the newest first."""
+    def _fetch_checkpoints(self, steps: Sequence[int], *, only: bool) -> dict[int, dict[str, Entry]]:
+        """Return the files of the checkpoints that have come whole, the newest first."""
         whole: dict[int, dict[str, Entry]] = {}
         for step in sorted(steps, reverse=True):
             entries = self._fetch_checkpoint(step)
@@ -183,18 +181,18 @@ class _Restore:
         return whole
 
     def _fetch_checkpoint(self, step: int) -> dict[str, Entry]:
-        """The files of a checkpoint once they are here and what its mark says; none where it is damaged."""
+        """Fetch the files of a checkpoint and return what its mark lists; nothing if it is damaged."""
         try:
-            entries = insist(lambda: read_mark(self._store, step), say=self._say) or {}
+            entries = read_mark(self._store, step) or {}
         except DamagedCatalog as error:
-            self._say(f"{error}; the checkpoint of step {step} is left out")
+            self._teller.notice(f"{error}; the checkpoint of step {step} is left out")
             return {}
         target = self._partial / step_folder(step)
         for name, entry in entries.items():
             fault = self._fetch(f"{step_folder(step)}/{name}", (entry,))
             if fault is not None:
                 shutil.rmtree(target, ignore_errors=True)
-                self._say(f"{fault}; the checkpoint of step {step} is left out")
+                self._teller.notice(f"{fault}; the checkpoint of step {step} is left out")
                 return {}
         return entries
 
@@ -204,10 +202,10 @@ class _Restore:
         if fault is not None and name == _RECIPE:
             raise RunError(f"{fault}; without its recipe the run cannot go on: mend it in the backup")
         if fault is not None:
-            self._say(f"{fault}; it is {'taken as it is' if keeps else 'left out'}")
+            self._teller.notice(f"{fault}; it is {'taken as it is' if keeps else 'left out'}")
 
     def _fetch(self, name: str, entries: Sequence[Entry], *, keep_damaged: bool = False) -> str | None:
-        """Why a file is not what it should be; None where it has come, or was here already."""
+        """Fetch a file that is not here yet; return a sentence on its fault, None if there is none."""
         target = self._partial / name
         if entries and target.is_file() and entry_of(target) in entries:
             return None
@@ -216,7 +214,7 @@ class _Restore:
         try:
             found = self._download(name, partial, entries)
             if entries and found not in entries:
-                # Before the store is blamed: an interrupted restore may have left the beginning of another content.
+                # The store may be right: an interrupted restore may have left the beginning of another content.
                 partial.unlink()
                 found = self._download(name, partial, entries)
         except Absent:
@@ -232,23 +230,19 @@ class _Restore:
         return None if is_good else f"{self._store.shown}: {name} is damaged"
 
     def _download(self, name: str, partial: Path, entries: Collection[Entry]) -> Entry:
-        """Fetch what `partial` lacks of a file that should be one of `entries`; what it holds then."""
+        """Fetch what `partial` lacks of a file that should be one of `entries`; return its content then."""
         if entries and partial.is_file() and (left := entry_of(partial)).bytes <= max(e.bytes for e in entries):
             if left in entries:
                 return left
         else:
             partial.unlink(missing_ok=True)
-
-        def fetch_rest() -> None:
-            with partial.open("ab") as file:
-                for chunk in self._store.fetch(name, start=file.tell()):
-                    file.write(chunk)
-
-        insist(fetch_rest, say=self._say, progress=lambda: partial.is_file() and partial.stat().st_size)
+        with partial.open("ab") as file:
+            for chunk in self._store.fetch(name, start=file.tell()):
+                file.write(chunk)
         return entry_of(partial)
 
     def _remove_others(self, names: Collection[str]) -> None:
-        """Away with what an interrupted restore of another state has left."""
+        """Remove what an interrupted restore of another state has left."""
         for path in list(self._partial.rglob("*")):
             if path.is_file() and path.relative_to(self._partial).as_posix() not in names:
                 path.unlink()

@@ -1,20 +1,25 @@
-"""Where a backup can be: a folder, or a bucket of an object store. Both take and give files by name.
+"""The interface of a backup's store, which takes and gives files by name: a folder, or a bucket of an object store.
 
 A name is a relative path with `/` (`checkpoints/step-00000123/state.pt`). A file is there whole or not at all.
 """
 
 import hashlib
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from opsin.storage.teller import Teller
+
 CHUNK = 2**20
 """Bytes that are read, sent and fetched at once."""
+_ATTEMPTS = 5
+_FIRST_PAUSE_S = 1.0
 
 
 class StoreError(Exception):
     """A store did not do what was asked. The text is one line without secrets.
 
-    `refused` tells a store that answers and says no (no such bucket, no permission) from one that is out of reach.
+    `refused` is true if the store answers and refuses (no such bucket, no permission), false if it is out of reach.
     """
 
     def __init__(self, text: str, *, refused: bool = False) -> None:
@@ -26,19 +31,11 @@ class Absent(StoreError):
     """There is no file of this name."""
 
 
-class BackupStore(Protocol):
-    """Files by name, somewhere else. Every method raises `StoreError`."""
+class ReadableStore(Protocol):
+    """Files by name, to read. Every method raises `StoreError`."""
 
     shown: str
-    """What messages call it."""
-
-    def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
-        """Store a file of `size` bytes, replacing one that is there. What `chunks` raises passes through."""
-        ...
-
-    def holds(self, name: str, *, size: int, sha256: str) -> bool:
-        """Whether a file with this content is there already."""
-        ...
+    """The path or address in messages."""
 
     def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
         """The content from byte `start` on, nothing where it ends before; `Absent` where there is no such file."""
@@ -48,13 +45,79 @@ class BackupStore(Protocol):
         """All files below `folder`, sorted."""
         ...
 
+
+class BackupStore(ReadableStore, Protocol):
+    """Files by name, outside of the run directory. Every method raises `StoreError`."""
+
+    def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
+        """Store a file of `size` bytes, and replace an older one. What `chunks` raises passes through."""
+        ...
+
+    def holds(self, name: str, *, size: int, sha256: str) -> bool:
+        """True if a file with this content is there."""
+        ...
+
     def remove(self, name: str) -> None:
         """Delete a file; nothing happens where there is none."""
         ...
 
     def clear(self) -> None:
-        """Delete what is left of files that were broken off by the death of the process that stored them."""
+        """Delete the incomplete files of processes that died while they stored them."""
         ...
+
+
+class Attempts:
+    """The attempts at one request: five in a row, with pauses of 1, 2, 4 and 8 s."""
+
+    def __init__(self, teller: Teller) -> None:
+        self._teller = teller
+        self._failures = 0
+
+    def restart(self) -> None:
+        """Count from the beginning: the last attempt has come further."""
+        self._failures = 0
+
+    def pause_after(self, error: StoreError) -> None:
+        """Report a failure and pause before the next attempt.
+
+        Raises:
+            StoreError: the store refuses, or this was the last attempt.
+        """
+        self._failures += 1
+        if error.refused or self._failures == _ATTEMPTS:
+            raise error
+        self._teller.notice(f"{error}; trying again")
+        time.sleep(_FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
+
+
+class PatientReader:
+    """Reads from a store, and asks again if it is out of reach. For a process that has nothing else to do meanwhile."""
+
+    def __init__(self, store: ReadableStore, teller: Teller) -> None:
+        self.shown = store.shown
+        self._store = store
+        self._teller = teller
+
+    def names(self, folder: str = "") -> list[str]:
+        attempts = Attempts(self._teller)
+        while True:
+            try:
+                return self._store.names(folder)
+            except StoreError as error:
+                attempts.pause_after(error)
+
+    def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
+        # An interrupted transfer goes on at the byte that it has reached.
+        attempts = Attempts(self._teller)
+        while True:
+            try:
+                for chunk in self._store.fetch(name, start=start):
+                    start += len(chunk)
+                    attempts.restart()
+                    yield chunk
+                return
+            except StoreError as error:
+                attempts.pause_after(error)
 
 
 def put_bytes(store: BackupStore, name: str, data: bytes) -> None:
@@ -66,8 +129,8 @@ def put_bytes(store: BackupStore, name: str, data: bytes) -> None:
     store.put(name, iter([data]), size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def read_bytes(store: BackupStore, name: str) -> bytes | None:
-    """A small file; None where there is none.
+def read_bytes(store: ReadableStore, name: str) -> bytes | None:
+    """Return the content of a small file; None where there is none.
 
     Raises:
         StoreError: it cannot be read.

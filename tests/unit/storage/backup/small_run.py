@@ -10,6 +10,7 @@ from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.mirror import Mirror
 from opsin.storage.backup.service import open_mirror
 from opsin.storage.files import put_in_place
+from tests.story import Story
 
 
 def write_checkpoint(folder: Path, step: int, content: bytes | None = None) -> Path:
@@ -48,6 +49,15 @@ def content(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` but hidden ones, by name."""
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return {name: data for name, data in found.items() if not any(part.startswith(".") for part in name.split("/"))}
+
+
+class Quiet(Story):
+    """A teller for work without anything to report: every line fails the test."""
+
+    def notice(self, text: str) -> None:
+        raise AssertionError(text)
+
+    warning = notice
 
 
 class Interrupted(Exception):

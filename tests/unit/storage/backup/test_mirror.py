@@ -9,8 +9,10 @@ from opsin.storage.backup.catalog import Entry, marked_steps, read_index, read_m
 from opsin.storage.backup.open import Folder
 from opsin.storage.backup.restore import restore
 from opsin.storage.backup.store import StoreError
+from tests.story import Story
 from tests.unit.storage.backup.small_run import (
     Interrupted,
+    Quiet,
     content,
     interrupting,
     mirror,
@@ -19,12 +21,8 @@ from tests.unit.storage.backup.small_run import (
 )
 
 
-def quiet(text: str) -> None:
-    pytest.fail(text)
-
-
 def restored(place: Path, folder: Path) -> dict[str, bytes]:
-    restore(str(place), folder, say=quiet)
+    restore(str(place), folder, Quiet())
     return content(folder)
 
 
@@ -105,7 +103,7 @@ def test_a_checkpoint_that_is_half_there_does_not_exist(
         with pytest.raises(Interrupted):
             mirror(run, place).sync()
     assert marked_steps(Folder(place)) == [10]
-    assert restore(str(place), tmp_path / "early", say=quiet).step == 10
+    assert restore(str(place), tmp_path / "early", Quiet()).step == 10
     mirror(run, place).sync()
     assert restored(place, tmp_path / "again") == content(run)
 
@@ -174,7 +172,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_run_that_went_on_elsewhere_is_not_overwritten(tmp_path: Path) -> None:
     run, place = write_run(tmp_path / "run", 10), tmp_path / "backup"
     mirror(run, place).sync()
-    restore(str(place), tmp_path / "elsewhere", say=quiet)
+    restore(str(place), tmp_path / "elsewhere", Quiet())
     write_checkpoint(tmp_path / "elsewhere", 20)
     mirror(tmp_path / "elsewhere", place).sync()
     with pytest.raises(RunError, match=r"has a checkpoint of step 20, .*run ends with step 10: .* opsin restore"):
@@ -184,7 +182,7 @@ def test_a_run_that_went_on_elsewhere_is_not_overwritten(tmp_path: Path) -> None
 def test_a_run_that_was_restored_to_an_earlier_step_goes_its_own_way(tmp_path: Path) -> None:
     run, place = write_run(tmp_path / "run", 10, 20), tmp_path / "backup"
     mirror(run, place).sync()
-    assert restore(str(place), tmp_path / "again", step=10, say=quiet).step == 10
+    assert restore(str(place), tmp_path / "again", Story(), step=10).step == 10
     write_checkpoint(tmp_path / "again", 15)
     mirror(tmp_path / "again", place).sync()
     assert marked_steps(Folder(place)) == [10, 15]
@@ -235,7 +233,7 @@ def test_a_name_outside_of_the_run_directory_is_damage(tmp_path: Path) -> None:
     facts["files"]["../../../stolen"] = facts["files"]["state.pt"]
     mark.write_text(json.dumps(facts))
     with pytest.raises(RunError, match="every checkpoint is damaged: step 10"):
-        restore(str(place), tmp_path / "again", say=lambda text: None)
+        restore(str(place), tmp_path / "again", Story())
     assert not (tmp_path / "stolen").exists()
 
 
@@ -298,7 +296,7 @@ def test_the_whole_copy_of_what_is_damaged_here_stays_until_the_run_has_gone_on(
     copying = mirror(run, place, keep=keep)
     copying.sync()
     assert marked_steps(Folder(place)) == [10, 20]
-    assert restore(str(place), tmp_path / "again", say=quiet).step == 20
+    assert restore(str(place), tmp_path / "again", Quiet()).step == 20
     copying.stage(write_checkpoint(run, 15))
     copying.sync()
     assert marked_steps(Folder(place)) == [10, 15]
@@ -310,11 +308,11 @@ def test_a_checkpoint_that_came_damaged_stays_in_its_place_until_the_run_has_gon
     state = place / "checkpoints" / "step-00000020" / "state.pt"
     whole = state.read_bytes()
     state.write_bytes(whole[:-1] + b"!")
-    assert restore(str(place), again, say=lambda text: None).step == 10
+    assert restore(str(place), again, Story()).step == 10
     copying = mirror(again, place)
     copying.sync()
     state.write_bytes(whole)
-    assert restore(str(place), tmp_path / "mended", say=quiet).step == 20
+    assert restore(str(place), tmp_path / "mended", Quiet()).step == 20
     copying.stage(write_checkpoint(again, 15))
     copying.sync()
     assert marked_steps(Folder(place)) == [10, 15]

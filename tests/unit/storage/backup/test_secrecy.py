@@ -1,7 +1,6 @@
 import pytest
 
-from opsin.storage.backup.config import BackupConfig, check_path
-from opsin.storage.backup.secrecy import has_secret, masked
+from opsin.storage.backup.config import BackupConfig, check_path, has_secret, masked
 
 SECRETS = ("wJalr", "XUt", "hunter2hunter2", "AKIAQWERTYUIOPASDFGH", "deadbeefsignature")
 

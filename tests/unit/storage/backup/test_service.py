@@ -16,22 +16,20 @@ from opsin.storage.backup.service import BackgroundBackup, Backup, backup_of, fi
 from opsin.storage.backup.store import StoreError
 from opsin.storage.files import remove_whole
 from tests.s3_server import KEY, SECRET, S3Server
-from tests.unit.storage.backup.small_run import content, mirror, write_checkpoint, write_run
+from tests.story import Story
+from tests.unit.storage.backup.small_run import Quiet, content, mirror, write_checkpoint, write_run
 
 
-class Told(list[tuple[str, str]]):
-    """What a backup has said."""
-
-    def __call__(self, kind: str, text: str) -> None:
-        self.append((kind, text))
+class Told(Story):
+    """The reports of a backup."""
 
     @property
     def kinds(self) -> list[str]:
-        return [kind for kind, _ in self]
+        return [kind for kind, _ in self.events]
 
 
 def background(run: Path, place: Path | str, told: Told, **keys: object) -> BackgroundBackup:
-    return BackgroundBackup(BackupConfig.model_validate({"path": str(place), **keys}), run, say=told)
+    return BackgroundBackup(BackupConfig.model_validate({"path": str(place), **keys}), run, told)
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -39,10 +37,6 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def quiet(text: str) -> None:
-    pytest.fail(text)
 
 
 def test_a_run_is_copied_while_it_goes_on_and_whole_at_its_end(tmp_path: Path) -> None:
@@ -54,8 +48,8 @@ def test_a_run_is_copied_while_it_goes_on_and_whole_at_its_end(tmp_path: Path) -
                 remove_whole(run / "checkpoints" / f"step-{step - 10:08d}")
         wait_for(lambda: marked_steps(Folder(place)) == [30])
         (run / "model.safetensors").write_bytes(b"weights")
-    assert told == []
-    restore(str(place), tmp_path / "again", say=quiet)
+    assert told.kinds == []
+    restore(str(place), tmp_path / "again", Quiet())
     assert content(tmp_path / "again") == content(run)
 
 
@@ -72,7 +66,7 @@ def test_a_place_out_of_reach_is_told_once_and_caught_up_with(tmp_path: Path) ->
     with background(run, disk / "backup", told) as backup:
         for step in (10, 20):
             backup.take(write_checkpoint(run, step))
-            wait_for(lambda: told)
+            wait_for(lambda: told.events)
         disk.mkdir()
         wait_for(lambda: "backup_recovered" in told.kinds)
     assert told.kinds == ["backup_failed", "backup_recovered"]
@@ -84,7 +78,7 @@ def test_the_end_waits_a_bounded_time_and_says_what_is_missing(tmp_path: Path) -
     with background(run, tmp_path / "disk" / "backup", told, wait=0.5):
         pass
     assert told.kinds == ["backup_failed", "backup_incomplete"]
-    text = told[-1][1]
+    text = told.warnings[-1]
     assert (
         "not copied yet: the checkpoint of step 10; events.jsonl, metrics.jsonl, plots/loss.png and 1 more files"
         in text
@@ -92,8 +86,8 @@ def test_the_end_waits_a_bounded_time_and_says_what_is_missing(tmp_path: Path) -
     assert text.endswith(f"opsin backup {run} finishes it")
     (tmp_path / "disk").mkdir()
     config = BackupConfig(path=str(tmp_path / "disk" / "backup"))
-    finish_backup(config, run, say=quiet)
-    restore(config.path, tmp_path / "again", say=quiet)
+    finish_backup(config, run, Quiet())
+    restore(config.path, tmp_path / "again", Quiet())
     assert content(tmp_path / "again") == content(run)
 
 
@@ -129,11 +123,11 @@ def test_another_run_is_refused_before_training(tmp_path: Path) -> None:
     mirror(write_run(tmp_path / "other", 10), place).sync()
     config = BackupConfig(path=str(place))
     with pytest.raises(RunError, match="another run"):
-        open_backup(config, write_run(tmp_path / "run"), resuming=False, say=Told())
+        open_backup(config, write_run(tmp_path / "run"), resuming=False, teller=Told())
 
 
 def test_no_backup_is_asked_for(tmp_path: Path) -> None:
-    with open_backup(None, tmp_path, resuming=False, say=Told()) as backup:
+    with open_backup(None, tmp_path, resuming=False, teller=Told()) as backup:
         assert type(backup) is Backup
         backup.take(tmp_path)
 
@@ -162,14 +156,14 @@ def test_a_server_killed_in_the_middle_of_an_upload_gets_all_once_it_is_back(
         backup.take(write_checkpoint(run, 20, large))
         time.sleep(0.3)
         s3_server.kill()
-        wait_for(lambda: told)
+        wait_for(lambda: told.events)
         backup.take(write_checkpoint(run, 30))
         s3_server.start()  # and it remembers nothing
         wait_for(lambda: "backup_recovered" in told.kinds)
     assert told.kinds == ["backup_failed", "backup_recovered"]
-    assert not any(secret in text for _, text in told for secret in (KEY, SECRET))
+    assert not any(secret in text for text in told.warnings + told.notices for secret in (KEY, SECRET))
     assert marked_steps(open_store(s3)) == [10, 20, 30]
-    restore(s3, tmp_path / "again", say=quiet)
+    restore(s3, tmp_path / "again", Quiet())
     assert content(tmp_path / "again") == content(run)
 
 
@@ -177,8 +171,8 @@ def test_a_bucket_that_is_missing_ends_a_new_run_before_it_begins(s3_server: S3S
     run, told = write_run(tmp_path / "run"), Told()
     config = BackupConfig(path="s3://nowhere/run", wait=0)
     with pytest.raises(ConfigError, match=r"s3://nowhere/run: there is no such bucket; mend it, or .*backup=null"):
-        open_backup(config, run, resuming=False, say=told)
-    with open_backup(config, run, resuming=True, say=told):
+        open_backup(config, run, resuming=False, teller=told)
+    with open_backup(config, run, resuming=True, teller=told):
         pass
     assert told.kinds == ["backup_failed", "backup_incomplete"]
 
@@ -219,7 +213,8 @@ def test_a_damaged_manifest_ends_with_few_passes_and_a_word(
         pass
     assert len(passes) <= 10
     fate = "its copy stays as it is" if sent else "it was not sent"
-    assert ("backup_damaged", f"backup: the checkpoint of step 10 is damaged here; {fate}") in told
+    text = f"backup: the checkpoint of step 10 is damaged here; {fate}"
+    assert ("backup_damaged", {"warning": text}) in told.events
     assert marked_steps(Folder(place)) == [10] * sent
 
 
@@ -234,10 +229,10 @@ def test_what_fails_after_the_end_is_not_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("opsin.storage.backup.service._GRACE_S", 0.1)
     with background(run, tmp_path / "backup", told, wait=0.1) as backup:
         pass
-    before = list(told)
+    before = list(told.events)
     release.set()
     backup._thread.join()
-    assert told == before
+    assert told.events == before
 
 
 def test_the_command_tells_of_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,4 +256,4 @@ def test_a_log_that_cannot_be_read_ends_the_command_in_words(tmp_path: Path, mon
 
     monkeypatch.setattr(Folder, "put", losing)
     with pytest.raises(RunError, match=r"metrics.jsonl: cannot be read: .*; what was sent stays"):
-        finish_backup(BackupConfig(path=str(tmp_path / "backup")), run, say=quiet)
+        finish_backup(BackupConfig(path=str(tmp_path / "backup")), run, Quiet())
