@@ -10,7 +10,7 @@ OpsinError
 └── TrainingError     training itself failed (Diverged: not finite any more;    exit status 4
                       TransientError: something it needs failed, which may pass)
 
-Each fault is one line: the place, the value, the rule, the way out.
+Each fault is one line: where it is, the value, the rule, the way out.
 """
 
 

@@ -160,7 +160,7 @@ def test_the_commands_of_a_run_in_a_bucket(
     assert first.out.startswith(f"run directory: {folder} (another one: --local FOLDER), copied to {s3}\n")
     assert digest(RunDirectory(folder)) == digest(straight)
     assert (twice.status, wrong.status, secret.status) == (2, 2, 2)
-    assert "both say where the run is copied; give one" in twice.err
+    assert "both name a backup of the run; give one" in twice.err
     assert "--local there goes with an address" in wrong.err
     assert "keys belong in the environment" in secret.err
     assert SECRET not in secret.err

@@ -1,4 +1,4 @@
-"""Why a training process ended, in words: from its exit status, its last lines and the system's counters."""
+"""The cause of a crash in words: from the exit status, the last lines and the system's counters."""
 
 import re
 import signal
@@ -22,7 +22,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class OomKills:
-    """How many processes were killed for lack of memory so far; None where the system does not tell."""
+    """Numbers of processes killed for lack of memory so far; None where the system does not count them."""
 
     group: int | None
     """In the control group of this process."""
@@ -31,11 +31,11 @@ class OomKills:
 
     @classmethod
     def now(cls, root: Path = Path("/")) -> "OomKills":
-        """The counters of this moment; `root` is where `proc` and `sys` are."""
+        """Read the counters; `root` is the folder of `proc` and `sys`."""
         return cls(_count_in_group(root), _counter(root / "proc/vmstat"))
 
     def since(self, before: "OomKills") -> str:
-        """What the counters say of a process that was killed since `before`."""
+        """Describe the end of a process that was killed since `before`, by the difference of the counters."""
         if self.group is not None and before.group is not None and self.group > before.group:
             return "killed by the system for lack of memory: the memory limit of its control group was reached"
         if self.system is None or before.system is None:
@@ -47,30 +47,30 @@ class OomKills:
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """A training that ended by itself."""
+    """A training process that ended by itself, without being done."""
 
     cause: str
     step: int | None
-    """The update it was busy with, from 0; None before the first."""
+    """The update that was being prepared or made, from 0; None before the first."""
     images: tuple[int, ...] = ()
-    """Numbers of the training images that it may be because of."""
+    """Numbers of the training images that may have caused it."""
     locations: tuple[str, ...] = ()
-    """Where they are stored, if they are the ones that were being read; else they are those of the whole update."""
+    """Locations of `images` if these were being read; empty if `images` are those of the whole update."""
 
     def is_like(self, other: "Crash") -> bool:
-        """Whether it happened at the same place: with the same image in hand, or in the same update."""
+        """True if both crashes happened while the same image was read, or in the same update."""
         if self.locations and other.locations:
             return not set(self.images).isdisjoint(other.images)
         return self.step == other.step and bool(self.locations) == bool(other.locations)
 
     def narrowed(self, before: "Crash") -> "Crash":
-        """With the images only that are suspect after a like one, too."""
+        """Return the crash with only those images that were also suspect `before`, in a crash like this one."""
         known = dict(zip(self.images, self.locations, strict=False))
         images = tuple(image for image in self.images if image in before.images) or self.images
         return Crash(self.cause, self.step, images, tuple(known[image] for image in images if image in known))
 
     def moment(self) -> str:
-        """Where it happened, in words."""
+        """Return the moment of the crash in words: `before the first update`."""
         if self.locations:
             return f"while reading {listed([f'{i} ({p})' for i, p in zip(self.images, self.locations, strict=True)])}"
         if self.step is None:
@@ -79,7 +79,7 @@ class Crash:
 
 
 def describe(status: int, pid: int, stderr: str, where: LastActivity, oom_kills: str) -> Crash:
-    """The crash of process `pid`, with what it wrote last, where it was, and what the counters of kills say."""
+    """Return the crash of process `pid`: from its last lines, its last records, and the words on killed processes."""
     ended = {pid} | {int(number) for found in _WORKERS.findall(stderr) for number in found.split(",")}
     suspects = {reading.index: reading for reading in where.reading if reading.pid in ended}
     cause = _signal_words(-status, oom_kills) if status < 0 else last_words(stderr) or f"exit status {status}"
@@ -92,14 +92,14 @@ def describe(status: int, pid: int, stderr: str, where: LastActivity, oom_kills:
 
 
 def last_words(stderr: str) -> str:
-    """The last line that says what went wrong; empty where there is none."""
+    """Return the last line that names a fault; empty if there is none."""
     lines = [line.strip().removeprefix("opsin: ") for line in stderr.splitlines()]
-    # Below a traceback stands where the fault is, not what it is.
+    # The line below a traceback says whose fault it is, not which.
     return next((line for line in reversed(lines) if line and not line.startswith("the above is a fault of")), "")
 
 
 def listed(items: Sequence[object]) -> str:
-    """`images 3, 7 and 12`, the first of them where there are many."""
+    """Return `images 3, 7, 12`, with the number of the others where there are many."""
     if len(items) == 1:
         return f"image {items[0]}"
     shown = ", ".join(map(str, items[:_SHOWN]))
@@ -118,7 +118,7 @@ def _signal_words(number: int, oom_kills: str) -> str:
 
 
 def _count_in_group(root: Path) -> int | None:
-    """Of both kinds of control groups, the one that counts."""
+    """Read the counter of the control group of this process, of either kind."""
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
         number, controllers, path = line.split(":", 2)

@@ -1,7 +1,7 @@
-"""`opsin train --restarts N`: a process that starts the training as its child, and again when it crashed.
+"""`opsin train --restarts N`: a process that starts the training as its child, and again after a crash.
 
-It imports no torch, so that what breaks the child (a driver, the memory) leaves it whole. Whatever it has to say
-stands in the events of the run, written while no child has it locked.
+It does not import torch, so that a fault of a driver or a lack of memory ends the child alone. Its reports go into the
+events of the run, while no child holds the lock.
 """
 
 import os
@@ -29,37 +29,38 @@ from opsin.reporting.sinks import TextLog
 from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.settings.yaml_tree import read_file
 from opsin.storage.directory import RunDirectory
+from opsin.storage.files import reason_of
 from opsin.storage.teller import Fact
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FINAL = (0, 2, 3)
-"""Exit statuses that are no crash: done, wrong input, stopped."""
+"""Exit statuses that are not crashes: done, wrong input, stopped."""
 _KEPT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """How a run is supervised."""
+    """The rules of a supervised run."""
 
     program: tuple[str, ...]
-    """What takes the arguments of a command."""
+    """The program that gets the arguments of a command."""
     restarts: int
-    """How often it is started again at most."""
+    """Restarts at most."""
     quarantine_after: int | None = None
-    """After so many crashes in a row at one place its images are left out from then on; None never does so."""
+    """Like crashes in a row after which their images are excluded; None excludes none."""
     first_wait_s: float = 2.0
-    """Before a restart; doubled with each crash that comes without a new checkpoint in between."""
+    """Seconds before a restart; doubled with each crash without a new checkpoint since the last."""
     longest_wait_s: float = 300.0
 
 
 def supervise(
     command: Sequence[str], out: Path, settings: Supervision, *, fresh: bool = False, quiet: bool = False
 ) -> int:
-    """Run `opsin` with the arguments `command`, which trains in `out`, until it is done; gives its exit status.
+    """Run `opsin` with the arguments `command`, which trains in `out`, until it is done; return its exit status.
 
     A status of 0, 2 or 3 is final, and so is a failure of the training itself, such as divergence: only a crash
-    is followed by a restart, from the newest checkpoint. SIGTERM, SIGINT and SIGUSR1 are handed on. With `fresh`,
-    the first child that gets as far moves an earlier run aside.
+    is followed by a restart, from the newest checkpoint. SIGTERM, SIGINT and SIGUSR1 are passed to the child. With
+    `fresh`, the first child that gets as far moves an earlier run out of the way.
     """
     supervisor = _Supervisor(command, out, settings, fresh=fresh, console=open_console(quiet=quiet))
     with supervisor.forwarding():
@@ -68,7 +69,7 @@ def supervise(
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a child ended."""
+    """The end of a child."""
 
     status: int
     crash: Crash
@@ -83,7 +84,7 @@ class _Supervisor:
         self._out = RunDirectory(out)
         self._settings = settings
         self._console = console
-        # The directory that `--fresh` is to move; once another stands in its place it is done.
+        # The directory that `--fresh` is to move, until another one has its name.
         self._to_move = _identity(out) if fresh and self._out.exists() else None
         self._child: subprocess.Popen[bytes] | None = None
         self._signal: str | None = None
@@ -91,7 +92,7 @@ class _Supervisor:
 
     @contextmanager
     def forwarding(self) -> Iterator[None]:
-        """Signals go to the child while this lasts; between two children they end the wait."""
+        """Pass signals to the child in this block; between two children they end the wait."""
         before = {number: signal.signal(number, self._forward) for number in _FORWARDED}
         try:
             yield
@@ -100,7 +101,7 @@ class _Supervisor:
                 signal.signal(number, handler)
 
     def run(self) -> int:
-        """Children one after another; the exit status of the last."""
+        """Run children one after another; return the exit status of the last."""
         last: Crash | None = None
         repeats = standing = 0
         newest = _newest_checkpoint(self._out)
@@ -108,20 +109,20 @@ class _Supervisor:
             end = self._train()
             if end.status in _FINAL:
                 return end.status
-            if end.status < 0 and -end.status in _FORWARDED:  # it was stopped before it could listen
+            if end.status < 0 and -end.status in _FORWARDED:  # it was stopped before it could handle the signal
                 self._console.warning(f"stopped by {signal.Signals(-end.status).name}")
                 return 3
             repeats = repeats + 1 if last is not None and end.crash.is_like(last) else 1
             last = end.crash if repeats == 1 or last is None else end.crash.narrowed(last)
             before, newest = newest, _newest_checkpoint(self._out)
             standing = 0 if (newest or 0) > (before or 0) else standing + 1
-            # A bound for the exponent, too: a power of two that no float holds is no time.
+            # The exponent is bounded, too: a float cannot hold any power of two.
             wait_s = min(self._settings.first_wait_s * 2 ** min(standing, 30), self._settings.longest_wait_s)
             decision = self._decide(end, last, repeats, left)
-            is_put_aside = self._carry_out(last, repeats, decision, left, newest, wait_s)
+            are_excluded = self._carry_out(last, repeats, decision, left, newest, wait_s)
             if decision.ends:
                 return 4
-            if is_put_aside:
+            if are_excluded:
                 last, repeats = None, 0
             if self._signalled.wait(wait_s):
                 self._console.warning(f"{self._signal}: stopped before the restart")
@@ -129,7 +130,7 @@ class _Supervisor:
         raise AssertionError("the last crash ends it")
 
     def _train(self) -> _End:
-        """One child from its start to its end."""
+        """Run one child from its start to its end."""
         kills = OomKills.now()
         with tempfile.TemporaryDirectory(prefix="opsin-", ignore_cleanup_errors=True) as trail:
             environment = {
@@ -137,7 +138,7 @@ class _Supervisor:
                 VARIABLE: trail,
                 SUPERVISOR: str(os.getpid()),
                 # The path of this interpreter, as a script or `python -m` has set it.
-                "PYTHONPATH": os.pathsep.join(place for place in sys.path if place),
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             }
             fresh = ["--fresh"] if self._to_move is not None and _identity(self._out.path) == self._to_move else []
             child = subprocess.Popen(
@@ -149,7 +150,7 @@ class _Supervisor:
             )
             assert child.stderr is not None
             self._child = child
-            if self._signal is not None:  # it came while the child was made
+            if self._signal is not None:  # it came while the child was started
                 child.send_signal(signal.Signals[self._signal])
             lines = _Lines(child.stderr)
             status = child.wait()
@@ -159,76 +160,74 @@ class _Supervisor:
             return _End(status, crash, where)
 
     def _decide(self, end: _End, crash: Crash, repeats: int, left: int) -> "_Decision":
-        """What follows from a crash."""
+        """Decide whether there is a restart, and which images are excluded."""
         if end.where.verdict is not None:
             return _Decision(ends="no restart: training failed for a reason that a restart does not change")
         if self._signal is not None:
             return _Decision(ends=f"no restart after {self._signal}")
         after = self._settings.quarantine_after
         if after is not None and repeats >= after and crash.images:
-            known = {item.index for item in self._aside()}
+            known = {item.index for item in self._excluded()}
             new = tuple(image for image in crash.images if image not in known)
             if not new:
-                return _Decision(
-                    ends="no restart: it crashes here without these images, too; it is not because of them"
-                )
+                return _Decision(ends="no restart: it crashes here without these images, too; they are not the cause")
             if left:
-                return _Decision(put_aside=new)
+                return _Decision(exclude=new)
         return _Decision(ends="no restarts are left" if left == 0 else "")
 
     def _carry_out(
         self, crash: Crash, repeats: int, decision: "_Decision", left: int, newest: int | None, wait_s: float
     ) -> bool:
-        """Put images aside, say what happened and what follows, and write it down; whether images were put aside."""
+        """Exclude images, and report the crash and its consequence; return True if images were excluded."""
         with self._journal() as journal:
-            fault = self._put_aside(crash, repeats, decision, journal) if decision.put_aside else ""
+            fault = self._exclude(crash, repeats, decision, journal) if decision.exclude else ""
             words = self._in_words(crash, repeats, decision, fault)
             if not decision.ends:
-                place = "the beginning" if newest is None else f"the checkpoint of step {newest}"
-                words.append(f"goes on from {place} in {duration(wait_s)} (restart, {left - 1} left)")
+                start = "the beginning" if newest is None else f"the checkpoint of step {newest}"
+                words.append(f"goes on from {start} in {duration(wait_s)} (restart, {left - 1} left)")
             message = "; ".join(words)
             self._console.warning(message)
-            is_put_aside = bool(decision.put_aside) and not fault
+            are_excluded = bool(decision.exclude) and not fault
             if journal is not None:
                 # With the step that training goes on from: what happened after it will be forgotten.
                 journal.event("crash", newest or 0, **_facts(crash, repeats, decision, message))
-                if is_put_aside:
+                if are_excluded:
                     file = self._out.excluded.name
-                    journal.event("put_aside", newest or 0, images=decision.put_aside, file=file)
-        return is_put_aside
+                    journal.event("put_aside", newest or 0, images=decision.exclude, file=file)
+        return are_excluded
 
-    def _put_aside(self, crash: Crash, repeats: int, decision: "_Decision", journal: Journal | None) -> str:
-        """Have images left out from now on; why that cannot be, empty where it can. It takes the run's lock."""
+    def _exclude(self, crash: Crash, repeats: int, decision: "_Decision", journal: Journal | None) -> str:
+        """Exclude images from now on, with the lock of the run; return the reason if that fails, else nothing."""
         if journal is None:
             return "the run cannot be locked"
         reason = f"training crashed with it {repeats} times ({crash.cause})"
         try:
             write_excluded(
-                self._out.excluded, [*self._aside(), *(ExcludedImage(image, reason) for image in decision.put_aside)]
+                self._out.excluded, [*self._excluded(), *(ExcludedImage(image, reason) for image in decision.exclude)]
             )
         except OSError as error:
-            return error.strerror or str(error)
+            return reason_of(error)
         return ""
 
     def _in_words(self, crash: Crash, repeats: int, decision: "_Decision", fault: str) -> list[str]:
-        """What happened, and what becomes of its images; `fault` is why they could not be put aside."""
+        """Return the cause of a crash and the fate of its images; `fault` is the reason why they were not excluded."""
         words = [f"training crashed {crash.moment()}: {crash.cause}"]
         if repeats > 1:
-            words.append(f"the {_ordinal(repeats)} time in a row at this place, so it will hardly pass by itself")
+            words.append(f"the {_ordinal(repeats)} crash of this kind in a row, so it will hardly pass by itself")
             if crash.images and not crash.locations:
                 words.append(f"{listed(crash.images)} belong to it (events.jsonl lists all)")
             if crash.images and self._settings.quarantine_after is None:
                 words.append("--quarantine-after 3 would go on without them")
         words += [decision.ends] if decision.ends else []
-        if decision.put_aside:
+        if decision.exclude:
             name = self._out.excluded.name
             until = f"cannot be left out ({name}: {fault}), which is tried again after the next crash here"
-            words.append(f"{listed(decision.put_aside)} {until if fault else f'will be left out from now on ({name})'}")
+            words.append(f"{listed(decision.exclude)} {until if fault else f'will be left out from now on ({name})'}")
         return words
 
     @contextmanager
     def _journal(self) -> Iterator[Journal | None]:
-        """The journal of the run while it is locked; None where there is none, or it cannot be had."""
+        """Open the journal of the run, with its lock; None if there is no run, or another process holds the lock."""
         if not self._out.exists():
             yield None
             return
@@ -245,7 +244,7 @@ class _Supervisor:
                 yield None
 
     def _webhooks(self) -> list[Sink]:
-        """The one of the recipe, where there is one: what kills a training lets it tell nobody."""
+        """Return the webhook of the recipe, if it has one: a killed training cannot send to it."""
         try:
             group = read_file(self._out.recipe, self._out.recipe.name).child("alerts")
             setting = None if group is None else group.child("webhook")
@@ -255,10 +254,10 @@ class _Supervisor:
             url = webhook_url(setting.value)
             return [Webhook(self._out.path, self._console, url, recipe=name)]
         except OpsinError as error:
-            self._console.warning(f"the webhook is not told: {error}")
+            self._console.warning(f"the webhook gets no message: {error}")
             return []
 
-    def _aside(self) -> tuple[ExcludedImage, ...]:
+    def _excluded(self) -> tuple[ExcludedImage, ...]:
         return read_excluded(self._out.excluded)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
@@ -271,13 +270,13 @@ class _Supervisor:
 @dataclass(frozen=True, slots=True)
 class _Decision:
     ends: str = ""
-    """Why there is no restart; empty where there is one."""
-    put_aside: tuple[int, ...] = ()
-    """Images to be left out from now on."""
+    """The reason why there is no restart; empty if there is one."""
+    exclude: tuple[int, ...] = ()
+    """Images to exclude from now on."""
 
 
 class _Lines:
-    """Hands on what a child writes to stderr, and keeps the end of it."""
+    """Copies the lines of a child to stderr, and keeps the last ones."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -286,7 +285,7 @@ class _Lines:
         self._thread.start()
 
     def end(self) -> str:
-        """What was written last. The stream may stay open in a process that the child has left behind."""
+        """Return the last lines. The stream may stay open in a process that the child has left behind."""
         self._thread.join(timeout=2.0)
         return b"".join(self._kept).decode(errors="replace")
 
@@ -302,12 +301,12 @@ class _Lines:
             try:
                 sys.stderr.write(data.decode(errors="replace"))
                 sys.stderr.flush()
-            except (OSError, ValueError):  # nobody reads it any more; the child must not notice
+            except (OSError, ValueError):  # its reader has left; the child must not notice
                 continue
 
 
 def _facts(crash: Crash, repeats: int, decision: _Decision, message: str) -> dict[str, Fact]:
-    """What the event of a crash says."""
+    """Return the facts of the event `crash`."""
     return {
         "cause": crash.cause,
         "update": None if crash.step is None else crash.step + 1,
@@ -320,7 +319,7 @@ def _facts(crash: Crash, repeats: int, decision: _Decision, message: str) -> dic
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of the same name."""
+    """Return a value that distinguishes a folder from another one of the same name."""
     try:
         found = path.stat()
     except OSError:

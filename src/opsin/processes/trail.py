@@ -1,9 +1,8 @@
-"""Where a training process is, written so that it outlives every crash: the trail that a supervisor follows.
+"""The trail of a training process: its current work, in files that outlive every crash, for its supervisor.
 
-A supervisor makes a folder and names it in the environment; the training process, its threads and its workers leave
-their places there: the step that is being made, with the ids of its images, and the images that are being read. A
-place is one small write into the page cache, which the end of the process does not undo. Unsupervised, nothing is
-written at all.
+A supervisor makes a folder and names it in the environment. The training process, its threads and its workers record
+there which update is being made, with the ids of its images, and which images are being read. Each record is one small
+write into the page cache, which the end of the process does not undo. Without a supervisor nothing is written.
 """
 
 import ctypes
@@ -30,7 +29,7 @@ _HEAD = struct.Struct("<qq")
 
 
 class Trail:
-    """What this process writes. Survives pickling into a worker process; without a folder it does nothing."""
+    """The records of this process. It can be pickled into a worker process; without a folder it does nothing."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
@@ -39,7 +38,7 @@ class Trail:
 
     @classmethod
     def from_environment(cls) -> "Trail":
-        """The trail that a supervisor wants; one that does nothing where there is no supervisor."""
+        """Return the trail in the folder of the supervisor; without a supervisor one that does nothing."""
         folder = os.environ.get(VARIABLE)
         return cls(Path(folder) if folder else None)
 
@@ -47,14 +46,14 @@ class Trail:
         return Trail, (self.folder,)
 
     def at_step(self, step: int, ids: bytes = b"") -> None:
-        """The batch of update `step` (from 0) is read; with `ids`, int64 one after another, the update is made."""
+        """Record that the batch of `step` is being read, or with `ids` (int64, packed) that its update runs."""
         if self.folder is not None:
             if self._step is None:
                 self._step = _create(self.folder / _STEP)
             _put(self._step, _HEAD.pack(step, len(ids)) + ids)
 
     def begin_reading(self, index: int, location: str) -> None:
-        """Image `index` of the training images, which is stored at `place`, is read by this thread."""
+        """Record that this thread reads image `index` of the training images, which is stored at `location`."""
         if self.folder is None:
             return
         file = getattr(self._of_thread, "file", None)
@@ -65,12 +64,12 @@ class Trail:
         _put(file, _HEAD.pack(1, len(text)) + text)
 
     def end_reading(self) -> None:
-        """It is done, whether it could be read or not."""
+        """Record that this thread has read its image, or found it unreadable."""
         if self.folder is not None:
             _put(self._of_thread.file, _HEAD.pack(0, 0))
 
     def verdict(self, text: str) -> None:
-        """Training ends for a reason that a restart does not change."""
+        """Record that training ends for a reason that a restart does not change."""
         if self.folder is not None:
             _put(_create(self.folder / _VERDICT), text.encode())
 
@@ -86,18 +85,18 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class LastActivity:
-    """How far a process came."""
+    """The last records of a process and its workers."""
 
     step: int | None = None
-    """The update it was busy with, from 0; None before the first."""
+    """The update that was being prepared or made, from 0; None before the first."""
     ids: tuple[int, ...] = ()
-    """The images of that update, once they were read."""
+    """The images of that update, if they were read."""
     reading: tuple[Reading, ...] = ()
     verdict: str | None = None
 
 
 def follow(folder: Path) -> LastActivity:
-    """What the processes that wrote into `folder` were doing last."""
+    """Return the last records in `folder`."""
     step, ids = _read_step(folder / _STEP)
     verdict = folder / _VERDICT
     text = verdict.read_text(errors="replace") if verdict.exists() else None
@@ -106,12 +105,12 @@ def follow(folder: Path) -> LastActivity:
 
 
 def end_with_supervisor() -> None:
-    """In a supervised process: stop as by SIGTERM when the supervisor is gone, so that no training is left alone."""
+    """Make a supervised process stop as by SIGTERM when its supervisor ends, so that no training goes on unwatched."""
     supervisor = os.environ.get(SUPERVISOR)
     if supervisor is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(supervisor):  # it went before it was asked for
+    if os.getppid() != int(supervisor):  # it ended before the request
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -131,7 +130,7 @@ def _readings(path: Path) -> Sequence[Reading]:
     try:
         is_open, size = _HEAD.unpack_from(data)
         index, location = json.loads(data[_HEAD.size : _HEAD.size + size]) if is_open else (0, "")
-    except (struct.error, ValueError):  # it ended before the first write was whole
+    except (struct.error, ValueError):  # the process ended before the first record was complete
         return ()
     return (Reading(int(path.name.split("-")[1]), index, location),) if is_open else ()
 

@@ -11,14 +11,14 @@ from opsin.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Which process this is, of how many."""
+    """The number of this process, and how many there are."""
 
     rank: int = 0
     size: int = 1
 
 
 def join() -> World:
-    """The world that the launcher has started.
+    """Return the world that the launcher has started.
 
     Raises:
         ConfigError: several processes were launched, which this version cannot train with.
