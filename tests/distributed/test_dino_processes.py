@@ -27,11 +27,11 @@ def train(method: Dino, forward: torch.nn.Module, rank: int, processes: int, pie
     """Some steps, then one whose last image, in the last process, is not a number: it must change nothing."""
     state, plan = state_of(method), plan_for(method, forward=forward, rank=rank, **pieces)
     for step in range(STEPS):
-        part = batch_of(step).split(processes)[rank]
+        part = batch_of(step).pieces(processes)[rank]
         assert train_step(state, part, plan).applied == 1
     bad = batch_of(STEPS)
     bad.views["local"][0, -1, 0, 0, 0] = math.nan
-    assert train_step(state, bad.split(processes)[rank], plan).applied == 0
+    assert train_step(state, bad.pieces(processes)[rank], plan).applied == 0
 
 
 def work(rank: int) -> dict[str, dict[str, Tensor]]:

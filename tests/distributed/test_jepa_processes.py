@@ -24,11 +24,11 @@ def train(method: IJepa, forward: torch.nn.Module, rank: int, processes: int, pa
     """Some steps, then one whose last image, in the last process, is not a number: it must change nothing."""
     state, plan = state_of(method), plan_for(method, forward=forward, rank=rank, accumulate=parts)
     for step in range(STEPS):
-        part = batch_of(method, step).split(processes)[rank]
+        part = batch_of(method, step).pieces(processes)[rank]
         assert train_step(state, part, plan).applied == 1
     bad = batch_of(method, STEPS)
     bad.views["image"][0, -1] = math.nan
-    assert train_step(state, bad.split(processes)[rank], plan).applied == 0
+    assert train_step(state, bad.pieces(processes)[rank], plan).applied == 0
 
 
 def work(rank: int) -> dict[tuple[str, int], dict[str, Tensor]]:

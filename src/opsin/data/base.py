@@ -136,9 +136,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def split(self, parts: int) -> list["Batch"]:
-        """Return up to `parts` consecutive pieces, whose sizes differ by at most one image."""
-        bounds = [len(self) * index // parts for index in range(parts + 1)]
+    def pieces(self, count: int) -> list["Batch"]:
+        """Return up to `count` consecutive pieces, whose sizes differ by at most one image."""
+        bounds = [len(self) * index // count for index in range(count + 1)]
         return [self._cut(a, b) for a, b in pairwise(bounds) if b > a]
 
     def to(self, device: torch.device) -> "Batch":

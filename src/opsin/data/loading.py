@@ -183,7 +183,7 @@ class EvaluationData:
         if plan.resident is True or (plan.resident == "auto" and cut_bytes <= byte_limit(plan.device)):
             if self._kept is None:
                 self._kept = read_everything(self._reader, Task(self._views.crops, 0, ids), plan.device)
-            return self._kept.split(batch_size)
+            return self._kept.pieces(batch_size)
         return plan.read(self._reader, (Task(self._views.crops, 0, part) for part in torch.split(ids, batch_size)))
 
     def _describe(self, failures: Sequence[Failure]) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from opsin.clock.seeding import fold_in
 from opsin.data.base import Source, UnreadableImage
-from opsin.errors import DataError, RunError, TransientError
+from opsin.errors import DataError, TransientError
 from opsin.processes.excluded import read_excluded, write_excluded
 from opsin.processes.trail import Trail
+from opsin.storage.files import writing
 
 _REPLACEMENTS = 100
 ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -159,10 +160,8 @@ def watch(source: Source, trail: Trail, path: Path) -> Source:
                 "images have changed since training crashed; delete this list, and training finds such images again"
             )
     if any(item.location is None for item in listed):
-        try:
+        with writing(path, "make room"):
             write_excluded(path, [replace(item, location=source.location(item.index)) for item in listed])
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written: {error.strerror or error}; make room") from error
     if not listed and trail.folder is None:
         return source
     return ExcludingSource(source, trail, {item.index: item.reason for item in listed})

@@ -42,7 +42,7 @@ class RawBatch:
     """int64 [B], the images of the task. An unreadable one has the pixels and the label of its replacement."""
     failures: tuple[Failure, ...] = ()
 
-    def split(self, batch_size: int) -> Iterator["RawBatch"]:
+    def pieces(self, batch_size: int) -> Iterator["RawBatch"]:
         """Yield consecutive pieces of `batch_size` images, the last one smaller; the first has all failures."""
         for first in range(0, max(len(self.ids), 1), batch_size):
             part = slice(first, first + batch_size)

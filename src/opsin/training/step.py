@@ -53,7 +53,7 @@ def _update(state: TrainState, batch: Batch, plan: StepPlan, parts: int) -> Step
     buffers = list(state.method.buffers())
     before = [buffer.clone() for buffer in buffers]
     try:
-        values, features = _accumulate(state, batch.split(parts), clock, plan, times)
+        values, features = _accumulate(state, batch.pieces(parts), clock, plan, times)
         with span("optimizer"):
             norm, applied = _settle_gradients(state, values["train/loss"], plan)
             plan.show_gradients(state.method, state.step + 1)

@@ -161,7 +161,7 @@ def test_parts_of_a_mixed_batch_keep_their_own_second_labels() -> None:
     method, batch = build(mix={"mixup": 0.2}), batch_of(6)
     blend = Blend(torch.tensor([1, 1, 0, 2, 2, 0]), torch.tensor([0.9, 0.3, 0.5, 1.0, 0.0, 0.7]))
     whole = Batch(batch.views, batch.labels, batch.ids, blend=blend)
-    losses = [method(part, CLOCK).total.item() * len(part) for part in whole.split(4)]
+    losses = [method(part, CLOCK).total.item() * len(part) for part in whole.pieces(4)]
     # Sums of fp32 in another order.
     assert sum(losses) / 6 == pytest.approx(method(whole, CLOCK).total.item(), rel=1e-5)
 

@@ -20,6 +20,7 @@ from opsin.data.curation.encoding import find_encoding, stored_bytes
 from opsin.data.quarantine import ESCAPES, Failure
 from opsin.data.sources.files import SUFFIXES
 from opsin.errors import ConfigError, DataError
+from opsin.storage.files import writing
 
 UNREADABLE_FILE = "unreadable.txt"
 DUPLICATES_FILE = "duplicates.csv"
@@ -39,20 +40,16 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """
     check_empty(out)
     target = out.resolve()  # `.` has no name of its own
-    writing = target.with_name(f".{target.name}.{os.getpid()}.writing")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
-        writing.mkdir(parents=True)
-        yield writing
-        writing.replace(target)
-    except OSError as error:
-        raise DataError(
-            f"{out}: cannot be written: {error.strerror or error}; nothing is left there: make room, or choose "
-            "another --out"
-        ) from error
+        with writing(out, "nothing is left there: make room, or choose another --out", DataError):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.replace(target)
     except UnreadableImage as error:
         raise DataError(f"{out}: not written: an image has disappeared meanwhile ({error}); try again") from error
     finally:
-        shutil.rmtree(writing, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_empty(out: Path) -> None:

@@ -13,7 +13,7 @@ from opsin.data.curation.split_files import DUPLICATES_FILE, UNREADABLE_FILE, wr
 from opsin.data.curation.stats import Stats, summarize
 from opsin.data.curation.stats_pictures import choose_pairs, draw_pairs, draw_samples, draw_sizes
 from opsin.errors import DataError
-from opsin.storage.files import write_atomic
+from opsin.storage.files import write_atomic, writing
 from opsin.storage.teller import Teller
 
 PAGE_FILE = "stats.html"
@@ -68,7 +68,7 @@ def write_report(stats: Stats, collection: Collection, looked: Scan, groups: Gro
         **pictures,
     }
     splits = [collection.splits[number] for number in collection.split_numbers.tolist()]
-    try:
+    with writing(out, "make room, or choose another --out", DataError):
         out.mkdir(parents=True, exist_ok=True)
         for name in ("sizes.png", "duplicates.png", UNREADABLE_FILE, DUPLICATES_FILE):
             (out / name).unlink(missing_ok=True)  # of an earlier report
@@ -76,10 +76,6 @@ def write_report(stats: Stats, collection: Collection, looked: Scan, groups: Gro
             write_atomic(out / name, content)
         write_unreadable(looked.unreadable, out / UNREADABLE_FILE)
         write_duplicates(collection, groups.shared, splits, out / DUPLICATES_FILE)
-    except OSError as error:
-        raise DataError(
-            f"{out}: cannot be written: {error.strerror or error}; make room, or choose another --out"
-        ) from error
 
 
 def render(stats: Stats, pictures: Mapping[str, bytes], pairs: Sequence[Sequence[str]]) -> str:

@@ -113,7 +113,7 @@ def test_context_and_targets_are_disjoint_patches_of_the_grid(config: MaskConfig
         again = config.coarsest**2 * -(-length // different)
         assert context == (begin * again)[:length], "and then from the first on"
     batch = Batch({}, torch.arange(1000), torch.arange(1000), drawn)
-    assert torch.equal(torch.cat([part.masks["context"] for part in batch.split(3)]), drawn["context"])
+    assert torch.equal(torch.cat([part.masks["context"] for part in batch.pieces(3)]), drawn["context"])
 
 
 def test_a_target_is_a_filled_rectangle_and_its_padding_repeats_a_patch_of_it() -> None:
