@@ -27,7 +27,7 @@ from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.vit import ViTConfig
 from opsin.training import precision
 from opsin.training.memory import MemoryConfig, save_memory
-from opsin.training.optim import OptimConfig, build_optimizer, pace_setter
+from opsin.training.optim import OptimConfig, build_optimizer, schedule_setter
 from opsin.training.state import StepPlan, TrainState
 from opsin.training.step import train_step
 from serving import Contestant, serve
@@ -100,7 +100,7 @@ def opsin_step(method: Method, optim: OptimConfig, asked: str, batch: Batch, mem
     plan = StepPlan(
         forward=method,
         clock=Timeline([Stage(epochs=100, batch_size=len(batch), steps_per_epoch=1000)]).clock,
-        set_pace=pace_setter(optim, method),
+        set_schedule=schedule_setter(optim, method),
         autocast=precision.autocast(device, asked),
         seed=0,
         view_chunk=memory.view_chunk,

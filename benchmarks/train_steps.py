@@ -16,7 +16,7 @@ from opsin.methods.supervised import SupervisedConfig
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.backbone import ModelConfig
 from opsin.training import precision
-from opsin.training.optim import AdamW, build_optimizer, pace_setter
+from opsin.training.optim import AdamW, build_optimizer, schedule_setter
 from opsin.training.state import LossScale, StepPlan, TrainState
 from opsin.training.step import train_step
 
@@ -98,7 +98,7 @@ def our_step(
     plan = StepPlan(
         forward=torch.compile(method) if compiled else method,
         clock=Timeline([Stage(epochs=100, batch_size=work.batch, steps_per_epoch=1000)]).clock,
-        set_pace=pace_setter(optim, method),
+        set_schedule=schedule_setter(optim, method),
         autocast=precision.autocast(work.device, asked),
         seed=0,
     )

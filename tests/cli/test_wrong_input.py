@@ -112,7 +112,9 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path,
         train("batch_size=100"): ("batch_size=100: there are only 20 training images, .*use batch_size=20 or less",),
         train("data.holdout=0.9"): ("batch_size=8: there are only 2 training images",),
         train("data.holdout=0"): ("evaluators.val: there are no validation images .*or evaluators.val=null",),
-        train("accumulate=9"): ("accumulate=9: a batch of 8 images has no so many parts; use accumulate=8 or less",),
+        train("accumulate=9"): (
+            "accumulate=9: a batch of 8 images cannot be split into 9 parts; use accumulate=8 or less",
+        ),
         train("model.patch=3"): ("model.patch = 3: data.image_size 8 is not a multiple of it; use ",),
         (
             "train",

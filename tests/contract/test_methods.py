@@ -22,7 +22,7 @@ from opsin.methods.base import Method, MethodConfig
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.nn.vit import ViTConfig
 from opsin.training import precision
-from opsin.training.optim import AdamW, build_optimizer, pace_setter
+from opsin.training.optim import AdamW, build_optimizer, schedule_setter
 from opsin.training.state import StepPlan, TrainState
 from opsin.training.step import train_step
 
@@ -63,7 +63,7 @@ def batch_for(method: Method, step: int = 0, size: int = 16) -> Batch:
 
 
 def plan_for(method: Method, autocast: Callable[[], AbstractContextManager[None]] = nullcontext) -> StepPlan:
-    return StepPlan(method, TIMELINE.clock, pace_setter(OPTIM, method), autocast, seed=3, clip_norm=OPTIM.clip_norm)
+    return StepPlan(method, TIMELINE.clock, schedule_setter(OPTIM, method), autocast, seed=3, clip_norm=OPTIM.clip_norm)
 
 
 def fresh(name: str) -> TrainState:

@@ -28,10 +28,10 @@ from opsin.training.evaluations import Evaluations
 from opsin.training.evaluator import EvaluationContext, Evaluator
 from opsin.training.guard import Guard
 from opsin.training.loop import Profile, Run
-from opsin.training.memory import Splits, uses_batch_statistics
+from opsin.training.memory import PartFallback, uses_batch_statistics
 from opsin.training.monitor import Monitor
 from opsin.training.observe import Observations
-from opsin.training.optim import pace_setter
+from opsin.training.optim import schedule_setter
 from opsin.training.profile.profile import StepProfile
 from opsin.training.state import GradientViewer, StepPlan
 from opsin.training.stop import Stop
@@ -50,9 +50,9 @@ def assemble(parts: Parts, directory: RunDirectory, teller: RunTeller, backup: C
     agenda = plan_agenda(recipe, timeline)
     card = card_of(parts)
     data = training_data(parts.recipe, parts.images, timeline, method, parts.numerics, directory, world)
-    splits = _splits(recipe, method, directory, teller)
+    fallback = _part_fallback(recipe, method, directory, teller)
     monitors = {name: wanted.build(timeline) for name, wanted in recipe.monitors.items()}
-    plan = _step_plan(parts, splits, monitors.values(), world)
+    plan = _step_plan(parts, fallback, monitors.values(), world)
     checkpoints = Checkpoints(directory, recipe.checkpoints, agenda, teller, backup, fingerprint=fingerprint(recipe))
     alerts = Alerts(teller, agenda, {name: (recipe.monitors[name].action, monitors[name]) for name in monitors})
     observations = Observations(
@@ -119,22 +119,22 @@ def _evaluator(recipe: Recipe, prefix: str, context: EvaluationContext, method: 
     return wanted.build(context, prefix)
 
 
-def _splits(recipe: Recipe, method: Method, directory: RunDirectory, teller: RunTeller) -> Splits:
+def _part_fallback(recipe: Recipe, method: Method, directory: RunDirectory, teller: RunTeller) -> PartFallback:
     """The steps from which batches are computed in more parts because memory ended."""
     policy = recipe.memory.on_out_of_memory
     if policy == "stop" or (policy == "split" and uses_batch_statistics(method)):
-        return Splits()
+        return PartFallback()
     sizes = [stage.batch_size or recipe.batch_size for stage in recipe.stages] or [recipe.batch_size]
     asked = f"batch_size {sizes} in accumulate {recipe.accumulate}"
-    splits = Splits(directory.splits, asked=asked, teller=teller)
-    if splits.found:
-        newest = splits.found[-1]
+    fallback = PartFallback(directory.splits, asked=asked, teller=teller)
+    if fallback.found:
+        newest = fallback.found[-1]
         since = f"from step {newest.step + 1} on, where memory ended ({directory.splits.name})"
         teller.notice(f"accumulate: {recipe.accumulate * newest.factor} {since}")
-    return splits
+    return fallback
 
 
-def _step_plan(parts: Parts, splits: Splits, monitors: Iterable[Monitor], world: World) -> StepPlan:
+def _step_plan(parts: Parts, fallback: PartFallback, monitors: Iterable[Monitor], world: World) -> StepPlan:
     recipe, method, numerics = parts.recipe, parts.method, parts.numerics
     ema = recipe.ema or EmaConfig()
     viewers = [monitor for monitor in monitors if isinstance(monitor, GradientViewer)]
@@ -146,14 +146,14 @@ def _step_plan(parts: Parts, splits: Splits, monitors: Iterable[Monitor], world:
     return StepPlan(
         forward=torch.compile(method) if recipe.compile else method,
         clock=parts.timeline.clock,
-        set_pace=pace_setter(recipe.optim, method),
+        set_schedule=schedule_setter(recipe.optim, method),
         set_layers=parts.freezer,
         show_gradients=show_gradients,
         ema_decay=partial(ema_decay, decay=ema.decay, warmup=ema.warmup),
         autocast=precision.autocast(numerics.device, numerics.precision),
         seed=recipe.seed,
         accumulate=recipe.accumulate,
-        splits=splits,
+        fallback=fallback,
         view_chunk=recipe.memory.view_chunk,
         clip_norm=recipe.optim.clip_norm,
         clip_each=recipe.optim.clip == "each",

@@ -32,7 +32,7 @@ from opsin.storage.files import write_atomic, writing
 from opsin.training.loop import Run
 from opsin.training.optim import AdamW
 from opsin.training.stages import StageConfig
-from opsin.training.state import Pace
+from opsin.training.state import ScheduledValues
 from opsin.training.step import train_step
 
 STEPS = 200
@@ -56,7 +56,7 @@ _UNSEEN = (
     "evaluators.",
 )
 
-SetPace = Callable[[Optimizer, Clock], Pace]
+SetSchedule = Callable[[Optimizer, Clock], ScheduledValues]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def rising_losses(run: Run, factors: Sequence[float], console: Console) -> tuple
     Each update multiplies every learning rate that the run's own schedule sets by the next of `factors`.
     """
     state = run.start.fresh()
-    plan = replace(run.plan, set_pace=_rising(run.plan.set_pace, factors))
+    plan = replace(run.plan, set_schedule=_rising(run.plan.set_schedule, factors))
     console.start(total_steps=len(factors), first_step=0, total_epochs=plan.clock(len(factors)).epoch)
     # Under fp16 a gradient that overflows only lowers the loss scale; a longer series of them means divergence.
     overflows = 0 if state.loss_scale is None else _OVERFLOWS
@@ -189,7 +189,7 @@ def rising_losses(run: Run, factors: Sequence[float], console: Console) -> tuple
             losses.append(loss)
         if divergence.shows(loss) or cancelled > overflows:
             return losses, True
-        console.progress(state.step, report.clock.epoch, {"train/loss": loss, "train/lr": report.pace.lr})
+        console.progress(state.step, report.clock.epoch, {"train/loss": loss, "train/lr": report.scheduled.lr})
     return losses, False
 
 
@@ -239,16 +239,16 @@ def _unit(recipe: Recipe) -> float:
     return lr if isinstance(lr, float | int) else 1.0
 
 
-def _rising(steady: SetPace, factors: Sequence[float]) -> SetPace:
+def _rising(steady: SetSchedule, factors: Sequence[float]) -> SetSchedule:
     """`steady` times the factor of each step, so that the groups keep their ratios."""
 
-    def set_pace(optimizer: Optimizer, clock: Clock) -> Pace:
-        pace = steady(optimizer, clock)
+    def set_schedule(optimizer: Optimizer, clock: Clock) -> ScheduledValues:
+        scheduled = steady(optimizer, clock)
         for group in optimizer.param_groups:
             group["lr"] *= factors[clock.step]
-        return replace(pace, lr=pace.lr * factors[clock.step])
+        return replace(scheduled, lr=scheduled.lr * factors[clock.step])
 
-    return set_pace
+    return set_schedule
 
 
 def _csv(sweep: Sweep, reading: Reading) -> str:

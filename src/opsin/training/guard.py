@@ -57,7 +57,7 @@ class GuardConfig(Settings):
 
 
 class Guard:
-    """Brings a run back to before a trouble."""
+    """Brings a run back to before a fault."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class Guard:
         self._journal = teller.journal
         self._start = start
 
-    def roll_back(self, state: TrainState, trouble: RollBack) -> None:
-        """Put into `state` what was before the trouble, and save it with the detour around it.
+    def roll_back(self, state: TrainState, asked: RollBack) -> None:
+        """Put into `state` what was before the fault, and save it with the detour around it.
 
         Later checkpoints are set aside, later rows of the journal forgotten. Killed in the middle, the run finds the
         trouble again, or goes on with the detour: the end is the same.
@@ -85,19 +85,19 @@ class Guard:
                 trouble are set aside, its rows stay to be looked at: a resume begins before it.
             TransientError: the disk fails on the way; training again goes the same way.
         """
-        detour = self._config.detour(trouble, len(state.detours) + 1, self._agenda)
+        detour = self._config.detour(asked, len(state.detours) + 1, self._agenda)
         if detour.attempt > self._config.max_rollbacks:
-            with _passing(trouble):
+            with _passing(asked):
                 self._checkpoints.retire_after(detour.first)
-            raise Diverged(self._diagnosis(state, trouble))
+            raise Diverged(self._diagnosis(state, asked))
         before, elapsed_s, told = state.detours, state.elapsed_s, self._journal.events("rollback")
         state.whole = False
-        with _passing(trouble):
+        with _passing(asked):
             self._restore(state, detour.first)
             self._journal.rewind(state.step)
         state.detours, state.elapsed_s, state.whole = (*before, detour), elapsed_s, True
         self._tell_again(state.step, before, told)
-        self._tell(state.step, detour, trouble)
+        self._tell(state.step, detour, asked)
         self._checkpoints.save(state, reason="rollback")
 
     def _restore(self, state: TrainState, first: int) -> None:
@@ -123,23 +123,23 @@ class Guard:
             if facts is not None and facts not in left:
                 self._journal.event("rollback", step, **facts)
 
-    def _tell(self, step: int, detour: Detour, trouble: RollBack) -> None:
+    def _tell(self, step: int, detour: Detour, asked: RollBack) -> None:
         """One event for each rollback, also where the run was killed before it was saved and found it again."""
-        said: dict[str, Fact] = {"monitor": trouble.monitor, "message": trouble.message, "since": trouble.finding.since}
+        said: dict[str, Fact] = {"monitor": asked.monitor, "message": asked.message, "since": asked.finding.since}
         facts = {**_facts(detour), **said}
         if all(event.facts != facts for event in self._journal.events("rollback")):
             self._journal.event("rollback", step, **facts)
         slower = f", learning rate x {detour.lr_factor:g} to step {detour.lr_until}" if detour.lr_factor < 1 else ""
         self._teller.warning(
-            f"rollback {detour.attempt} of {self._config.max_rollbacks} ({trouble.monitor}): from step {trouble.found} "
+            f"rollback {detour.attempt} of {self._config.max_rollbacks} ({asked.monitor}): from step {asked.found} "
             f"to step {step}; steps {detour.first} to {detour.last} get other images{slower}"
         )
 
-    def _diagnosis(self, state: TrainState, trouble: RollBack) -> str:
+    def _diagnosis(self, state: TrainState, asked: RollBack) -> str:
         if not state.detours:
-            return f"{trouble.message}; guard.max_rollbacks=0 allows no rollback: the run ends here"
+            return f"{asked.message}; guard.max_rollbacks=0 allows no rollback: the run ends here"
         ways = ", ".join(f"steps {one.first} to {one.last} ({one.kind})" for one in state.detours)
-        again = trouble.began <= state.detours[-1].last
+        again = asked.began <= state.detours[-1].last
         cause = (
             "it comes back at the same place with other images: the cause is in the settings rather than in single "
             "images; lower optim.lr, or set optim.clip_norm"
@@ -147,20 +147,20 @@ class Guard:
             else "each time somewhere else: look at the images and labels, lower optim.lr, or set optim.clip_norm"
         )
         return (
-            f"{trouble.message}; rolled back {len(state.detours)} times before: {ways}; {cause}; "
+            f"{asked.message}; rolled back {len(state.detours)} times before: {ways}; {cause}; "
             f"guard.max_rollbacks={self._config.max_rollbacks} allows no more"
         )
 
 
 @contextmanager
-def _passing(trouble: RollBack) -> Iterator[None]:
-    """A disk that fails on the way back is told with the trouble, and may be well the next time."""
+def _passing(asked: RollBack) -> Iterator[None]:
+    """A disk that fails on the way back is reported with the fault, and may work the next time."""
     try:
         yield
     except LockLost:
         raise
     except (OSError, RunError) as error:  # the latter where the log cannot be written
-        raise TransientError(f"{trouble.message}; a rollback fails: {error}; opsin resume tries again") from error
+        raise TransientError(f"{asked.message}; a rollback fails: {error}; opsin resume tries again") from error
 
 
 def _facts(detour: Detour) -> dict[str, Fact]:

@@ -58,14 +58,14 @@ def save_memory(config: MemoryConfig, method: Method) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class Fallback:
     """From the update after `step` on, batches are in `factor` times as many parts as asked for."""
 
     step: int
     factor: int
 
 
-class Splits:
+class PartFallback:
     """The splits of a run. `file` keeps them; without one, nothing is ever split.
 
     `asked` names what the recipe wants of batches: splits that were found under other wishes do not count.
@@ -90,7 +90,7 @@ class Splits:
         self._unwritten = False
 
     @property
-    def found(self) -> tuple[Split, ...]:
+    def found(self) -> tuple[Fallback, ...]:
         """All of them, by step; none where memory always sufficed."""
         return self._found
 
@@ -107,7 +107,7 @@ class Splits:
         factor = 2 * self.factor(step)
         # Those of later steps belong to a future that was given up, but memory will hardly be larger in the next.
         later = [split for split in self._found if split.step > step and split.factor > factor]
-        self._found = (*(split for split in self._found if split.step < step), Split(step, factor), *later)
+        self._found = (*(split for split in self._found if split.step < step), Fallback(step, factor), *later)
         self._write(step)
         largest, smaller = -(-images // parts), -(-images // (2 * parts))
         text = (
@@ -117,7 +117,7 @@ class Splits:
         self._teller.tell("out_of_memory", step, warn=text, accumulate=2 * parts, images_at_once=smaller, warning=text)
         return True
 
-    def take_back(self, before: tuple[Split, ...], step: int) -> None:
+    def take_back(self, before: tuple[Fallback, ...], step: int) -> None:
         """Go back to the splits of `before` the update after `step`, which none of the others has helped."""
         if self._found == before:
             return
@@ -153,12 +153,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _read(file: Path, asked: str) -> tuple[Split, ...]:
+def _read(file: Path, asked: str) -> tuple[Fallback, ...]:
     if not file.exists():
         return ()
     try:
         facts = json.loads(file.read_bytes())
-        found = tuple(Split(int(item["step"]), int(item["factor"])) for item in facts["splits"])
+        found = tuple(Fallback(int(item["step"]), int(item["factor"])) for item in facts["splits"])
         return found if facts["asked"] == asked else ()
     except (ValueError, LookupError, TypeError) as error:
         raise RunError(

@@ -156,9 +156,9 @@ class Observations:
         values = _means(names, made)
         if len(made) < len(reports):
             values[CANCELLED] = float(len(reports) - len(made))
-        values["train/lr"] = last.pace.lr
-        values["train/momentum"] = last.pace.momentum
-        values["train/weight_decay"] = last.pace.weight_decay
+        values["train/lr"] = last.scheduled.lr
+        values["train/momentum"] = last.scheduled.momentum
+        values["train/weight_decay"] = last.scheduled.weight_decay
         values["train/images_per_s"] = sum(r.images for r in reports) / self._window_s
         values.update(self._split_time(reports))
         if (device := last.ids.device).type == "cuda":

@@ -19,7 +19,7 @@ from opsin.clock.timeline import Clock
 from opsin.methods.base import Method, ParamGroup
 from opsin.settings.family import Family
 from opsin.training.muon import Muon
-from opsin.training.state import Pace
+from opsin.training.state import ScheduledValues
 
 Rate = Annotated[float, Field(gt=0)]
 _LINEAR_RATE, _LINEAR_BATCH, _LINEAR_LIMIT = 0.1, 256, 0.4
@@ -74,7 +74,7 @@ class OptimConfig(Family, ABC):
 
     @property
     @abstractmethod
-    def resting_momentum(self) -> float:
+    def default_momentum(self) -> float:
         """The momentum (beta1) where no schedule sets it."""
 
     def set_momentum(self, group: dict[str, Any], momentum: float) -> None:
@@ -104,7 +104,7 @@ class AdamW(OptimConfig):
     """Added to the root of the second moment."""
 
     @property
-    def resting_momentum(self) -> float:
+    def default_momentum(self) -> float:
         return self.betas[0]
 
     def set_momentum(self, group: dict[str, Any], momentum: float) -> None:
@@ -140,7 +140,7 @@ class SGD(OptimConfig):
         return super().peak_lr(batch_size)
 
     @property
-    def resting_momentum(self) -> float:
+    def default_momentum(self) -> float:
         return self.momentum
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
@@ -183,7 +183,7 @@ class MuonConfig(OptimConfig):
         )
 
     @property
-    def resting_momentum(self) -> float:
+    def default_momentum(self) -> float:
         return self.momentum
 
     def set_momentum(self, group: dict[str, Any], momentum: float) -> None:
@@ -211,11 +211,11 @@ def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
     )
 
 
-def pace_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer, Clock], Pace]:
+def schedule_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer, Clock], ScheduledValues]:
     """A function that sets every group's learning rate and momentum for a clock, and gives the base values."""
     groups = _groups(config, method)
 
-    def set_pace(optimizer: Optimizer, clock: Clock) -> Pace:
+    def set_schedule(optimizer: Optimizer, clock: Clock) -> ScheduledValues:
         height = config.schedule(clock) * clock.stage.lr_scale
         momentum = config.schedule.momentum_at(clock)
         decay = config.decay_at(clock)
@@ -225,13 +225,13 @@ def pace_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer, Clo
             settings["weight_decay"] = decay if group.decay else 0.0
             if momentum is not None:
                 config.set_momentum(settings, momentum)
-        return Pace(
+        return ScheduledValues(
             config.peak_lr(clock.stage.batch_size) * height,
-            config.resting_momentum if momentum is None else momentum,
+            config.default_momentum if momentum is None else momentum,
             decay,
         )
 
-    return set_pace
+    return set_schedule
 
 
 def _groups(config: OptimConfig, method: Method) -> list[ParamGroup]:

@@ -86,8 +86,8 @@ def _stage(recipe: Timed, number: int, wanted: StageConfig, stretch: float, sour
     if recipe.accumulate > batch_size:
         where = f" ({size_key})" if wanted.batch_size else ""
         raise ConfigError(
-            f"accumulate={recipe.accumulate}: a batch of {batch_size} images{where} has no so many parts; "
-            f"use accumulate={batch_size} or less"
+            f"accumulate={recipe.accumulate}: a batch of {batch_size} images{where} cannot be split into "
+            f"{recipe.accumulate} parts; use accumulate={batch_size} or less"
         )
     check_share(source.labels, wanted.data_fraction, source.classes, key=f"{place}data_fraction")
     share = f" in {place}data_fraction={wanted.data_fraction:g}" if wanted.data_fraction < 1 else ""

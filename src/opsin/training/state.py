@@ -14,7 +14,7 @@ from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
 from opsin.methods.base import Losses, Method
 from opsin.nn.ema import ModelEma
-from opsin.training.memory import Splits
+from opsin.training.memory import PartFallback
 from opsin.training.stopwatch import Stopwatch
 
 
@@ -107,7 +107,7 @@ class Start(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class ScheduledValues:
     """What the schedules set: the base learning rate, the momentum (beta1 of Adam) and the weight decay."""
 
     lr: float
@@ -123,7 +123,7 @@ class StepReport:
     """Updates made, this one included."""
     clock: Clock
     """The time before the update."""
-    pace: Pace
+    scheduled: ScheduledValues
     values: Mapping[str, Tensor]
     """Scalars: `train/loss`, `train/grad_norm`, `loss/<name>`, `train/<name>`."""
     applied: Tensor
@@ -152,7 +152,7 @@ class StepPlan:
     forward: Callable[[Batch, Clock], Losses]
     """The method, compiled or wrapped for several processes."""
     clock: Callable[[int], Clock]
-    set_pace: Callable[[Optimizer, Clock], Pace]
+    set_schedule: Callable[[Optimizer, Clock], ScheduledValues]
     """Sets what a schedule changes in every group."""
     autocast: Callable[[], AbstractContextManager[None]]
     seed: int
@@ -164,7 +164,7 @@ class StepPlan:
     """The decay of the averaged weights at a step."""
     accumulate: int = 1
     """Parts that a batch is computed in, as asked for."""
-    splits: Splits = field(default_factory=Splits)
+    fallback: PartFallback = field(default_factory=PartFallback)
     """More parts where memory ended; without a file it is the end of the run."""
     view_chunk: int | None = None
     """Views of an image that are computed forward and backward at a time; None: all."""

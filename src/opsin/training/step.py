@@ -19,7 +19,7 @@ from opsin.training.gradients import scale
 from opsin.training.memory import is_out_of_memory
 from opsin.training.precision import release_memory
 from opsin.training.profile.parts import span
-from opsin.training.state import Pace, StepPlan, StepReport, TrainState
+from opsin.training.state import ScheduledValues, StepPlan, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
 
 
@@ -30,16 +30,16 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
     statistics (batch norm) see one part at a time; everything else is equal to the undivided batch.
     Where memory does not suffice and the plan allows it, the update is begun again in smaller parts.
     """
-    before = plan.splits.found
+    before = plan.fallback.found
     while True:
-        parts = plan.accumulate * plan.splits.factor(state.step)
+        parts = plan.accumulate * plan.fallback.factor(state.step)
         try:
             return _update(state, batch, plan, parts)
         except (RuntimeError, MemoryError) as error:
             if not (is_out_of_memory(error) and state.whole):
                 raise
-            if not plan.splits.double(state.step, parts=parts, images=len(batch)):
-                plan.splits.take_back(before, state.step)
+            if not plan.fallback.double(state.step, parts=parts, images=len(batch)):
+                plan.fallback.take_back(before, state.step)
                 raise
         # Here and not above: with the error go the frames that it holds, and with these the tensors in them.
         release_memory(batch.ids.device)
@@ -47,7 +47,7 @@ def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
 
 def _update(state: TrainState, batch: Batch, plan: StepPlan, parts: int) -> StepReport:
     clock = plan.clock(state.step)
-    pace = _set_pace(state, clock, plan)
+    scheduled = _set_schedule(state, clock, plan)
     plan.set_layers(clock)
     times = Stopwatch(batch.ids.device)
     buffers = list(state.method.buffers())
@@ -78,18 +78,18 @@ def _update(state: TrainState, batch: Batch, plan: StepPlan, parts: int) -> Step
     state.whole = True
     values["train/grad_norm"] = norm
     times.lap("optimizer")
-    return StepReport(state.step, clock, pace, values, applied, batch.ids, len(batch), times, features)
+    return StepReport(state.step, clock, scheduled, values, applied, batch.ids, len(batch), times, features)
 
 
-def _set_pace(state: TrainState, clock: Clock, plan: StepPlan) -> Pace:
+def _set_schedule(state: TrainState, clock: Clock, plan: StepPlan) -> ScheduledValues:
     """What the schedules set, and for a while after a rollback a part of their learning rates."""
-    pace = plan.set_pace(state.optimizer, clock)
+    scheduled = plan.set_schedule(state.optimizer, clock)
     factor = state.lr_factor
     if factor == 1:
-        return pace
+        return scheduled
     for group in state.optimizer.param_groups:
         group["lr"] *= factor
-    return replace(pace, lr=pace.lr * factor)
+    return replace(scheduled, lr=scheduled.lr * factor)
 
 
 def _accumulate(

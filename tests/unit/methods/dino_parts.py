@@ -17,7 +17,7 @@ from opsin.data.base import Batch, DataFacts
 from opsin.methods.dino import Dino, DinoConfig
 from opsin.nn.backbone import ModelConfig
 from opsin.nn.vit import ViTConfig
-from opsin.training.optim import AdamW, build_optimizer, pace_setter
+from opsin.training.optim import AdamW, build_optimizer, schedule_setter
 from opsin.training.state import StepPlan, TrainState
 from tests.plain_dino import (
     Moments,
@@ -98,7 +98,7 @@ def plan_for(method: Dino, config: AdamW = OPTIM, **changes: Any) -> StepPlan:
         **{
             "forward": method,
             "clock": TIMELINE.clock,
-            "set_pace": pace_setter(config, method),
+            "set_schedule": schedule_setter(config, method),
             "autocast": nullcontext,
             "seed": 0,
             "clip_norm": config.clip_norm,

@@ -17,7 +17,7 @@ from opsin.methods.base import Losses
 from opsin.methods.hjepa import HJepa, HJepaConfig
 from opsin.methods.ijepa import IJepa, IJepaConfig
 from opsin.nn.vit import ViTConfig
-from opsin.training.optim import AdamW, build_optimizer, pace_setter
+from opsin.training.optim import AdamW, build_optimizer, schedule_setter
 from opsin.training.state import StepPlan, TrainState
 from tests.plain_dino import Moments, plain_adamw, plain_weight_decay
 from tests.plain_hjepa import PlainHJepa
@@ -98,7 +98,7 @@ def plan_for(method: IJepa, config: AdamW = OPTIM, **changes: Any) -> StepPlan:
         **{
             "forward": method,
             "clock": TIMELINE.clock,
-            "set_pace": pace_setter(config, method),
+            "set_schedule": schedule_setter(config, method),
             "autocast": nullcontext,
             "seed": 0,
             **changes,

@@ -14,7 +14,7 @@ from opsin.data.base import Batch
 from opsin.methods.dino import Dino, DinoConfig
 from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
-from opsin.training.optim import AdamW, build_optimizer, pace_setter
+from opsin.training.optim import AdamW, build_optimizer, schedule_setter
 from opsin.training.step import train_step
 from tests.plain_dino import plain_clip, plain_line
 from tests.unit.methods.dino_parts import (
@@ -161,7 +161,7 @@ def test_loss_of_uniform_teacher_and_student_is_the_logarithm_of_the_prototypes(
 def test_weight_decay_is_for_matrices_tokens_and_lengths_alone(learn_scale: bool) -> None:
     method = dino_config(learn_scale=learn_scale).build(ViTConfig(width=12, depth=1, heads=2, patch=4), FACTS)
     state = state_of(method)
-    pace_setter(OPTIM, method)(state.optimizer, TIMELINE.clock(1))
+    schedule_setter(OPTIM, method)(state.optimizer, TIMELINE.clock(1))
     names = {id(param): name for name, param in method.named_parameters()}
     decay: dict[str, float] = {
         names[id(param)]: group["weight_decay"] for group in state.optimizer.param_groups for param in group["params"]
@@ -194,10 +194,10 @@ def test_learning_rate_starts_at_zero_peaks_after_the_warmup_and_ends_near_its_l
     config = AdamW(lr=5e-4, lr_batch_size=256, schedule=Cosine(warmup_epochs=10, end=0.01))
     timeline = Timeline([Stage(epochs=100, batch_size=64, steps_per_epoch=10)])
     method = build_dino()
-    optimizer, set_pace = build_optimizer(config, method), pace_setter(config, method)
+    optimizer, set_schedule = build_optimizer(config, method), schedule_setter(config, method)
 
     def rate(step: int) -> float:
-        set_pace(optimizer, timeline.clock(step))
+        set_schedule(optimizer, timeline.clock(step))
         (only,) = {group["lr"] for group in optimizer.param_groups}
         return float(only)
 

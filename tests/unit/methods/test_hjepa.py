@@ -16,7 +16,7 @@ from opsin.methods.hjepa import HJepa, coarser, value_above
 from opsin.methods.ijepa import Cells, IJepa, pooled
 from opsin.nn.attention import AttentionKind, set_attention
 from opsin.nn.vit import ViTConfig
-from opsin.training.optim import build_optimizer, pace_setter
+from opsin.training.optim import build_optimizer, schedule_setter
 from opsin.training.step import train_step
 from tests.plain_hjepa import block_cells, cell_means, cell_positions
 from tests.plain_ijepa import gather_tokens, plain_layer_norm
@@ -247,10 +247,10 @@ def test_total_is_the_weighted_sum_of_the_levels() -> None:
 def test_schedules_of_levels_scale_the_rates_of_their_predictors_and_hints() -> None:
     schedules = [Linear(end=0.5), Constant(), Linear(end=0.0)]
     method = hjepa_config(level_schedules=schedules).build(VIT, FACTS)
-    optimizer, set_pace = build_optimizer(OPTIM, method), pace_setter(OPTIM, method)
+    optimizer, set_schedule = build_optimizer(OPTIM, method), schedule_setter(OPTIM, method)
     names = {id(param): name for name, param in method.named_parameters()}
     step = 4
-    pace = set_pace(optimizer, TIMELINE.clock(step))
+    scheduled = set_schedule(optimizer, TIMELINE.clock(step))
     done = step / TIMELINE.total_steps
     factors = {"predictors.0": 1 - done / 2, "hints.0": 1 - done / 2, "predictors.2": 1 - done}
     seen = set()
@@ -259,7 +259,7 @@ def test_schedules_of_levels_scale_the_rates_of_their_predictors_and_hints() -> 
             name = names[id(param)]
             seen.add(name)
             factor = factors.get(".".join(name.split(".")[:2]), 1.0)
-            assert group["lr"] == pytest.approx(pace.lr * factor, rel=1e-12), name
+            assert group["lr"] == pytest.approx(scheduled.lr * factor, rel=1e-12), name
     assert seen == {name for name, param in method.named_parameters() if param.requires_grad}
 
 

@@ -17,7 +17,7 @@ from opsin.methods.ijepa import Cells, IJepa, IJepaConfig
 from opsin.nn.attention import AttentionKind, set_attention
 from opsin.nn.timm_backbone import TimmConfig
 from opsin.nn.vit import ViTConfig
-from opsin.training.optim import AdamW, build_optimizer, pace_setter
+from opsin.training.optim import AdamW, build_optimizer, schedule_setter
 from opsin.training.step import train_step
 from tests.plain_ijepa import gather_tokens, plain_layer_norm
 from tests.unit.methods.jepa_parts import (
@@ -224,7 +224,7 @@ def test_weight_decay_is_for_matrices_and_the_mask_token_alone(position: str) ->
     model = VIT.model_copy(update={"depth": 1, "position": position})
     method = ijepa_config(predictor_depth=1).build(model, FACTS)
     optimizer = build_optimizer(OPTIM, method)
-    pace_setter(OPTIM, method)(optimizer, TIMELINE.clock(1))
+    schedule_setter(OPTIM, method)(optimizer, TIMELINE.clock(1))
     names = {id(param): name for name, param in method.named_parameters()}
     decay: dict[str, float] = {
         names[id(param)]: group["weight_decay"] for group in optimizer.param_groups for param in group["params"]

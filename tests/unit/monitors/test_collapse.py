@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.collapse import Collapse, CollapseConfig, effective_rank, spread
-from opsin.training.state import Pace, StepReport
+from opsin.training.state import ScheduledValues, StepReport
 from opsin.training.stopwatch import Stopwatch
 from tests.unit.monitors.synthetic import TIMELINE, judged
 from tests.unit.training.tiny_run import fresh
@@ -94,7 +94,7 @@ def report(features: Mapping[str, Tensor]) -> StepReport:
     return StepReport(
         50,
         clock,
-        Pace(0.1, 0.9, 0.0),
+        ScheduledValues(0.1, 0.9, 0.0),
         {},
         torch.tensor(1.0),
         torch.arange(4),

@@ -17,7 +17,7 @@ from opsin.monitors import histograms
 from opsin.monitors.histograms import Histograms, HistogramsConfig, parts_by_depth, parts_by_module, quantiles
 from opsin.nn.vit import ViTConfig
 from opsin.reporting.journal import PERCENTS, read_rows
-from opsin.training.state import Pace, StepReport, TrainState
+from opsin.training.state import ScheduledValues, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
 from tests.digits_run import SMALL_VIT, STEPS_PER_EPOCH, train_digits
 from tests.unit.monitors.synthetic import TIMELINE
@@ -42,7 +42,7 @@ def measured(monitor: Histograms, method: Method, step: int) -> dict[str, float]
     state = TrainState(method, torch.optim.SGD(method.parameters(), lr=0.1), step=step)
     nothing = torch.zeros(())
     clock, times = TIMELINE.clock(step - 1), Stopwatch(torch.device("cpu"))
-    report = StepReport(step, clock, Pace(0.1, 0.9, 0.0), {}, nothing, nothing, 4, times)
+    report = StepReport(step, clock, ScheduledValues(0.1, 0.9, 0.0), {}, nothing, nothing, 4, times)
     return dict(monitor.measure(state, report))
 
 

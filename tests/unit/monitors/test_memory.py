@@ -7,7 +7,7 @@ import torch
 from opsin.clock.timeline import Stage, Timeline
 from opsin.monitors.memory import MemoryCreepConfig
 from opsin.training.monitor import Finding
-from opsin.training.state import Pace, StepReport
+from opsin.training.state import ScheduledValues, StepReport
 from opsin.training.stopwatch import Stopwatch
 from tests.unit.monitors.synthetic import judged
 from tests.unit.training.tiny_run import fresh
@@ -48,7 +48,7 @@ def test_what_swings_or_grows_a_little_is_no_creep() -> None:
 def test_the_memory_of_this_process_is_measured() -> None:
     clock = TIMELINE.clock(0)
     times = Stopwatch(torch.device("cpu"))
-    report = StepReport(1, clock, Pace(0.1, 0.9, 0.0), {}, torch.tensor(1.0), torch.arange(4), 4, times)
+    report = StepReport(1, clock, ScheduledValues(0.1, 0.9, 0.0), {}, torch.tensor(1.0), torch.arange(4), 4, times)
     values = MemoryCreepConfig().build(TIMELINE).measure(fresh(), report)
     assert set(values) == {"system/memory_gib"}
     assert 0.05 < values["system/memory_gib"] < 1000

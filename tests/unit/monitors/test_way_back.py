@@ -1,4 +1,4 @@
-"""What a monitor asks to go back to lies before the trouble, and not further back than checkpoints are kept."""
+"""What a monitor asks to go back to lies before the fault, and not further back than checkpoints are kept."""
 
 import io
 from collections.abc import Callable, Iterable, Mapping
@@ -41,8 +41,8 @@ def asked(folder: Path, config: MonitorConfig, rows: Rows) -> RollBack:
             journal.log(step, TIMELINE.epoch(step), values, time_s=float(step))
             try:
                 alerts.judge(state)
-            except RollBack as trouble:
-                return trouble
+            except RollBack as request:
+                return request
     pytest.fail("nothing was found")
 
 
@@ -65,8 +65,8 @@ def test_rows_in_which_nothing_was_measured_are_no_good_ones(tmp_path: Path) -> 
     def measured(step: int) -> Mapping[str, float]:
         return {"train/loss": 1.0} | (features(0.9 if step < 301 else 0.01) if step % 50 == 0 else {})
 
-    trouble = asked(tmp_path, CollapseConfig(), rows_of(measured))
-    assert (trouble.finding.since, trouble.began, trouble.found) == (350, 300, 400), "rows at 308 and 330 say nothing"
+    request = asked(tmp_path, CollapseConfig(), rows_of(measured))
+    assert (request.finding.since, request.began, request.found) == (350, 300, 400), "rows at 308 and 330 say nothing"
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_a_spell_that_began_again_since_it_got_better_is_all_of_it_bad(tmp_path:
     def measured(step: int) -> Mapping[str, float]:
         return features(0.9 if step <= 300 else 0.01 if step <= 350 else 0.05) if step % 50 == 0 else {}
 
-    trouble = asked(tmp_path, CollapseConfig(), rows_of(measured))
-    assert (trouble.finding.since, trouble.began, trouble.found) == (400, 300, 450)
+    request = asked(tmp_path, CollapseConfig(), rows_of(measured))
+    assert (request.finding.since, request.began, request.found) == (400, 300, 450)
 
 
 BEFORE, TOGETHER, NARROW = features(0.15), features(0.05), features(0.09)
@@ -112,8 +112,8 @@ def test_a_collapse_is_found_within_the_delay(tmp_path: Path, every: str, bad: M
         def measured(step: int, onset: int = onset) -> Mapping[str, float]:
             return (BEFORE if step < onset else bad) if is_due(every, TIMELINE, step) else {}
 
-        trouble = asked(folder, config, rows_of(measured, every=every))
-        assert trouble.began < onset <= trouble.found <= trouble.began + config.delay(50, TIMELINE)
+        request = asked(folder, config, rows_of(measured, every=every))
+        assert request.began < onset <= request.found <= request.began + config.delay(50, TIMELINE)
 
 
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig(patience=5), GradientsConfig()])
@@ -125,8 +125,8 @@ def test_what_is_in_every_row_is_found_within_the_delay(tmp_path: Path, config: 
         def logged(step: int, onset: int = onset) -> Mapping[str, float]:
             return dict.fromkeys(("train/loss", "train/grad_norm"), 1.0 if step < onset else 99.0)
 
-        trouble = asked(folder, config, rows_of(logged))
-        assert trouble.began < onset <= trouble.found <= trouble.began + config.delay(50, TIMELINE)
+        request = asked(folder, config, rows_of(logged))
+        assert request.began < onset <= request.found <= request.began + config.delay(50, TIMELINE)
 
 
 STAGES = {

@@ -14,7 +14,7 @@ from opsin.methods.dino import DinoConfig
 from opsin.methods.supervised import Supervised, SupervisedConfig
 from opsin.nn.convnet import ConvNetConfig
 from opsin.training.freeze import LayerFreezer
-from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig, build_optimizer, pace_setter
+from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig, build_optimizer, schedule_setter
 from opsin.training.state import StepPlan, TrainState
 from opsin.training.step import train_step
 from tests.contract.test_methods import batch_for
@@ -38,7 +38,7 @@ def classifier() -> Supervised:
 def start(config: OptimConfig) -> tuple[TrainState, StepPlan]:
     method = classifier()
     plan = StepPlan(
-        method, TIMELINE.clock, pace_setter(config, method), nullcontext, seed=0, set_layers=LayerFreezer(method)
+        method, TIMELINE.clock, schedule_setter(config, method), nullcontext, seed=0, set_layers=LayerFreezer(method)
     )
     return TrainState(method.train(), build_optimizer(config, method)), plan
 
@@ -69,7 +69,7 @@ def test_a_backbone_that_is_set_free_learns_as_if_it_began_then(config: OptimCon
     begun = TrainState(fresh.train(), build_optimizer(config, fresh), step=3)
     for name, param in fresh.head.named_parameters():  # the head has its moments from the stage before
         begun.optimizer.state[param] = deepcopy(state.optimizer.state[state.method.get_parameter(f"head.{name}")])
-    other = StepPlan(fresh, TIMELINE.clock, pace_setter(config, fresh), nullcontext, seed=0)
+    other = StepPlan(fresh, TIMELINE.clock, schedule_setter(config, fresh), nullcontext, seed=0)
     for step in (3, 4):
         batch = batch_for(state.method, step)
         train_step(state, batch, plan)

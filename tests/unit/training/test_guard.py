@@ -244,7 +244,7 @@ def test_after_a_diagnosis_a_resume_begins_before_the_trouble(tmp_path: Path, un
     once = FEW_STEPS.model_copy(update={"max_rollbacks": 1})
     with pytest.raises(Diverged):
         fit(guarded(tmp_path, Huge(until=1), every="2 steps", guard=once))
-    assert list(find_checkpoints(tmp_path / "checkpoints")) == [4], "6 and 8 are of the trouble"
+    assert list(find_checkpoints(tmp_path / "checkpoints")) == [4], "6 and 8 are of the fault"
     assert [row.step for row in read_rows(tmp_path / "metrics.jsonl")] == [4, 5, 8], "to be looked at"
     # What the diagnosis advises changes the recipe, but not necessarily how many rollbacks it allows.
     guard = once if until < 1 else FEW_STEPS
@@ -269,7 +269,7 @@ def test_the_learning_rate_is_lower_in_a_detour_and_for_a_while_after_it() -> No
     assert factors == pytest.approx([1, 0.5, 0.5, 0.05, 0.05, 0.05, 0.05, 0.5, 1])
 
 
-def trouble(began: int, found: int) -> RollBack:
+def asked(began: int, found: int) -> RollBack:
     return RollBack("mine", Finding("kind", "text", found), "message", began=began, found=found)
 
 
@@ -278,9 +278,9 @@ def test_a_margin_is_a_quarter_of_an_epoch_and_100_steps_at_most() -> None:
     assert [Agenda(timeline, 200).margin_steps(90) for timeline in (small, large)] == [7, 100]
     half = [Agenda(timeline, 200, margin="0.5 epochs") for timeline in (small, large)]
     assert [agenda.margin_steps(90) for agenda in half] == [14, 2500]
-    assert GuardConfig().detour(trouble(3, 20), 1, Agenda(small, 200)) == Detour(0, 20, 1, "kind", 0.5, 220)
+    assert GuardConfig().detour(asked(3, 20), 1, Agenda(small, 200)) == Detour(0, 20, 1, "kind", 0.5, 220)
     unchanged = Agenda(small, 200, margin="never")
-    assert GuardConfig(lr_for="never").detour(trouble(13, 20), 2, unchanged) == Detour(13, 20, 2, "kind", 1.0, 13)
+    assert GuardConfig(lr_for="never").detour(asked(13, 20), 2, unchanged) == Detour(13, 20, 2, "kind", 1.0, 13)
 
 
 @pytest.mark.parametrize("name", ["throughput", "starvation", "memory"])

@@ -34,7 +34,7 @@ from opsin.training.guard import Guard, GuardConfig
 from opsin.training.loop import Run, fit
 from opsin.training.monitor import Action, Monitor
 from opsin.training.observe import Observations
-from opsin.training.state import Pace, StepPlan, TrainState
+from opsin.training.state import ScheduledValues, StepPlan, TrainState
 from opsin.training.stop import Stop
 from tests.story import Calm
 from tests.unit.training.tiny_run import Tiny, equal
@@ -90,10 +90,10 @@ class Beginning:
         state.optimizer.load_state_dict(begun.optimizer.state_dict())
 
 
-def set_pace(optimizer: torch.optim.Optimizer, clock: Clock) -> Pace:
+def set_schedule(optimizer: torch.optim.Optimizer, clock: Clock) -> ScheduledValues:
     for group in optimizer.param_groups:
         group["lr"] = 0.01
-    return Pace(0.01, 0.9, 0.0)
+    return ScheduledValues(0.01, 0.9, 0.0)
 
 
 def run_in(
@@ -124,7 +124,7 @@ def run_in(
     state = fresh()
     start = Beginning(state, teller.journal)
     rescuer = Guard(guard or GuardConfig(), saved, checkpoints, teller, start)
-    plan = StepPlan(state.method, TIMELINE.clock, set_pace, nullcontext, seed=0)
+    plan = StepPlan(state.method, TIMELINE.clock, set_schedule, nullcontext, seed=0)
     watchers = (checkpoints, observations, evaluations, alerts, rescuer)
     return Run(start, data, plan, agenda, *watchers, Stop(), directory)
 

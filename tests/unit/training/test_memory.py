@@ -16,7 +16,7 @@ from opsin.nn.heads import Classifier
 from opsin.reporting.journal import read_events
 from opsin.run.session import resume_run
 from opsin.training.checkpoints.format import find_checkpoints
-from opsin.training.memory import Splits
+from opsin.training.memory import PartFallback
 from opsin.training.optim import SGD, build_optimizer
 from opsin.training.state import TrainState
 from opsin.training.step import train_step
@@ -76,11 +76,11 @@ def test_an_update_that_was_split_equals_the_one_that_was_asked_for_in_these_par
     tmp_path: Path, error: Exception
 ) -> None:
     record = Record()
-    splits = Splits(tmp_path / "splits.json", teller=record)
+    fallback = PartFallback(tmp_path / "splits.json", teller=record)
     states = []
     for method, changes in (
         (Small(norm=True, dropout=0.5), {"accumulate": 4}),
-        (Cramped(8, error=error, norm=True, dropout=0.5), {"splits": splits}),
+        (Cramped(8, error=error, norm=True, dropout=0.5), {"fallback": fallback}),
     ):
         state = TrainState(method, build_optimizer(CONFIG, method), step=3)
         train_step(state, batch_of(32), plan_for(method, CONFIG, **changes))
@@ -88,7 +88,7 @@ def test_an_update_that_was_split_equals_the_one_that_was_asked_for_in_these_par
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     assert [facts["images_at_once"] for _, facts in record.events] == [16, 8]
     assert record.events[-1][1]["accumulate"] == 4
-    again = Splits(tmp_path / "splits.json")
+    again = PartFallback(tmp_path / "splits.json")
     assert [again.factor(step) for step in (0, 2, 3, 4)] == [1, 1, 4, 4]
 
 
@@ -97,20 +97,20 @@ def test_one_image_that_is_too_large_ends_the_update_and_leaves_the_state_whole(
     state = TrainState(method, build_optimizer(CONFIG, method))
     before = copy_of(state)
     with pytest.raises(torch.OutOfMemoryError):
-        train_step(state, batch_of(6), plan_for(method, CONFIG, splits=Splits(tmp_path / "splits.json")))
+        train_step(state, batch_of(6), plan_for(method, CONFIG, fallback=PartFallback(tmp_path / "splits.json")))
     assert all(torch.equal(a, b) for a, b in zip(copy_of(state), before, strict=True))
 
 
 def test_splits_that_did_not_help_are_not_kept(tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
-    assert Splits(file).double(0, parts=1, images=6)
+    assert PartFallback(file).double(0, parts=1, images=6)
     record = Record()
-    splits = Splits(file, teller=record)
+    fallback = PartFallback(file, teller=record)
     method = Cramped(0, error=ERRORS[0])
     state = TrainState(method, build_optimizer(CONFIG, method))
     with pytest.raises(torch.OutOfMemoryError):
-        train_step(state, batch_of(6), plan_for(method, CONFIG, splits=splits))
-    assert [Splits(file).factor(step) for step in (0, 1)] == [2, 2], "as it was before this update"
+        train_step(state, batch_of(6), plan_for(method, CONFIG, fallback=fallback))
+    assert [PartFallback(file).factor(step) for step in (0, 1)] == [2, 2], "as it was before this update"
     assert record.warnings[-1].endswith("one image at a time: the splits of this step are taken back")
 
 
@@ -118,38 +118,38 @@ def test_other_errors_are_not_mistaken_for_a_lack_of_memory(tmp_path: Path) -> N
     method = Cramped(8, error=RuntimeError("shapes differ"))
     state = TrainState(method, build_optimizer(CONFIG, method))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        train_step(state, batch_of(32), plan_for(method, CONFIG, splits=Splits(tmp_path / "splits.json")))
+        train_step(state, batch_of(32), plan_for(method, CONFIG, fallback=PartFallback(tmp_path / "splits.json")))
     assert not (tmp_path / "splits.json").exists()
 
 
 def test_what_cannot_be_written_down_is_told_once_and_written_later(tmp_path: Path) -> None:
     record = Record()
     file = tmp_path / "run" / "splits.json"
-    splits = Splits(file, teller=record)
-    assert splits.double(5, parts=1, images=8)
-    assert [splits.factor(step) for step in (5, 6)] == [2, 2]
+    fallback = PartFallback(file, teller=record)
+    assert fallback.double(5, parts=1, images=8)
+    assert [fallback.factor(step) for step in (5, 6)] == [2, 2]
     assert record.kinds == ["splits_unwritten", "out_of_memory"]
     file.parent.mkdir()
-    assert splits.factor(7) == 2
-    assert Splits(file).factor(5) == 2
+    assert fallback.factor(7) == 2
+    assert PartFallback(file).factor(5) == 2
 
 
 def test_memory_that_ends_at_an_earlier_step_splits_there_too(tmp_path: Path) -> None:
-    splits = Splits(tmp_path / "splits.json")
-    assert splits.double(10, parts=1, images=8)
-    assert splits.double(20, parts=2, images=8)
-    again = Splits(tmp_path / "splits.json")
+    fallback = PartFallback(tmp_path / "splits.json")
+    assert fallback.double(10, parts=1, images=8)
+    assert fallback.double(20, parts=2, images=8)
+    again = PartFallback(tmp_path / "splits.json")
     assert again.double(4, parts=1, images=8)
     assert [again.factor(step) for step in (3, 4, 10, 20)] == [1, 2, 2, 4]
 
 
 def test_other_wishes_for_batches_forget_the_splits_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
-    assert Splits(file, asked="256 in 1").double(4, parts=1, images=8)
-    assert Splits(file, asked="128 in 1").found == ()
+    assert PartFallback(file, asked="256 in 1").double(4, parts=1, images=8)
+    assert PartFallback(file, asked="128 in 1").found == ()
     file.write_text(json.dumps({"splits": [{}], "asked": ""}))
     with pytest.raises(RunError, match=r"splits\.json: is damaged"):
-        Splits(file)
+        PartFallback(file)
 
 
 def test_a_run_that_was_split_resumes_to_the_same_weights_where_memory_suffices(tmp_path: Path) -> None:

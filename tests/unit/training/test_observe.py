@@ -27,7 +27,7 @@ from opsin.training.evaluations import Evaluations
 from opsin.training.evaluator import Evaluator, FeatureCache
 from opsin.training.monitor import Monitor
 from opsin.training.observe import Observations, Saves
-from opsin.training.state import Pace, StepReport, TrainState
+from opsin.training.state import ScheduledValues, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch
 from tests.story import Calm
 from tests.unit.training.tiny_run import fresh
@@ -70,7 +70,7 @@ class Scenario:
         applied = torch.tensor(float(math.isfinite(loss) and math.isfinite(norm)))
         ids = torch.tensor([7, 8, 9, 10])
         times = Stopwatch(torch.device("cpu"))
-        report = StepReport(self.state.step, clock, Pace(0.1, 0.9, 0.0), values, applied, ids, 4, times)
+        report = StepReport(self.state.step, clock, ScheduledValues(0.1, 0.9, 0.0), values, applied, ids, 4, times)
         observations.take(self.state, report)
 
     def steps(self, observations: Observations, losses: Iterable[float]) -> None:

@@ -21,7 +21,7 @@ from opsin.methods.base import (
 from opsin.methods.supervised import SupervisedConfig
 from opsin.nn.timm_backbone import TimmBackbone, TimmConfig
 from opsin.nn.vit import ViTConfig
-from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, pace_setter
+from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, schedule_setter
 
 TIMELINE = Timeline([Stage(epochs=1, batch_size=8, steps_per_epoch=10)])
 
@@ -80,11 +80,11 @@ def test_each_group_follows_the_schedule_times_its_own_factor() -> None:
     method = TwoParts()
     config = AdamW(lr=0.1, schedule=Cosine(warmup_epochs=0.0))
     optimizer = build_optimizer(config, method)
-    set_pace = pace_setter(config, method)
+    set_schedule = schedule_setter(config, method)
     rates = {}
     for step in (0, 5):
-        pace = set_pace(optimizer, TIMELINE.clock(step))
-        assert (pace.lr, pace.momentum) == pytest.approx((0.1 if step == 0 else 0.05, 0.9))
+        scheduled = set_schedule(optimizer, TIMELINE.clock(step))
+        assert (scheduled.lr, scheduled.momentum) == pytest.approx((0.1 if step == 0 else 0.05, 0.9))
         rates[step] = {group["group_name"]: group["lr"] for group in optimizer.param_groups}
     assert rates[0] == {"body.decay": 0.1, "body.no_decay": 0.1, "head.decay": 0.0, "head.no_decay": 0.0}
     assert rates[5] == pytest.approx(
@@ -107,7 +107,7 @@ def test_sgd_without_momentum_has_no_velocity() -> None:
     before = method.head.bias.detach().clone()
     for param in method.parameters():
         param.grad = torch.ones_like(param)
-    pace_setter(config, method)(optimizer, TIMELINE.clock(5))
+    schedule_setter(config, method)(optimizer, TIMELINE.clock(5))
     optimizer.step()
     torch.testing.assert_close(method.head.bias.detach(), before - 0.05)  # the head has half the rate
     assert not any("momentum_buffer" in state for state in optimizer.state.values())
@@ -127,7 +127,7 @@ def test_layers_learn_the_slower_the_nearer_they_are_to_the_image() -> None:
     method = SupervisedConfig(head_lr_factor=2.0).build(ViTConfig(width=16, depth=3, heads=2, patch=4), facts)
     config = AdamW(lr=1.0, layer_decay=0.5, schedule=Constant())
     optimizer = build_optimizer(config, method)
-    pace_setter(config, method)(optimizer, TIMELINE.clock(0))
+    schedule_setter(config, method)(optimizer, TIMELINE.clock(0))
     rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
     found = {name: rates[id(param)] for name, param in method.named_parameters()}
     assert found["head.linear.weight"] == 2.0
@@ -167,9 +167,12 @@ def test_a_stage_scales_the_rate_and_the_schedule_sets_the_momentum(config: Opti
     timeline = Timeline([Stage(1, 8, 10), Stage(1, 8, 10, lr_scale=0.5)])
     method = TwoParts()
     optimizer = build_optimizer(config, method)
-    set_pace = pace_setter(config, method)
-    assert (set_pace(optimizer, timeline.clock(0)).lr, set_pace(optimizer, timeline.clock(15)).lr) == (0.1, 0.05)
-    pace = set_pace(optimizer, timeline.clock(10))
-    assert (pace.lr, pace.momentum) == pytest.approx((0.05, 0.85))
+    set_schedule = schedule_setter(config, method)
+    assert (set_schedule(optimizer, timeline.clock(0)).lr, set_schedule(optimizer, timeline.clock(15)).lr) == (
+        0.1,
+        0.05,
+    )
+    scheduled = set_schedule(optimizer, timeline.clock(10))
+    assert (scheduled.lr, scheduled.momentum) == pytest.approx((0.05, 0.85))
     for group in optimizer.param_groups:
         assert (group["momentum"] if isinstance(config, SGD) else group["betas"][0]) == pytest.approx(0.85)

@@ -83,7 +83,7 @@ def test_a_run_has_some_length() -> None:
         ({"batch_size": 61}, r"stages.1.batch_size=61: there are only 60 .*use stages.1.batch_size=60 or less"),
         ({"data_fraction": 0.02}, r"stages.1.data_fraction=0.02: of the 20 images of class 'dog' none would be left"),
         ({"data_fraction": 0.1}, r"^batch_size=10: there are only 6 training images in stages.1.data_fraction=0.1"),
-        ({"batch_size": 1}, r"accumulate=2: a batch of 1 images \(stages.1.batch_size\) has no so many parts"),
+        ({"batch_size": 1}, r"accumulate=2: a batch of 1 images \(stages.1.batch_size\) cannot be split into 2 parts"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )

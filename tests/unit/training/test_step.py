@@ -12,7 +12,7 @@ from opsin.clock.schedule import Constant
 from opsin.clock.timeline import Stage, Timeline
 from opsin.data.base import Batch
 from opsin.methods.base import Clock, Losses, Method, ParamGroup, Views, split_by_decay
-from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, pace_setter
+from opsin.training.optim import SGD, AdamW, OptimConfig, build_optimizer, schedule_setter
 from opsin.training.state import LossScale, StepPlan, TrainState
 from opsin.training.step import train_step
 
@@ -54,7 +54,7 @@ def batch_of(size: int, seed: int = 0) -> Batch:
 
 def plan_for(method: Small, config: OptimConfig, **changes: object) -> StepPlan:
     settings = {"accumulate": 1, "clip_norm": config.clip_norm, **changes}
-    return StepPlan(method, TIMELINE.clock, pace_setter(config, method), nullcontext, seed=0, **settings)  # type: ignore[arg-type]
+    return StepPlan(method, TIMELINE.clock, schedule_setter(config, method), nullcontext, seed=0, **settings)  # type: ignore[arg-type]
 
 
 def copy_of(state: TrainState) -> list[Tensor]:

@@ -114,13 +114,13 @@ def take_snapshot(state: TrainState, buffers: Buffers | None) -> Snapshot:
         wait: Callable[[], None] = _nothing
     else:
         copies, wait = _copy(list(sources.values()), buffers)
-    place = dict(zip(sources, copies, strict=True))
+    copy_of = dict(zip(sources, copies, strict=True))
     return Snapshot(
         step=state.step,
         elapsed_s=state.elapsed_s,
         detours=state.detours,
         optimizer=type(state.optimizer).__name__,
-        content=_replaced(content, place),
+        content=_replaced(content, copy_of),
         num_bytes=sum(copy.nbytes for copy in copies),
         num_tensors=len(copies),
         wait=wait,
@@ -131,24 +131,24 @@ def _nothing() -> None:
     pass
 
 
-_Place = tuple[torch.device, int, int]
+_StorageKey = tuple[torch.device, int, int]
 """The memory that a tensor lies in: device, address, bytes."""
 
 
-def _place(tensor: Tensor) -> _Place:
+def _storage_key(tensor: Tensor) -> _StorageKey:
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
-def _storages(content: object) -> dict[_Place, Tensor]:
+def _storages(content: object) -> dict[_StorageKey, Tensor]:
     """All memory that tensors in `content` lie in, as bytes, once each; without what is empty."""
-    found: dict[_Place, Tensor] = {}
+    found: dict[_StorageKey, Tensor] = {}
     waiting = [content]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
-            if value.untyped_storage().nbytes() and (place := _place(value)) not in found:
-                found[place] = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
+            if value.untyped_storage().nbytes() and (key := _storage_key(value)) not in found:
+                found[key] = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
         elif isinstance(value, Mapping):
             waiting += value.values()
         elif isinstance(value, list | tuple):
@@ -156,12 +156,12 @@ def _storages(content: object) -> dict[_Place, Tensor]:
     return found
 
 
-def _replaced(value: Any, copies: Mapping[_Place, Tensor]) -> Any:
+def _replaced(value: Any, copies: Mapping[_StorageKey, Tensor]) -> Any:
     """`value` with each tensor as the same view of the copy of its memory."""
     if isinstance(value, Tensor):
         if not value.untyped_storage().nbytes():
             return value.detach().cpu()
-        storage = copies[_place(value)].untyped_storage()
+        storage = copies[_storage_key(value)].untyped_storage()
         empty = torch.empty(0, dtype=value.dtype)
         return empty.set_(storage, value.storage_offset(), value.shape, value.stride())
     if isinstance(value, Mapping):

@@ -37,7 +37,7 @@ from opsin.training.profile.parts import (
     host_times,
     summarise,
 )
-from opsin.training.profile.report import Operator, Split, top_operators, write_trace
+from opsin.training.profile.report import Operator, TimeBreakdown, top_operators, write_trace
 from opsin.training.state import TrainState
 
 _TRACED = 3
@@ -197,7 +197,7 @@ class StepProfile(Profile):
         if not self._done:
             raise RunError("the run was over before a step could be measured")
         times = [measured.times for measured in self._done]
-        split = Split(
+        breakdown = TimeBreakdown(
             device=str(self._device),
             first_step=self._done[0].step,
             last_step=self._done[-1].step,
@@ -208,9 +208,9 @@ class StepProfile(Profile):
             parts=summarise(times),
             operators=self._operators,
         )
-        for line in split.lines():
+        for line in breakdown.lines():
             self._teller.notice(line)
-        split.write(self._folder)
+        breakdown.write(self._folder)
         self._is_written = True
         self._teller.notice(f"profile: written to {self._folder}")
 

@@ -31,7 +31,7 @@ class Operator:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class TimeBreakdown:
     """Where the time of the profiled steps went: what `split.json` holds."""
 
     device: str
@@ -79,27 +79,27 @@ class Split:
         """
         folder.mkdir(exist_ok=True)
         write_atomic(folder / "split.json", (json.dumps(self.as_dict(), indent=2) + "\n").encode())
-        write_atomic(folder / "split.png", draw_split(self))
+        write_atomic(folder / "split.png", draw_breakdown(self))
 
 
-def draw_split(split: Split) -> bytes:
+def draw_breakdown(times: TimeBreakdown) -> bytes:
     """A bar for the mean of each part, and a line from its shortest to its 90th percentile, as PNG.
 
     Raises:
         RunError: matplotlib cannot be imported.
     """
-    names = list(split.parts)
+    names = list(times.parts)
     figure = new_figure(6.4, 1.1 + _ROW_INCHES * len(names))
-    figure.suptitle(split.head(), x=0.01, ha="left", fontsize=_TEXT + 1, parse_math=False)
+    figure.suptitle(times.head(), x=0.01, ha="left", fontsize=_TEXT + 1, parse_math=False)
     axes = figure.add_subplot()
-    means = [spread.mean_ms for spread in split.parts.values()]
+    means = [spread.mean_ms for spread in times.parts.values()]
     axes.barh(names, means, height=0.62, color=[_PALE if name == OTHER else BLUE for name in names])
-    for row, (name, spread) in enumerate(split.parts.items()):
+    for row, (name, spread) in enumerate(times.parts.items()):
         axes.plot([spread.min_ms, spread.p90_ms], [row, row], color="black", linewidth=1.0)
-        text = f" {spread.mean_ms:.2f} ms, {_percent(split.share(name))}"
+        text = f" {spread.mean_ms:.2f} ms, {_percent(times.share(name))}"
         axes.text(max(spread.mean_ms, spread.p90_ms), row, text, va="center", fontsize=_TEXT - 1)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * max(max(spread.mean_ms, spread.p90_ms) for spread in split.parts.values()))
+    axes.set_xlim(0, 1.35 * max(max(spread.mean_ms, spread.p90_ms) for spread in times.parts.values()))
     axes.set_xlabel("mean time in a step (ms); line: minimum to 90th percentile", fontsize=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_GREY)
