@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import RunOpsin
@@ -100,6 +101,40 @@ def test_the_method_of_the_documents_trains(tmp_path: Path, opsin_env: dict[str,
     last = (tmp_path / "runs" / "rotation" / "metrics.jsonl").read_text().splitlines()[-1]
     assert "train/turns_found" in last
     assert "knn/top1" in last
+
+
+def test_the_extensions_of_the_documents_are_found_by_their_entry_points(
+    tmp_path: Path, opsin_env: dict[str, str]
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "EXTENDING.md").read_text(), flags=re.DOTALL)
+    package, metadata = tmp_path / "site" / "extensions_of_the_documents", tmp_path / "site" / "extensions-1.dist-info"
+    package.mkdir(parents=True)
+    metadata.mkdir()
+    names = [re.match(r'"""(\w+)\.py', block)[1] for block in blocks]  # type: ignore[index]
+    for name, block in zip(names, blocks, strict=True):
+        (package / f"{name}.py").write_text(block)
+    points = "\n".join(f"{name} = extensions_of_the_documents.{name}" for name in names)
+    (metadata / "entry_points.txt").write_text(f"[opsin]\n{points}\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: extensions\nVersion: 1\n")
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(64) % 10)
+    keys = ("data.path=images.npz", "monitors.weights.name=weight_size", "monitors.weights.limit=0.001")
+    few = ("evaluators.spread.name=spread", "limits.steps=2", "batch_size=16", "log.every=1", "model.depth=1")
+    command = [sys.executable, "-m", "opsin", "train", "quickstart", *keys, *few, "monitors.weights.every=1 step"]
+    env = {**opsin_env, "PYTHONPATH": f"{tmp_path / 'site'}:{opsin_env['PYTHONPATH']}"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "data: found 64 images in images.npz" in done.stdout
+    assert "the largest weight, " in done.stdout
+    run = tmp_path / "runs" / "quickstart"
+    assert "spread/std" in (run / "metrics.jsonl").read_text()
+    assert (run / "latest.txt").read_text().startswith("step 2  ")
+
+    (package / "latest.py").write_text("import a_package_that_is_missing")
+    broken = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert broken.returncode == 2
+    assert "opsin: extensions: its entry point latest = extensions_of_the_documents.latest" in broken.stderr
+    assert broken.stderr.strip().endswith("repair or uninstall extensions")
 
 
 def test_set_up_names_no_address() -> None:

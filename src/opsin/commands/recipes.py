@@ -37,6 +37,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _schema(arguments: argparse.Namespace) -> None:
     from opsin.run.recipe import Recipe
+    from opsin.settings.extensions import import_extensions
     from opsin.settings.text import json_schema
 
+    import_extensions()
     print(json.dumps(json_schema(Recipe), indent=2))

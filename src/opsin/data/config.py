@@ -1,9 +1,10 @@
 """The settings of data: the images of a run, and their path to the device."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from opsin.data.sources.kinds import KINDS, check_kind
 from opsin.settings.family import Settings
 
 
@@ -12,7 +13,7 @@ class DataConfig(Settings):
 
     path: str
     """The images: a folder, a CSV or parquet file, or the word `digits` or `cifar10`."""
-    kind: Literal["auto", "digits", "cifar10", "folder", "csv", "parquet"] = "auto"
+    kind: Annotated[str, AfterValidator(check_kind)] = Field("auto", json_schema_extra={"examples": ["auto", *KINDS]})
     """Kind of storage at `path`; `auto` finds it out and reports it."""
     labels: Literal["auto", "folders", "none"] = "auto"
     """Labels of a folder: `folders` takes subfolders as classes, `none` takes none, `auto` looks at the layout."""

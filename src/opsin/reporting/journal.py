@@ -61,6 +61,8 @@ class Sink:
     """The file or folder that it writes, for warnings; `log.csv`, say."""
     package: ClassVar[str | None] = None
     """A package that it needs and that may be missing."""
+    in_every_run: ClassVar[bool] = False
+    """True adds the sink to each run of a process that has imported the class."""
 
     def __init__(self, folder: Path, teller: Teller) -> None:
         """`folder` is the run directory; `teller` reports faults that no method raises."""

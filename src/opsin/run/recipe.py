@@ -31,6 +31,7 @@ from opsin.nn.ema import EmaConfig
 from opsin.nn.models import MODELS
 from opsin.reporting.webhook import AlertsConfig
 from opsin.settings import layers
+from opsin.settings.extensions import import_extensions
 from opsin.settings.family import Settings
 from opsin.settings.text import flatten
 from opsin.storage.backup.config import BackupConfig
@@ -166,6 +167,7 @@ def read(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: one line per fault, all faults at once.
     """
+    import_extensions()
     return layers.read(reference, overrides, Recipe, shipped=shipped)
 
 

@@ -173,6 +173,7 @@ def open_sinks(recipe: Recipe, name: str, folder: Path, log: TextLog, teller: Te
         TextLog: True,
         Plots: recipe.log.plots,
     }
+    wanted.update((kind, True) for kind in Sink.__subclasses__() if kind.in_every_run)
     sinks: list[Sink] = []
     for kind in (kind for kind, is_wanted in wanted.items() if is_wanted):
         if kind.package is not None and importlib.util.find_spec(kind.package) is None:

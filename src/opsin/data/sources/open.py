@@ -9,15 +9,13 @@ from opsin.data.decode import JPEG_DECODER
 from opsin.data.sources import cifar10
 from opsin.data.sources.digits import Digits, load_digits
 from opsin.data.sources.folder import open_folder
+from opsin.data.sources.kinds import KINDS, Asked, own_kinds
 from opsin.data.sources.labels import Labels, Opened, describe, no_labels
 from opsin.data.sources.lists import open_list
 from opsin.data.sources.tables import open_tables
 from opsin.errors import DataError
 
 _Bundled = TypeVar("_Bundled", Digits, cifar10.Cifar10)
-
-KINDS = ("digits", "cifar10", "folder", "csv", "parquet")
-"""The kinds of storage."""
 
 WORDS = ("digits", "cifar10")
 """Paths that name a data set instead of a file or a folder."""
@@ -36,27 +34,30 @@ def open_sources(
 ) -> Opened:
     """Open the training images of a path, and its validation images if it has a split.
 
-    `kind` is one of `KINDS`, or `auto`: the words `digits` and `cifar10` (a folder of that name is `./digits`) are data
-    sets; a file is known by its ending; a folder with python batches is CIFAR-10, one with parquet files in it or
-    in its folder `data` is parquet, any other holds image files. The word `cifar10` looks into the folder `cache`, then
-    downloads. `image_column` and `label_column` are for csv and parquet.
+    `kind` is one of `KINDS`, one of `own_kinds()`, or `auto`: the words `digits` and `cifar10` are data sets (a folder
+    of that name is `./digits`); a path that a kind of one's own recognises is of that kind; a file is known by its ending;
+    a folder with python batches is CIFAR-10, one with parquet files in it or in its folder `data` is parquet, any other
+    holds image files. The word `cifar10` looks into the folder `cache`, then downloads. `image_column` and
+    `label_column` are for csv and parquet.
 
     Raises:
         DataError: the path is missing, empty, unclear or damaged.
     """
-    if kind not in ("auto", *KINDS):
-        raise DataError(f"data.kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
     root = Path(os.path.expanduser(path))
-    if path not in WORDS and not root.exists():
+    own = own_kinds()
+    if kind not in ("auto", *KINDS, *own):
+        raise DataError(f"data.kind={kind} is unknown; it is auto or one of {', '.join((*KINDS, *own))}")
+    if kind not in own and path not in WORDS and not root.exists():
         raise DataError(
             f"{path}: no such file or folder; data.path is a folder of images, a .csv list, .parquet files, "
             f"digits or cifar10: check the path, which is relative to {Path.cwd()}"
         )
     found = _find_kind(path, root) if kind == "auto" else kind
-    if labels == "folders" and found != "folder":
+    if labels == "folders" and found in KINDS and found != "folder":
         raise DataError(f"{path}: data.labels=folders needs a folder of images, but this is {found}; use auto or none")
     try:
-        opened = _open(found, path, root, labels, image_column, label_column, cache)
+        asked = Asked(path, root, labels, image_column, label_column, cache)
+        opened = own[found].open(asked) if found in own else _open(found, asked)
     except OSError as error:
         raise DataError(
             f"{error.filename or path}: {error.strerror or error}; opsin must be able to read all of data.path "
@@ -70,6 +71,9 @@ def open_sources(
 def _find_kind(path: str, root: Path) -> str:
     if path in WORDS:
         return path
+    for kind, own in own_kinds().items():
+        if own.recognises(root):
+            return kind
     name = root.name.lower()
     if root.is_dir():
         if (root / cifar10.FOLDER).is_dir() or (root / cifar10.TRAIN_BATCHES[0]).is_file():
@@ -83,18 +87,23 @@ def _find_kind(path: str, root: Path) -> str:
     raise DataError(f"{path}: not a known kind of file; data.path is a folder, or a file ending in {endings}")
 
 
-def _open(
-    kind: str, path: str, root: Path, labels: Labels, image_column: str | None, label_column: str | None, cache: Path
-) -> Opened:
+def _open(kind: str, asked: Asked) -> Opened:
     if kind == "digits":
-        return _open_digits(labels)
+        return _open_digits(asked.labels)
     if kind == "cifar10":
-        return _open_cifar10(path, cifar10.fetch_cifar10(cache) if path == kind else root, labels)
+        root = cifar10.fetch_cifar10(asked.cache) if asked.path == kind else asked.root
+        return _open_cifar10(asked.path, root, asked.labels)
     if kind == "csv":
-        return open_list(root, labels, image_column=image_column, label_column=label_column)
+        return open_list(asked.root, asked.labels, image_column=asked.image_column, label_column=asked.label_column)
     if kind == "parquet":
-        return open_tables(root, labels, image_column=image_column, label_column=label_column, cache=cache)
-    return open_folder(root, labels)
+        return open_tables(
+            asked.root,
+            asked.labels,
+            image_column=asked.image_column,
+            label_column=asked.label_column,
+            cache=asked.cache,
+        )
+    return open_folder(asked.root, asked.labels)
 
 
 def _open_digits(labels: Labels) -> Opened:

@@ -15,6 +15,7 @@ from opsin.data.base import Source
 from opsin.data.decode import JpegDecoder
 from opsin.data.sources import open as sources
 from opsin.data.sources.cifar10 import FOLDER
+from opsin.data.sources.kinds import KINDS
 from opsin.data.sources.open import open_sources
 from opsin.errors import DataError
 from tests.unit.data.pictures import fill, png
@@ -36,7 +37,7 @@ def everything(tmp_path: Path) -> dict[str, str]:
     return {"digits": "digits", **{kind: str(tmp_path / path) for kind, path in paths.items()}}
 
 
-@pytest.mark.parametrize("kind", sources.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_kind_is_found(tmp_path: Path, kind: str) -> None:
     path = everything(tmp_path)[kind]
     opened = open_sources(path, cache=tmp_path / "cache")
@@ -47,7 +48,7 @@ def test_the_kind_is_found(tmp_path: Path, kind: str) -> None:
     assert open_sources(path, kind=kind, cache=tmp_path / "cache").said == opened.said
 
 
-@pytest.mark.parametrize("kind", sources.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_labels_can_be_left_out_of_every_kind(tmp_path: Path, kind: str) -> None:
     train = open_sources(everything(tmp_path)[kind], labels="none", cache=tmp_path).train
     assert train.classes == ()
