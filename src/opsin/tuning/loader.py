@@ -8,9 +8,10 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from typing import cast
 
 import torch
@@ -235,7 +236,7 @@ def measure_copies(recipe: Recipe, setting: Setting, seconds: float, device: tor
     )
     for _ in range(max(1, setting.workers)):
         copy(next(batches))
-    rate = _rate(lambda: sum(copy(next(batches)) for _ in range(max(1, setting.workers))), seconds)
+    rate = _rate((sum(map(copy, islice(batches, max(1, setting.workers)))) for _ in count()), seconds)
     if isinstance(batches, Generator):
         batches.close()  # ends the workers
     return rate
@@ -290,7 +291,7 @@ def _measure_step(recipe: Recipe, seconds: float) -> float:
         with closing(_batches(run)) as batches:
             batch = next(batches)
         _train(state, run, [batch] * _WARM_UP)
-        return _rate(lambda: _train(state, run, [batch] * _STEPS_AT_ONCE), seconds)
+        return _rate((_train(state, run, [batch] * _STEPS_AT_ONCE) for _ in count()), seconds)
 
 
 def _measure(recipe: Recipe, setting: Setting, seconds: float, device: torch.device) -> Rate:
@@ -303,12 +304,12 @@ def _measure(recipe: Recipe, setting: Setting, seconds: float, device: torch.dev
             _take(batches, 1)
             start_s = time.perf_counter() - started
             _take(batches, together)
-            data = _rate(lambda: _take(batches, together), seconds)
+            data = _rate((_take(batches, together) for _ in count()), seconds)
         with closing(_batches(run)) as batches:
             _train(state, run, [next(batches) for _ in range(together)])
             _train(state, run, [next(batches) for _ in range(_WARM_UP)])
             number = max(together, _STEPS_AT_ONCE)
-            training = _rate(lambda: _train(state, run, (next(batches) for _ in range(number))), seconds)
+            training = _rate((_train(state, run, islice(batches, number)) for _ in count()), seconds)
     pinned = device.type == "cuda" and setting.workers > 0
     return Rate(setting, pinned, data, training, start_s)
 
@@ -332,10 +333,10 @@ def _train(state: TrainState, run: Run, batches: Iterator[Batch] | Sequence[Batc
     return sum(report.images for report in reports)
 
 
-def _rate(work: Callable[[], int], seconds: float) -> float:
-    """Images per second of `work`, which tells how many it did, over at least `seconds`."""
+def _rate(work: Iterator[int], seconds: float) -> float:
+    """Images per second of `work`, whose items are done when they are taken and give their images."""
     started = time.perf_counter()
-    images = work()
+    images = next(work)
     while (passed := time.perf_counter() - started) < seconds:
-        images += work()
+        images += next(work)
     return images / passed
