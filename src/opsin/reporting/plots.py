@@ -22,7 +22,7 @@ from opsin.reporting.curves import EPOCH, HIGH, LOW, MEAN, MINUTES, History, Tab
 from opsin.reporting.journal import GRADIENTS, quantile_names, read_events
 from opsin.reporting.style import COLOURS, new_figure, to_png
 from opsin.storage.directory import RunDirectory
-from opsin.storage.files import write_atomic
+from opsin.storage.files import write_atomic, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,15 +79,13 @@ class RunPlots:
         sheet = _Sheet(self._name(), stages)
         folder = self._directory / "plots"
         drawn: list[Path] = []
-        try:
+        with writing(folder, "make room there"):
             for name, picture in pictures.items():
                 figure = picture(sheet, self._history)
                 if figure is not None:
                     folder.mkdir(exist_ok=True)
                     write_atomic(folder / name, to_png(figure))
                     drawn.append(folder / name)
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be written: {error.strerror or error}; make room there") from error
         return drawn
 
     def _name(self) -> str:

@@ -37,6 +37,7 @@ from opsin.run.images import Images, evaluation_context
 from opsin.run.parts import build_parts
 from opsin.run.recipe import Recipe, read
 from opsin.storage.directory import RunDirectory
+from opsin.storage.files import writing
 from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, read_checkpoint
 from opsin.training.evaluator import EvaluationContext
 
@@ -171,12 +172,8 @@ def _draw_maps(method: Method, context: EvaluationContext, recipe: Recipe, name:
     found = ((key, config) for key, config in recipe.evaluators.items() if isinstance(config, MapsConfig))
     key, config = next(found, ("maps", MapsConfig()))
     config.check(method, key)
-    try:
+    with writing(context.folder / "maps", "make room there"):
         return config.build(context, key).report(method, name)
-    except OSError as error:
-        raise RunError(
-            f"{context.folder}/maps: cannot be written: {error.strerror or error}; make room there"
-        ) from error
 
 
 def _with_queries(images: Images, path: str, recipe: Recipe) -> Images:
@@ -196,10 +193,8 @@ def export_run(path: Path, out: Path | None, *, weights: Weights = "raw") -> Pat
     """
     encoder = load(path, weights=weights)
     folder = out or _find_run(path)[0].path / "export"
-    try:
+    with writing(folder, "choose another with --out"):
         export_encoder(folder, encoder.card, encoder.backbone, encoder.head)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}; choose another with --out") from error
     return folder
 
 

@@ -32,6 +32,7 @@ from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
 from opsin.storage.backup.service import open_backup, refuse_taken
 from opsin.storage.directory import RunDirectory, spelled_out
+from opsin.storage.files import writing
 from opsin.storage.teller import Silence, Teller
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.evaluations import AVERAGED
@@ -231,15 +232,11 @@ def _session(directory: RunDirectory, journal: Journal, console: Console, device
 
 
 def _write_final(directory: RunDirectory, state: TrainState) -> None:
-    try:
+    advice = f"the last checkpoint holds the weights: mend that, or make room; then opsin resume {directory.path}"
+    with writing(directory.model, advice):
         # The averaged weights first: a directory with model.safetensors is whole.
         directory.averaged.unlink(missing_ok=True)
         if state.ema is not None:
             with state.ema.in_place():
                 write_model(directory.averaged, state.method)
         write_model(directory.model, state.method)
-    except OSError as error:
-        raise RunError(
-            f"{directory.model}: cannot be written: {error.strerror or error}; the last checkpoint holds the weights: "
-            f"mend that, or make room; then opsin resume {directory.path}"
-        ) from error

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from opsin.data.loading import TrainingData
-from opsin.errors import RunError
 from opsin.export.encoder import CARD_FILE, EncoderCard, describe_encoder, write_card
 from opsin.nn.ema import ModelEma
 from opsin.nn.heads import Classifier
@@ -13,7 +12,7 @@ from opsin.run.parts import Parts, build_method
 from opsin.run.recipe import fingerprint
 from opsin.settings.text import to_yaml
 from opsin.storage.directory import RunDirectory
-from opsin.storage.files import write_atomic
+from opsin.storage.files import write_atomic, writing
 from opsin.storage.teller import Silence, Teller
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.optim import build_optimizer
@@ -49,18 +48,13 @@ class RunStart:
         """Forget what the run did after `step`, and write the recipe that it follows from there on."""
         directory = self.directory
         self.teller.journal.rewind(step)
-        try:
+        with writing(directory.path, "make room, or choose another --out"):
             write_atomic(directory.recipe, to_yaml(self.parts.recipe, comments=False).encode())
             write_card(directory.path / CARD_FILE, self.card)
             if step < self.last_step:
                 # The weights of an earlier end: readers of the run would take them for the newest.
                 directory.model.unlink(missing_ok=True)
                 directory.averaged.unlink(missing_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(
-                f"{directory.path}: cannot be written: {reason}; make room, or choose another --out"
-            ) from error
 
     def _state(self, teller: Teller, *, resuming: bool) -> TrainState:
         recipe, method = self.parts.recipe, self.parts.method

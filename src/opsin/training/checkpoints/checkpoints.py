@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
-from opsin.storage.files import remove_leftovers, rename_over
+from opsin.storage.files import remove_leftovers, rename_over, writing
 from opsin.storage.teller import Owner, Teller
 from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.format import (
@@ -104,7 +104,7 @@ class Checkpoints:
                 after the last one.
             RunError: the folder cannot be read or written.
         """
-        with self._writable():
+        with writing(self._folder, "make room, or choose another --out"):
             remove_leftovers(self._folder)
             restored = load_newest(self._folder, state)
         if state.step > self._agenda.last_step:
@@ -123,7 +123,7 @@ class Checkpoints:
             CheckpointError: a damaged one cannot be renamed.
             RunError: the folder cannot be written.
         """
-        with self._writable():
+        with writing(self._folder, "make room, or choose another --out"):
             for path, fault in restored.damaged.items():
                 self._retire(path, fault, step)
             self._settle_marks(step)
@@ -131,14 +131,6 @@ class Checkpoints:
             notice = f"resumed from the checkpoint of step {stored.step}"
             changed = stored.recipe != self._fingerprint
             self._record.tell("resumed", stored.step, notice=notice, elapsed_s=stored.elapsed_s, recipe_changed=changed)
-
-    @contextmanager
-    def _writable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            words = f"cannot be written: {error.strerror or error}; make room, or choose another --out"
-            raise RunError(f"{self._folder}: {words}") from error
 
     def save_if_due(self, state: TrainState, *, stopping: bool = False) -> Path | None:
         """The checkpoint of this step if one is due, else None; also None where it cannot be written.
