@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from opsin.errors import ConfigError
+import obstore
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import ObjectStore, from_url
+
 from opsin.storage.backup.config import masked
 from opsin.storage.backup.store import Absent, StoreError
-
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
 
 _PART = 8 * 2**20
 _MAX_PARTS = 9_000  # S3 allows 10,000
@@ -50,20 +50,14 @@ def open_bucket(url: str) -> "Bucket":
     """Return the folder at an address without credentials; no request goes to the server yet.
 
     Raises:
-        ConfigError: obstore is not installed.
         StoreError: the settings of the environment do not fit together.
     """
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import from_url
-    except ImportError as error:
-        raise ConfigError(f"{url}: object stores need the package obstore; pip install obstore") from error
     shared = _shared_aws_settings(os.environ) if urlsplit(url).scheme == "s3" else {}
     options: dict[str, Any] = {"connect_timeout": _CONNECT}
     if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
         options["allow_http"] = True
 
-    def store(**timeouts: timedelta) -> "ObjectStore":
+    def store(**timeouts: timedelta) -> ObjectStore:
         settings = {"client_options": {**options, **timeouts}, "retry_config": _RETRY, **shared}
         return from_url(url, **settings)  # type: ignore[call-overload, no-any-return]
 
@@ -77,7 +71,7 @@ def open_bucket(url: str) -> "Bucket":
 class Bucket:
     """Objects below one prefix. Large files go in parts; each carries its sha256 as an attribute."""
 
-    def __init__(self, url: str, store: "ObjectStore", sending: "ObjectStore", secrets: Mapping[str, str]) -> None:
+    def __init__(self, url: str, store: ObjectStore, sending: ObjectStore, secrets: Mapping[str, str]) -> None:
         """`store` and `sending` reach the same objects with different time limits.
 
         `secrets` are settings whose values no message may show, beside those of the environment.
@@ -89,9 +83,6 @@ class Bucket:
         self._parts_at_once = _PARTS_AT_ONCE
 
     def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
-        import obstore
-        from obstore.exceptions import BaseError
-
         with self._store_errors(name):
             if size <= _PART:
                 obstore.put(self._sending, name, b"".join(chunks), attributes={_HASH: sha256}, use_multipart=False)
@@ -112,8 +103,6 @@ class Bucket:
                 raise
 
     def holds(self, name: str, *, size: int, sha256: str) -> bool:
-        import obstore
-
         try:
             with self._store_errors(name):
                 found = obstore.get(self._store, name, options={"head": True})
@@ -122,9 +111,6 @@ class Bucket:
             return False
 
     def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
-        import obstore
-        from obstore.exceptions import BaseError
-
         with self._store_errors(name):
             try:
                 found = obstore.get(self._store, name, options={"range": {"offset": start}} if start else None)
@@ -136,14 +122,10 @@ class Bucket:
                 yield bytes(chunk)
 
     def names(self, folder: str = "") -> list[str]:
-        import obstore
-
         with self._store_errors(folder):
             return sorted(item["path"] for page in obstore.list(self._store, folder or None) for item in page)
 
     def remove(self, name: str) -> None:
-        import obstore
-
         try:
             with self._store_errors(name):
                 obstore.delete(self._store, name)
@@ -155,8 +137,6 @@ class Bucket:
 
     @contextmanager
     def _store_errors(self, name: str) -> Iterator[None]:
-        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
-
         try:
             yield
         except (FileNotFoundError, BaseError) as error:

@@ -8,6 +8,9 @@ STORE/
     └── step-00000123.json          its mark: written last, so that a checkpoint without it does not exist
 
 Files of a run change while it goes on. `backup.json` is written before them and lists every content that may be there.
+
+Functions of a store raise `StoreError` where it fails. `read_mark` and `read_index` raise `DamagedCatalog` for a content
+that nobody wrote, and `RunError` for one that a newer opsin wrote.
 """
 
 import hashlib
@@ -97,11 +100,7 @@ def is_of_checkpoint(name: str) -> bool:
 
 
 def entry_of(path: Path) -> Entry:
-    """Return the content of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the content of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Entry(file.tell(), digest)
@@ -118,23 +117,13 @@ def damaged_steps(folder: Path) -> set[int]:
 
 
 def marked_steps(store: ReadableStore) -> list[int]:
-    """Return the steps of the complete checkpoints in a backup, oldest first.
-
-    Raises:
-        StoreError: out of reach.
-    """
+    """Return the steps of the complete checkpoints in a backup, oldest first."""
     names = (PurePosixPath(name) for name in store.names(CHECKPOINTS))
     return sorted(int(m[1]) for p in names if p.parent.name == CHECKPOINTS and (m := _MARK_NAME.fullmatch(p.name)))
 
 
 def read_mark(store: ReadableStore, step: int) -> dict[str, Entry] | None:
-    """Return the files of a checkpoint; None if it has no mark.
-
-    Raises:
-        DamagedCatalog: the mark is not what was written.
-        StoreError: out of reach.
-        RunError: written by a newer opsin.
-    """
+    """Return the files of a checkpoint; None if it has no mark."""
     name = f"{step_folder(step)}.json"
     mark = _read(store, name, _MARK)
     if mark is not None and mark.step != step:
@@ -143,31 +132,17 @@ def read_mark(store: ReadableStore, step: int) -> dict[str, Entry] | None:
 
 
 def write_mark(store: BackupStore, step: int, files: Mapping[str, Entry]) -> None:
-    """Mark a checkpoint as complete: all of its files are in the backup.
-
-    Raises:
-        StoreError: the mark is not written.
-    """
+    """Mark a checkpoint as complete: all of its files are in the backup."""
     put_bytes(store, f"{step_folder(step)}.json", _MARK.dump(_Mark(step, dict(sorted(files.items())))))
 
 
 def read_index(store: ReadableStore) -> Index | None:
-    """Return the index of the backup in `store`; None if there is none.
-
-    Raises:
-        DamagedCatalog: it is not what was written.
-        StoreError: out of reach.
-        RunError: written by a newer opsin.
-    """
+    """Return the index of the backup in `store`; None if there is none."""
     return _read(store, INDEX, _INDEX)
 
 
 def write_index(store: BackupStore, run: str, files: Mapping[str, tuple[Entry, ...]]) -> None:
-    """Replace the index.
-
-    Raises:
-        StoreError: it is not written.
-    """
+    """Replace the index."""
     put_bytes(store, INDEX, _INDEX.dump(Index(run, dict(sorted(files.items())))))
 
 

@@ -26,7 +26,7 @@ _FACTS = Record(_Facts)
 
 
 class Ledger:
-    """The name of the run, and the checkpoints in the store that it may remove there."""
+    """The name of the run, and the checkpoints in the store that it may remove there. Changes may raise an OSError."""
 
     def __init__(self, folder: Path, store: str, *, run: str | None = None) -> None:
         """Load the ledger of the run directory `folder`, or begin one; `run` is the name of a restored run."""
@@ -40,19 +40,11 @@ class Ledger:
             self._load()
 
     def add(self, *steps: int, spared: bool = False) -> None:
-        """Add steps whose checkpoints may be removed from the store once the run has removed its own.
-
-        Raises:
-            OSError: the ledger cannot be written.
-        """
+        """Add steps whose checkpoints may be removed from the store once the run has removed its own."""
         self._write(self.steps | set(steps), self.spared | set(steps) if spared else self.spared - set(steps))
 
     def drop(self, step: int) -> None:
-        """Forget the checkpoint of `step`, which was removed from the store.
-
-        Raises:
-            OSError: the ledger cannot be written.
-        """
+        """Forget the checkpoint of `step`, which was removed from the store."""
         self._write(self.steps - {step}, self.spared - {step})
 
     def _load(self) -> None:

@@ -123,11 +123,7 @@ class Mirror:
         self._connected = True
 
     def stage(self, checkpoint: Path) -> None:
-        """Hold a checkpoint that was just written until it is sent.
-
-        Raises:
-            OSError: this folder cannot be written.
-        """
+        """Hold a checkpoint that was just written until it is sent."""
         self._written.add(checkpoint.name)
         self._staging.take(checkpoint)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from opsin.errors import ConfigError
 from opsin.storage.backup.config import is_address
 from opsin.storage.backup.store import CHUNK, Absent, BackupStore, StoreError
 from opsin.storage.files import reason_of, replace_file
@@ -21,8 +22,10 @@ def open_store(path: str) -> BackupStore:
         StoreError: the address cannot be used.
     """
     if is_address(path):
-        from opsin.storage.backup.bucket import open_bucket
-
+        try:
+            from opsin.storage.backup.bucket import open_bucket
+        except ImportError as error:
+            raise ConfigError(f"{path}: object stores need the package obstore; pip install obstore") from error
         return open_bucket(path)
     return Folder(Path(os.path.expanduser(path)))
 

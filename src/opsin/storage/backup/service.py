@@ -78,12 +78,7 @@ class BackgroundBackup(Backup):
         self._jitter = random.Random()
 
     def connect(self, *, must_answer: bool) -> None:
-        """Check once that the store answers and that its backup is that of this run.
-
-        Raises:
-            RunError: it holds another run, or this one further on.
-            ConfigError: it refuses, and `must_answer`.
-        """
+        """Check once that the store answers and that its backup is that of this run; errors as in `open_backup`."""
         try:
             self._mirror.connect()
         except (StoreError, OSError) as error:

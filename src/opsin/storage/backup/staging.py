@@ -26,7 +26,10 @@ _REPLACED = (".safetensors", ".npy", ".npz")  # replaced whole, never added to: 
 
 
 class Staging:
-    """The waiting room of one run directory. `take` may be called in any thread, the others in one."""
+    """The waiting room of one run directory. `take` may be called in any thread, the others in one.
+
+    `take` and `copy` raise an OSError if the files cannot be read or written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -44,9 +47,6 @@ class Staging:
         """Hold a complete checkpoint until it is sent, even if the run removes it.
 
         A file system without links cannot hold it; then it is sent from the run itself, if it stays long enough.
-
-        Raises:
-            OSError: the folder cannot be written.
         """
         with self._lock:
             target = self._waiting / checkpoint.name
@@ -102,11 +102,7 @@ class Staging:
         shutil.rmtree(self._sending / f"step-{step:08d}", ignore_errors=True)
 
     def copy(self, name: str) -> Path | None:
-        """Return a copy of a file of the run as it is now; None if the file is gone.
-
-        Raises:
-            OSError: it cannot be copied.
-        """
+        """Return a copy of a file of the run as it is now; None if the file is gone."""
         target = self._files / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)

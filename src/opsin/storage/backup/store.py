@@ -121,20 +121,12 @@ class PatientReader:
 
 
 def put_bytes(store: BackupStore, name: str, data: bytes) -> None:
-    """Store a small file.
-
-    Raises:
-        StoreError: it is not stored.
-    """
+    """Store a small file."""
     store.put(name, iter([data]), size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def read_bytes(store: ReadableStore, name: str) -> bytes | None:
-    """Return the content of a small file; None where there is none.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
+    """Return the content of a small file; None where there is none."""
     try:
         return b"".join(store.fetch(name))
     except Absent:

@@ -119,6 +119,7 @@ def test_keys_come_from_the_shared_files_too(
 
 
 def test_without_the_library_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "opsin.storage.backup.bucket", raising=False)
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(ConfigError, match="object stores need the package obstore; pip install obstore"):
         open_store("s3://runs/one")
