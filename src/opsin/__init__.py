@@ -1,5 +1,7 @@
 """opsin trains vision models, with labels or without, from one YAML recipe."""
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from opsin.__version__ import __version__ as __version__
@@ -27,6 +29,13 @@ _HOMES = {
     "Run": "opsin.training.loop",
     "fit": "opsin.training.loop",
 }
+
+_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+
+# Threads that spin while they wait take the cores from data workers and other programs. OpenMP reads the variable once,
+# when torch loads it; the processes that we start inherit it.
+if "torch" not in sys.modules and not _WAITING & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def __getattr__(name: str) -> object:

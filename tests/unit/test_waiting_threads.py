@@ -1,0 +1,49 @@
+"""OpenMP lets waiting threads sleep: the variable that says so is set before torch loads OpenMP."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+IN_COMMANDS = ("-m", "opsin", "schema")
+IN_PYTHON = ("-c", "import opsin; opsin.fit")
+
+# Python imports a module of this name before the program begins.
+WATCH = """
+import os, sys
+
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print("torch is imported with", os.environ.get("OMP_WAIT_POLICY"), file=sys.stderr)
+
+sys.meta_path.insert(0, Watch)
+"""
+
+
+def output(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.mark.parametrize("program", [IN_COMMANDS, IN_PYTHON])
+@pytest.mark.parametrize(
+    ("own", "policy"),
+    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, None)],
+)
+def test_torch_is_imported_with_passive_waiting_or_the_users_own(
+    program: tuple[str, ...], own: dict[str, str], policy: str | None, opsin_env: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
+    environment = {**opsin_env, "PYTHONPATH": f"{tmp_path}:{opsin_env['PYTHONPATH']}", **own}
+    assert output(environment, *program).stderr == f"torch is imported with {policy}\n"
+
+
+def test_importing_opsin_imports_no_torch(opsin_env: dict[str, str]) -> None:
+    assert output(opsin_env, "-c", "import sys, opsin; print('torch' in sys.modules)").stdout == "False\n"
+
+
+def test_a_torch_that_is_imported_already_leaves_the_environment_alone(opsin_env: dict[str, str]) -> None:
+    program = "import os, torch; before = dict(os.environ); import opsin; print(os.environ == before)"
+    assert output(opsin_env, "-c", program).stdout == "True\n"
