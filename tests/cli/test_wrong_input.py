@@ -52,7 +52,7 @@ def test_every_fault_of_a_command_is_told_at_once_and_nothing_is_written(tmp_pat
             "'500 steps', '1 epoch', '10 minutes' or 'never'",
             f"{place}method.name: unknown method 'supervize'; known: dino, hjepa, ijepa, supervised; "
             "did you mean supervised?",
-            f"{place}device: 'gpu' is no device; must be auto, cpu, cuda or cuda:N",
+            f"{place}device: 'gpu' is not a device; must be auto, cpu, cuda or cuda:N",
             f"{place}optim.betas.1: 1 is out of range; must be less than 1",
         ]
     )

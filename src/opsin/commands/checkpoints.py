@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from opsin.commands.arguments import Commands, path
@@ -31,10 +32,11 @@ def _checkpoints(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"command line: {rule}; opsin checkpoints DIR lists them")
     if arguments.keep is not None and arguments.keep < 1:
         raise ConfigError(f"command line: --keep {arguments.keep} does not fit; must be at least 1")
+    from opsin.reporting.console import Console
     from opsin.run import checkpoints
 
     if arguments.action == "restore":
-        checkpoints.restore(arguments.directory, arguments.step, say=print)
+        checkpoints.restore(arguments.directory, arguments.step, teller=Console(sys.stdout))
     elif arguments.action == "prune":
         _prune(arguments.directory, arguments.keep, yes=arguments.yes)
     else:
@@ -46,10 +48,11 @@ def _checkpoints(arguments: argparse.Namespace) -> None:
 
 
 def _prune(directory: Path, keep: int | None, *, yes: bool) -> None:
+    from opsin.reporting.console import Console
     from opsin.run import checkpoints
 
     if yes:
-        checkpoints.prune(directory, keep=keep, say=print)
+        checkpoints.prune(directory, keep=keep, teller=Console(sys.stdout))
         return
     doomed = checkpoints.superfluous(directory, keep=keep)
     for folder in doomed:

@@ -96,7 +96,7 @@ def temporary_run(recipe: Recipe, console: Console) -> Iterator[Run]:
 
 
 def plan_agenda(recipe: Recipe, timeline: Timeline) -> Agenda:
-    """What is due at which step of the recipe."""
+    """The agenda of the recipe."""
     delays = [one.delay(recipe.log.every, timeline) for one in recipe.monitors.values() if one.action == "rollback"]
     if recipe.guard.cancelled == "rollback":
         delays.append(recipe.limits.cancelled_in_a_row + recipe.log.every)

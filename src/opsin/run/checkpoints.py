@@ -1,7 +1,7 @@
 """`opsin checkpoints`: look at the stored states of a run, verify them, make room, go back to an older one."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from opsin.storage.compression import SUFFIX
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import REPLACING, remove_whole
 from opsin.storage.table import aligned
+from opsin.storage.teller import Teller
 from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, name_of, read_manifest, verify
 from opsin.training.checkpoints.retention import UNHEALTHY, CheckpointConfig, Retention, read_best
 
@@ -21,7 +22,7 @@ LATER = "later-"
 
 _DAMAGED = "damaged-"
 _MIB = 2**20
-_LOOKS = 10  # at a checkpoint that changes while it is looked at
+_LOOKS = 10  # at a checkpoint that changes while it is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,11 @@ class Stored:
     step: int
     epoch: float | None
     score: str | None
-    """Where it is among the best: the score and its value."""
+    """Name and value of the score, if it is among the best."""
     bytes: int
     age_s: float
     healthy: bool | None
-    """Whether a rollback may go back to it; none where the run has no rollbacks or it is too new to tell."""
+    """True if a rollback may go back to it; None if the run has no rollbacks, or if it is too new to tell."""
     compressed: bool
     verified: str
     """`sizes`, `sha256`, `too new` or `DAMAGED`."""
@@ -48,9 +49,9 @@ class Stored:
 
 
 def list_checkpoints(path: Path, *, content: bool = False) -> list[Stored]:
-    """The checkpoints of the run at `path`, those set aside included, by step; with `content` every byte is hashed.
+    """The checkpoints of the run at `path` by step, retired ones included; with `content` every byte is hashed.
 
-    The run may be written meanwhile: what is removed while it is looked at is left out.
+    The run may be written meanwhile; a checkpoint that is removed meanwhile is left out.
 
     Raises:
         RunError: there is no run, or it cannot be read which are the best.
@@ -60,7 +61,7 @@ def list_checkpoints(path: Path, *, content: bool = False) -> list[Stored]:
     present = max(find_checkpoints(folder), default=0)
     margin = _margin(folder)
     found = {folder / item.name for item in folder.glob("*step-*") if item.is_dir() and not item.name.startswith(".")}
-    # Where a process was killed while one took the place of another: the next that writes the run finishes it.
+    # A process that was killed while one replaced another left these; the next writer of the run finishes them.
     found |= {folder / item.name.removeprefix(REPLACING) for item in folder.glob(f"{REPLACING}step-*")}
     looked = (_look(item, best, present, margin, content=content) for item in sorted(found, key=_order))
     return [one for one in looked if one is not None]
@@ -73,7 +74,7 @@ def checkpoints_table(stored: Sequence[Stored]) -> list[str]:
 
 
 def check(stored: Iterable[Stored]) -> None:
-    """See that what may be loaded is as it was written.
+    """Refuse checkpoints that could be loaded and are damaged.
 
     Raises:
         CheckpointError: a line for each that is not.
@@ -99,9 +100,9 @@ class _Written:
 
 
 def superfluous(path: Path, *, keep: int | None = None) -> list[Path]:
-    """What the policy of the run's recipe does not keep, and what was set aside, oldest first.
+    """The checkpoints that the recipe of the run does not keep, and retired ones, oldest first.
 
-    `keep` takes the place of `checkpoints.keep`.
+    `keep` replaces `checkpoints.keep`.
 
     Raises:
         RunError: there is no run, or it cannot be read which are the best.
@@ -111,19 +112,15 @@ def superfluous(path: Path, *, keep: int | None = None) -> list[Path]:
     config = read(str(RunDirectory(path).recipe)).checkpoints
     if keep is not None:
         config = CheckpointConfig.model_validate({**config.model_dump(), "keep": keep})
-    margin = _margin(folder)
-    retention = Retention(
-        folder,
-        config,
-        _Written(folder, has_milestones=config.milestones is not None, margin=margin),
-    )
-    aside = [item for prefix in (UNHEALTHY, _DAMAGED, LATER) for item in folder.glob(f"{prefix}step-*")]
+    written = _Written(folder, has_milestones=config.milestones is not None, margin=_margin(folder))
+    retention = Retention(folder, config, written)
+    retired = [item for prefix in (UNHEALTHY, _DAMAGED, LATER) for item in folder.glob(f"{prefix}step-*")]
     found = find_checkpoints(folder)
-    return sorted({*aside, *(retention.superfluous(max(found)) if found else ())}, key=_order)
+    return sorted({*retired, *(retention.superfluous(max(found)) if found else ())}, key=_order)
 
 
-def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
-    """Remove what is superfluous, after the newest was verified.
+def prune(path: Path, *, keep: int | None, teller: Teller) -> None:
+    """Remove superfluous checkpoints, after the newest was verified.
 
     Raises:
         RunError: a process is writing the run; something cannot be removed.
@@ -131,7 +128,7 @@ def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
     """
     with RunDirectory.locked(path) as run:
         for note in run.notes:
-            say(note)
+            teller.notice(note)
         folder = _folder(path)
         doomed = superfluous(path, keep=keep)
         if doomed and (found := find_checkpoints(folder)):
@@ -147,14 +144,14 @@ def prune(path: Path, *, keep: int | None, say: Callable[[str], None]) -> None:
                 remove_whole(item)
             except OSError as error:
                 raise RunError(f"{item}: cannot be removed: {error.strerror or error}") from error
-            say(f"removed {item.name}")
+            teller.notice(f"removed {item.name}")
 
 
-def restore(path: Path, step: int, *, say: Callable[[str], None]) -> None:
+def restore(path: Path, step: int, *, teller: Teller) -> None:
     """Make the checkpoint of `step` the one that the run goes on from; later ones become `later-step-...`.
 
-    One that was set aside so by an earlier call comes back. What the log says of later steps is forgotten when the
-    run goes on.
+    A checkpoint that an earlier call renamed so gets its name back. The log of later steps is forgotten when the run
+    resumes.
 
     Raises:
         RunError: there is no such checkpoint; a process is writing the run; a name is taken.
@@ -162,7 +159,7 @@ def restore(path: Path, step: int, *, say: Callable[[str], None]) -> None:
     """
     with RunDirectory.locked(path) as run:
         for note in run.notes:
-            say(note)
+            teller.notice(note)
         folder = _folder(path)
         found = find_checkpoints(folder)
         wanted = found.get(step, folder / f"{LATER}{name_of(step)}")
@@ -181,8 +178,8 @@ def restore(path: Path, step: int, *, say: Callable[[str], None]) -> None:
             wanted.rename(folder / name_of(step))
         for item in reversed(later):
             item.rename(item.with_name(f"{LATER}{item.name}"))
-    aside = f"; later ones are kept as {LATER}step-... until opsin checkpoints {path} prune --yes" if later else ""
-    say(f"{path}: step {step} is the newest checkpoint now; opsin resume {path} goes on from it{aside}")
+    later_ones = f"; later ones are kept as {LATER}step-... until opsin checkpoints {path} prune --yes" if later else ""
+    teller.notice(f"{path}: step {step} is the newest checkpoint now; opsin resume {path} goes on from it{later_ones}")
 
 
 def _row(one: Stored) -> tuple[str, ...]:
@@ -213,7 +210,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _margin(folder: Path) -> int | None:
-    """Steps that a healthy checkpoint is older than the newest."""
+    """The number of steps by which a healthy checkpoint is older than the newest."""
     found = find_checkpoints(folder)
     margin = _manifest(found[max(found)]).get("margin") if found else None
     return margin if isinstance(margin, int) else None
@@ -225,43 +222,43 @@ def _is_milestone(path: Path) -> bool:
 
 
 def _look(path: Path, best: dict[int, str], present: int, margin: int | None, *, content: bool) -> Stored | None:
-    """What is stored at `path`; None where it was removed meanwhile. What is replaced meanwhile is looked at again."""
+    """The checkpoint at `path`; None if it was removed meanwhile. One that is replaced meanwhile is read again."""
     for _ in range(_LOOKS):
-        before = _place_now(path)
+        before = _folder_now(path)
         if before is None:
             return None
         try:
             found = _look_at(before.path, path.name, best, present, margin, content=content)
         except FileNotFoundError:
             continue
-        if _place_now(path) == before:
+        if _folder_now(path) == before:
             return found
     return None
 
 
 def _look_at(
-    place: Path, name: str, best: dict[int, str], present: int, margin: int | None, *, content: bool
+    folder: Path, name: str, best: dict[int, str], present: int, margin: int | None, *, content: bool
 ) -> Stored:
     fault, verified = None, "sha256" if content else "sizes"
     try:
-        manifest = verify(place, content=content)
+        manifest = verify(folder, content=content)
     except DamagedCheckpoint as error:
-        manifest, fault, verified = _manifest(place), str(error), "DAMAGED"
+        manifest, fault, verified = _manifest(folder), str(error), "DAMAGED"
     except CheckpointError as error:
         manifest, fault, verified = {}, str(error), "too new"
     step = _order(Path(name))[0]
-    is_aside = name != name_of(step)
+    is_retired = name != name_of(step)
     healthy: bool | None = None
     if name.startswith((UNHEALTHY, _DAMAGED)) or verified == "DAMAGED":
         healthy = False
-    elif not is_aside and margin is not None and step <= present - margin:
+    elif not is_retired and margin is not None and step <= present - margin:
         healthy = True
-    files = [item.stat() for item in place.iterdir()]
+    files = [item.stat() for item in folder.iterdir()]
     return Stored(
         name=name,
         step=step,
         epoch=manifest.get("epoch"),
-        score=None if is_aside else best.get(step),
+        score=None if is_retired else best.get(step),
         bytes=sum(file.st_size for file in files),
         age_s=max(0.0, time.time() - max((file.st_mtime for file in files), default=time.time())),
         healthy=healthy,
@@ -271,20 +268,20 @@ def _look_at(
     )
 
 
-class _Place(NamedTuple):
-    """Where a checkpoint is; two equal ones are the same folder."""
+class _Folder(NamedTuple):
+    """The folder of a checkpoint; equal values are the same folder."""
 
     path: Path
     device: int
     inode: int
 
 
-def _place_now(path: Path) -> _Place | None:
+def _folder_now(path: Path) -> _Folder | None:
     """The folder of the checkpoint that is called `path`, or is about to be; None where there is none."""
-    for place in (path.with_name(f"{REPLACING}{path.name}"), path):
+    for folder in (path.with_name(f"{REPLACING}{path.name}"), path):
         try:
-            found = place.stat()
+            found = folder.stat()
         except FileNotFoundError:
             continue
-        return _Place(place, found.st_dev, found.st_ino)
+        return _Folder(folder, found.st_dev, found.st_ino)
     return None

@@ -77,7 +77,7 @@ def open_images(recipe: Recipe, teller: Teller) -> Images:
 def evaluation_context(
     recipe: Recipe, images: Images, numerics: Numerics, teller: Teller, folder: Path
 ) -> EvaluationContext:
-    """What evaluators may look at; `folder` is the run directory."""
+    """The context of the evaluators of a recipe; `folder` is the run directory."""
 
     def still(source: Source) -> EvaluationData:
         return still_data(recipe, source, images.facts, numerics, teller)

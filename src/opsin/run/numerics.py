@@ -1,4 +1,4 @@
-"""How this machine computes a recipe: device, number format, attention kernel, memory layout."""
+"""Numerics: the device, the number format, the attention kernel and the memory layout of a recipe on this machine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ _ANY_ORDER = " does not have a deterministic implementation"  # in the message o
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """How this machine computes a recipe."""
+    """The choices with which this machine computes a recipe."""
 
     device: torch.device
     precision: str
@@ -46,7 +46,7 @@ def choose_numbers(recipe: Recipe, teller: Teller) -> tuple[torch.device, str]:
 def settle_numerics(
     recipe: Recipe, method: Method, device: torch.device, number_format: str, teller: Teller
 ) -> Numerics:
-    """What `auto` means for this network on this device."""
+    """The choices for this network on this device, instead of each `auto`."""
     kind, reason = choose_attention(device, number_format)
     if recipe.attention != "auto":
         kind, reason = recipe.attention, "asked for"
@@ -59,7 +59,7 @@ def settle_numerics(
     return Numerics(device, number_format, kind, channels_last)
 
 
-def place(method: Method, numerics: Numerics) -> Method:
+def move(method: Method, numerics: Numerics) -> Method:
     """The method on its device, in its memory format."""
     if numerics.channels_last:
         method = method.to(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ from opsin.clock.timeline import Timeline
 from opsin.data.base import DataFacts
 from opsin.methods.base import Method
 from opsin.run.images import Images, open_images
-from opsin.run.numerics import Numerics, choose_numbers, place, settle_numerics
+from opsin.run.numerics import Numerics, choose_numbers, move, settle_numerics
 from opsin.run.recipe import Recipe
 from opsin.storage.teller import Teller
 from opsin.training.freeze import LayerFreezer
@@ -44,7 +44,7 @@ def build_parts(recipe: Recipe, teller: Teller) -> Parts:
     freezer = plan_stages(recipe.optim.schedule, timeline, method)
     numerics = settle_numerics(recipe, method, device, number_format, teller)
     save_memory(recipe.memory, method)
-    return Parts(recipe, images, timeline, place(method, numerics), freezer, numerics)
+    return Parts(recipe, images, timeline, move(method, numerics), freezer, numerics)
 
 
 def build_method(recipe: Recipe, facts: DataFacts) -> Method:

@@ -52,7 +52,7 @@ _KNOWN = (
     *(CollapseConfig, GradientsConfig, HistogramsConfig, LossConfig, MemoryCreepConfig),
     *(StarvationConfig, ThroughputConfig),
 )
-"""What a recipe can name; a family knows each member once its file is imported."""
+"""Members of families that a recipe can name; importing a file makes its members known."""
 
 shipped = Path(__file__).parent.parent / "recipes"
 """The folder of the recipes that come with the package."""
@@ -62,26 +62,26 @@ _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 def _check_device(text: str) -> str:
     if not re.fullmatch(_DEVICE, text):
-        raise ValueError(f"{text!r} is no device; must be auto, cpu, cuda or cuda:N")
+        raise ValueError(f"{text!r} is not a device; must be auto, cpu, cuda or cuda:N")
     return text
 
 
 class LimitsConfig(Settings):
-    """When a run ends early."""
+    """Limits that end a run early."""
 
     hours: float | None = Field(None, gt=0)
-    """Stop with a checkpoint after this much wall-clock time of one session; `opsin resume` goes on."""
+    """Hours of wall-clock time of one session after which it stops with a checkpoint; null for no limit."""
     steps: int | None = Field(None, gt=0)
-    """End the run after this many steps, without changing its schedules."""
+    """Steps after which the run ends, with the schedules of the whole run; null for no limit."""
     cancelled_in_a_row: int = Field(20, gt=0)
-    """Updates with a non-finite loss or gradient, one after another, before the run fails."""
+    """Number of updates in a row without a finite loss and gradient that ends the run."""
 
 
 class LogConfig(Settings):
-    """What is written while training."""
+    """The files of a run's log."""
 
     every: int = Field(50, gt=0)
-    """Steps between rows of metrics.jsonl."""
+    """Steps between two rows of metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard files into the run directory."""
     csv: bool = True
@@ -91,20 +91,20 @@ class LogConfig(Settings):
 
 
 class Recipe(Settings):
-    """What a run is asked to do."""
+    """The settings of a run."""
 
     seed: int = Field(0, ge=0)
-    """Every random number of the run follows from it."""
+    """The seed of every random number of the run."""
     stages: list[StageConfig] = []
-    """Stretches of the run with settings of their own, one after the other; none is a run of one piece."""
+    """Parts of the run with settings of their own, one after the other; an empty list is a run without stages."""
     epochs: float | None = Field(None, gt=0, validate_default=True)
     """Passes over the training images; null takes the sum of the stages, a number stretches them to it."""
     batch_size: int = Field(gt=0)
     """Images per update, over all processes and parts."""
     accumulate: int = Field(1, gt=0)
-    """Parts that a batch is computed in, one after another, to save memory; the update stays the same."""
+    """Number of parts in which a batch is computed, one after another, to save memory; the update stays the same."""
     device: Annotated[str, AfterValidator(_check_device)] = Field("auto", json_schema_extra={"pattern": _DEVICE})
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """Device of the training: `cpu`, `cuda` or `cuda:N`; `auto` takes a GPU if there is one."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass; `auto` takes the fastest that this chip computes well."""
     attention: Literal["auto", "fused", "explicit"] = "auto"
@@ -118,29 +118,29 @@ class Recipe(Settings):
     deterministic: bool = True
     """Use deterministic kernels, so that two runs on one machine give the same bits."""
     data: DataConfig
-    """Which images, and how they reach the device."""
+    """The images, and their path to the device."""
     model: ModelConfig
     """The backbone."""
     method: MethodConfig = SupervisedConfig()
-    """What is learned from the images."""
+    """The learning algorithm."""
     optim: OptimConfig = AdamW()
     """The optimizer."""
     ema: EmaConfig | None = None
     """A moving average of the weights, scored beside them; null for none."""
     checkpoints: CheckpointConfig = CheckpointConfig()
-    """When state is saved, and what is kept."""
+    """Times at which state is saved, and the checkpoints that are kept."""
     backup: BackupConfig | None = None
-    """A second place that the run is copied to while it trains; null for none."""
+    """A second store to which the run is copied while it trains; null for none."""
     limits: LimitsConfig = LimitsConfig()
-    """When a run ends early."""
+    """Limits that end a run early."""
     guard: GuardConfig = GuardConfig()
-    """What a rollback does; monitors whose action is `rollback` ask for one."""
+    """Effects of a rollback; monitors with the action `rollback` ask for one."""
     alerts: AlertsConfig = AlertsConfig()
-    """Who is told of alerts and ends of runs."""
+    """Receivers of alerts and of the ends of runs."""
     log: LogConfig = LogConfig()
-    """What is written while training."""
+    """The files of the log."""
     profile: ProfileConfig = ProfileConfig()
-    """A few steps taken apart: where their time goes."""
+    """A measurement of the parts of a few steps."""
     monitors: dict[str, MonitorConfig] = {
         "collapse": CollapseConfig(),
         "gradients": GradientsConfig(),

@@ -1,6 +1,6 @@
-"""What a finished or running run gives back: scores, an encoder, an export.
+"""Results of a finished or running run: scores, an encoder, an export.
 
-A place is a run directory (its final weights, else its newest valid checkpoint), a checkpoint inside
+A path is that of a run directory (its final weights, else its newest valid checkpoint), a checkpoint inside
 one, or an export folder.
 """
 
@@ -45,7 +45,7 @@ Weights = Literal["raw", "ema"]
 """Those that were trained, or their moving average."""
 
 ScoreName = Literal["accuracy", "knn", "linear", "maps"]
-"""What a run can be scored by."""
+"""Scores that a run can get."""
 
 
 def load(path: str | Path, *, weights: Weights = "raw") -> Encoder:
@@ -135,11 +135,11 @@ def evaluate_run(
     return reports
 
 
-def _score_classes(method: Method, context: EvaluationContext, classes: Sequence[str], place: Path) -> Report:
+def _score_classes(method: Method, context: EvaluationContext, classes: Sequence[str], path: Path) -> Report:
     if not isinstance(method, Classifier):
-        raise ConfigError(f"{place}: its method gives no class scores, which accuracy needs; take knn and linear")
+        raise ConfigError(f"{path}: this method has no classifier; score it with knn or linear")
     if context.validation is None:
-        raise ConfigError(f"{place}: has no validation images; set data.holdout, or give the data a split")
+        raise ConfigError(f"{path}: has no validation images; set data.holdout, or give the data a split")
     found = context.validation.facts.classes
     if found and found != tuple(classes):
         strange = ", ".join(sorted(set(found) ^ set(classes))[:3])
@@ -177,7 +177,7 @@ def _draw_maps(method: Method, context: EvaluationContext, recipe: Recipe, name:
 
 
 def _with_queries(images: Images, path: str, recipe: Recipe) -> Images:
-    """With the images of another place to score: its validation images, or all where it sets none apart."""
+    """With other images to score, those at `path`: its validation images, or all if it has none."""
     try:
         opened = open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))
     except DataError as error:
@@ -239,7 +239,7 @@ def _read_weights(run: RunDirectory, checkpoint: Path | None, weights: Weights) 
         return {**stored.method, **stored.ema}, path
     if not faults:
         raise CheckpointError(f"{run.path}: holds no weights yet; train it first: opsin resume {run.path}")
-    way_out = "give the run directory for its other weights" if checkpoint else "train it anew with --fresh"
+    way_out = "give the run directory for its other weights" if checkpoint else "start over with --fresh"
     raise CheckpointError(*faults, f"{run.path}: no valid weights; {way_out}")
 
 

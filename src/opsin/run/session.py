@@ -42,7 +42,7 @@ from opsin.training.state import TrainState
 
 FIXED = ("seed", "data.image_size", "method.name", "model.", "optim.name")
 """Keys that a run keeps for life: its state would not fit, or its random numbers would not go on."""
-_SHOWN = 8  # differences from a publication that are told one by one
+_SHOWN = 8  # differences from a publication that are listed one by one
 _LEARNED = ("stages", "epochs", "batch_size", "data.image_size", "data.drop_last", "model.", "method.", "optim.")
 
 
@@ -65,13 +65,13 @@ def train(
     else:
         texts = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
         name, wanted = Path(recipe).stem, read(str(recipe), texts)
-    place = Path("runs", name) if out is None else Path(os.path.expanduser(out))
+    folder = Path("runs", name) if out is None else Path(os.path.expanduser(out))
     if out is not None and (elsewhere := find_elsewhere(str(out), None)) is not None:
         begin_elsewhere(elsewhere, open_console(quiet=False))
-        place = elsewhere.folder
+        folder = elsewhere.folder
         backup = wanted.backup or BackupConfig(path=elsewhere.url)
         wanted = wanted.model_copy(update={"backup": backup.model_copy(update={"path": elsewhere.url})})
-    return train_recipe(wanted, place, name=name, fresh=fresh)
+    return train_recipe(wanted, folder, name=name, fresh=fresh)
 
 
 def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, quiet: bool = False) -> Run:
@@ -187,7 +187,7 @@ def open_sinks(recipe: Recipe, name: str, folder: Path, log: TextLog, teller: Te
 
 
 def _last_words(directory: RunDirectory, journal: Journal) -> str:
-    """Where the run is, how long it took, and what it scored."""
+    """The directory of the run, its duration and its scores, in one line."""
     last = journal.last
     if last is None:  # its metrics.jsonl was removed, and no evaluator has begun a new one
         return f"{directory.path}: done"
@@ -198,7 +198,7 @@ def _last_words(directory: RunDirectory, journal: Journal) -> str:
 
 
 def _better(averaged: str, scores: Mapping[str, float]) -> str:
-    """Which weights score better, the averaged ones or those that were trained."""
+    """A sentence on the weights that score better, averaged or as trained."""
     raw = averaged.replace(f"{AVERAGED}/", "/")
     if scores[averaged] > scores.get(raw, -math.inf):
         return f"better by {raw}: the averaged weights (opsin export DIR --weights ema)"

@@ -72,7 +72,7 @@ class RunStart:
 
 
 def card_of(parts: Parts) -> EncoderCard:
-    """What `opsin.load` needs beside the weights, so that a run can be used without its images."""
+    """The facts that `opsin.load` needs beside the weights, so that a run can be used without its images."""
     recipe, method = parts.recipe, parts.method
     head = getattr(method, "head", None)
     return describe_encoder(
