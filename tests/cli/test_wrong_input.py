@@ -276,7 +276,7 @@ def test_damage_is_survived_where_it_can_be_and_told_where_not(tmp_path: Path, o
         ),
         ("history/run.json: is damaged .*; delete it to go on without its history",),
         (too_new,),
-        (*damaged, "hopeless: no valid weights; train it anew with --fresh"),
+        (*damaged, "hopeless: no valid weights; start over with --fresh"),
         ("weights/model.safetensors: is damaged .*; delete it to use the checkpoints",),
     )
     for answer, faults in zip(others, expected, strict=True):

@@ -125,7 +125,7 @@ def test_an_unknown_score_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_recipe_is_shown_as_it_will_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes", "show", "quickstart", "seed=7") == 0
     shown = capsys.readouterr().out
-    assert "# Every random number of the run follows from it." in shown
+    assert "# The seed of every random number of the run." in shown
     (tmp_path / "shown.yaml").write_text(shown)
     assert read(str(tmp_path / "shown.yaml")) == read("quickstart", ["seed=7"])
 

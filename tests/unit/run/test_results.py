@@ -202,7 +202,7 @@ def test_damaged_weights_are_named_with_the_way_out(run: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         load(run)
     assert len(caught.value.faults) == 3
-    assert caught.value.faults[-1] == f"{run}: no valid weights; train it anew with --fresh"
+    assert caught.value.faults[-1] == f"{run}: no valid weights; start over with --fresh"
 
 
 def test_weights_of_another_network_are_refused(run: Path) -> None:

@@ -36,8 +36,8 @@ def open_sources(
 
     `kind` is one of `KINDS`, one of `own_kinds()`, or `auto`: the words `digits` and `cifar10` are data sets (a folder
     of that name is `./digits`); a path that a kind of one's own recognises is of that kind; a file is known by its
-    ending; a folder with python batches is CIFAR-10, one with parquet files in it or in its folder `data` is parquet, any other
-    holds image files. The word `cifar10` looks into the folder `cache`, then downloads. `image_column` and
+    ending; a folder with python batches is CIFAR-10, one with parquet files in it or in its folder `data` is parquet,
+    any other holds image files. The word `cifar10` looks into the folder `cache`, then downloads. `image_column` and
     `label_column` are for csv and parquet.
 
     Raises:
