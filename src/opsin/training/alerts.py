@@ -1,7 +1,6 @@
-"""Monitors: numbers of a running training, and verdicts in words where something is wrong with it.
+"""Alerts: monitors judge the rows of the journal, and each finding is reported once, when it begins.
 
-`Alerts` lets monitors judge the rows of the journal and tells what they find, once for each time it
-begins. With all or none of it the weights are the same bits, unless a monitor may roll back.
+With or without alerts the weights are the same bits, unless a monitor may roll back.
 """
 
 import math
@@ -18,31 +17,28 @@ from opsin.training.monitor import CANCELLED, Action, Finding, Monitor, RollBack
 from opsin.training.state import TrainState
 
 CALM_STEPS = 200
-"""A finding that comes back after so many steps without it is told again."""
+"""A finding that comes back is reported again after more than this number of steps without it."""
 
 _SET = ("train/lr", "train/momentum", "train/weight_decay")
-"""What a row has of its last update; most other values are means over its updates."""
+"""Values of the last update of a row; most others are means over its updates."""
 
 
 class _Verdict(NamedTuple):
-    """A finding that was not there before, and what is to follow from it."""
+    """A new finding and its consequence."""
 
     monitor: str
     action: Action
     finding: Finding
     message: str
-    is_told: bool
-    """Whether an earlier session has told it, and done what was to be done."""
+    is_reported: bool
+    """True if an earlier session has reported it, and has done what follows from it."""
 
 
 class Alerts:
-    """Has every row of the journal judged, once its scores are in it, and tells what is found."""
+    """The judge of every row of the journal once its scores are in it; findings are reported."""
 
     def __init__(self, teller: RunTeller, agenda: Agenda, monitors: Mapping[str, tuple[Action, Monitor]]) -> None:
-        """Rows that an undisturbed run does not have, as a stop leaves them, are judged together with the next.
-
-        The two are judged as the one row that they would have been.
-        """
+        """A row that only an interrupted run has, as at a stop, is judged together with the next, as one row."""
         self._teller = teller
         self._journal = teller.journal
         self._agenda = agenda
@@ -50,24 +46,24 @@ class Alerts:
         self._forget()
 
     def _forget(self) -> None:
-        """Begin with monitors that have judged nothing."""
+        """Start with monitors that have judged nothing."""
         # The originals come first, copies after a rollback.
         self._monitors, self._unused = self._unused, deepcopy(self._unused)
         self._seen = -1
-        """The step of the last row that was taken."""
+        """The step of the last row that was read."""
         self._begun: Row | None = None
-        """Rows that wait for a regular one, joined."""
+        """The rows since the last regular one, joined."""
         self._judged: list[int] = []
         """The steps of the rows that were judged."""
         self._found: dict[tuple[str, str], int] = {}
-        """The step at which each finding that was told, by monitor and kind, was last found."""
+        """The last step of each reported finding, by monitor and kind."""
         self._on_disk: set[tuple[int, str, str]] = set()
 
     @contextmanager
     def watch(self, state: TrainState) -> Iterator[None]:
-        """Judge what stands in the journal, saying nothing; at the end, what is left, without ending anything.
+        """Judge the earlier rows silently; after the block, judge the newest row without consequences.
 
-        The row of this very step is left to `judge`: its scores may still be missing.
+        `judge` takes the row of the present step, whose scores may still be missing.
         """
         if self._seen >= 0:
             self._forget()
@@ -84,15 +80,15 @@ class Alerts:
             self._take_newest(state)
 
     def judge(self, state: TrainState) -> None:
-        """Judge the newest row if that was not done.
+        """Judge the newest row, once.
 
         Raises:
-            TrainingError: a monitor whose action is `stop` has found something new. What the journal holds is
-                written; the state is that after the row, and worth a checkpoint.
-            RollBack: one whose action is `rollback` has.
+            TrainingError: a monitor whose action is `stop` has a new finding. The journal is written, and the state
+                after the row is worth a checkpoint.
+            RollBack: a monitor whose action is `rollback` has a finding.
         """
         verdicts = self._take_newest(state)
-        stops = [one for one in verdicts if one.action == "stop" and not one.is_told]
+        stops = [one for one in verdicts if one.action == "stop" and not one.is_reported]
         if stops:
             raise TrainingError(
                 *(
@@ -101,12 +97,12 @@ class Alerts:
                 )
             )
         for one in verdicts:
-            # Told or not: a session that ended between the two has left the rest to this one.
+            # Reported or not: a session that ended before its rollback has left that to this one.
             if one.action == "rollback":
                 self.roll_back(one.monitor, one.finding, one.message, found=self._seen)
 
     def roll_back(self, monitor: str, finding: Finding, message: str, *, found: int) -> None:
-        """Ask for the state before a trouble.
+        """Ask for the state before a fault.
 
         Raises:
             RollBack: always.
@@ -122,8 +118,8 @@ class Alerts:
         return self._take(row, state, aloud=True)
 
     def _take(self, row: Row, state: TrainState, *, aloud: bool) -> list[_Verdict]:
-        """What is found anew once a regular row is there."""
-        # As the file holds it, so that a resume judges the same.
+        """Return the new findings of a row; none before a regular row has come."""
+        # The values are those of the file, so that a resume judges the same.
         values = {name: value if math.isfinite(value) else math.nan for name, value in row.values.items()}
         row = Row(row.step, row.epoch, row.time_s, values)
         before = self._judged[-1] if self._judged else 0
@@ -139,7 +135,7 @@ class Alerts:
         return [verdict for verdict in found if verdict is not None]
 
     def _ask(self, name: str, row: Row, before: int, state: TrainState, *, aloud: bool) -> _Verdict | None:
-        """What one monitor finds in a row, if that is to be told; `before` is the step of the row before."""
+        """Return the new finding of one monitor; `before` is the step of the row before."""
         action, monitor = self._monitors[name]
         finding = monitor.judge(row) if aloud or monitor.remembers else None
         if finding is None:
@@ -147,25 +143,22 @@ class Alerts:
         key = (name, finding.kind)
         last = self._found.get(key)
         known = last is not None and (last == before or row.step - last <= CALM_STEPS)
-        is_told = (row.step, *key) in self._on_disk
-        if known or is_told or aloud:
+        is_reported = (row.step, *key) in self._on_disk
+        # What has no report is to be found again: that session ended before it, or judged by other settings.
+        if known or is_reported or aloud:
             self._found[key] = row.step
-        # Else it was not told yet: the session ended before, or it judged by other settings.
         if known or not aloud:
             return None
-        message = self._in_words(finding, row.step, state)
-        if not is_told:
+        advice = state.method.advice(finding.kind, self._agenda.timeline.clock(max(row.step - 1, 0)))
+        message = f"{finding.text}; {advice}" if advice else finding.text
+        if not is_reported:
             facts = {"monitor": name, "finding": finding.kind, "message": message}
             self._teller.tell("alert", row.step, warn=f"step {row.step}: {message}", **facts)
-        return _Verdict(name, action, finding, f"step {row.step}: {message}", is_told)
-
-    def _in_words(self, finding: Finding, step: int, state: TrainState) -> str:
-        advice = state.method.advice(finding.kind, self._agenda.timeline.clock(max(step - 1, 0)))
-        return "; ".join(part for part in (finding.text, advice) if part)
+        return _Verdict(name, action, finding, f"step {row.step}: {message}", is_reported)
 
 
 def _join(first: Row, second: Row, before: int) -> Row:
-    """The row that two would have been without a stop in between; `before` is the step of the row before them."""
+    """The row that two rows were without the stop between them; `before` is the step of the row before."""
     steps = [first.step - before, second.step - first.step]
     made = [count - row.values.get(CANCELLED, 0) for row, count in zip((first, second), steps, strict=True)]
     shares = [count / sum(made) for count in made] if any(made) else [count / sum(steps) for count in steps]

@@ -10,7 +10,7 @@ from opsin.training.observe import Observations
 from opsin.training.state import TrainState
 
 AVERAGED = "_ema"
-"""Behind the prefix of a score: it is one of the averaged weights."""
+"""Suffix of the prefix of a score of the averaged weights."""
 
 _SUMMARY = ("train/loss", "train/top1", "train/images_per_s")
 _HIDDEN = ("train/", "loss/", "time/", "collapse/", "system/", "gradients/")
@@ -21,7 +21,6 @@ class Best(Protocol):
 
     def note_scores(self, state: TrainState, scores: Mapping[str, float]) -> None:
         """Keep the state if its scores are among the best."""
-        ...
 
 
 class Evaluations:
@@ -37,7 +36,7 @@ class Evaluations:
         best: Best,
         features: FeatureCache | None = None,
     ) -> None:
-        """`best` gets the scores before they are written; `features` is what evaluators share."""
+        """`best` gets the scores before they are written; `features` is shared by the evaluators."""
         self._journal = teller.journal
         self._console = teller.console
         self._agenda = agenda

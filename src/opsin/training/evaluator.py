@@ -24,7 +24,6 @@ class StillData(Protocol):
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches with the view `image` [1, B, C, S, S]; the last may be smaller."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,6 @@ class Evaluator(Protocol):
 
     def evaluate(self, method: Method) -> Mapping[str, float]:
         """Scores by short name (`top1`). Must leave weights, modes and random numbers as they are."""
-        ...
 
 
 @runtime_checkable

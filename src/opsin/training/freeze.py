@@ -1,7 +1,7 @@
-"""Which layers learn in a stage, by patterns of parameter names.
+"""The layers that learn in a stage, by patterns of parameter names.
 
-A frozen parameter gets no gradient and its optimizer state is not touched. A norm whose parameters are
-frozen keeps its running statistics too. Networks of which nothing ever learns (a teacher) are left alone.
+A frozen parameter gets no gradient, and its optimizer state stays as it is. A norm whose parameters are frozen keeps
+its running statistics too. Networks that never learn (a teacher) stay as they are.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,16 +25,16 @@ class LayerFreezer:
         self._current: tuple[str, ...] | None = None
 
     def __call__(self, clock: Clock) -> None:
-        """What the stage of `clock` asks for; costs nothing within a stage."""
+        """Apply the patterns of the stage of `clock`; within a stage this costs nothing."""
         if clock.stage.train != self._current:
             self.set_trainable(clock.stage.train)
 
     def forget(self) -> None:
-        """Look again at the next step: something else has changed which parameters learn."""
+        """Apply the patterns again at the next step, because other code has changed which parameters learn."""
         self._current = None
 
     def set_trainable(self, patterns: tuple[str, ...]) -> None:
-        """Let the parameters learn whose names match one of `patterns` (`head.*`), and freeze the others."""
+        """Let parameters learn if one of `patterns` (`head.*`) matches their name; freeze the others."""
         learning = set(matches(self.learnable, patterns))
         for name, param in self._method.named_parameters():
             if name in self.learnable:
@@ -53,7 +53,7 @@ class LayerFreezer:
         return [name for name in self.learnable if name not in learning]
 
     def check(self, patterns: Sequence[str], *, key: str) -> None:
-        """See that each pattern means something; the recipe calls the list `key`.
+        """Check that each pattern matches a parameter; `key` is the name of the list in the recipe.
 
         Raises:
             ConfigError: a pattern matches no parameter that can learn, or there is none.

@@ -1,8 +1,8 @@
-"""The way back from a trouble: to the state before it, and on from there with other images.
+"""Rollbacks: training returns to the state before a fault, and continues with other images.
 
-A rollback is a function of the steps at which a trouble began and was found, never of what lies on the disk:
-steps before the replaced ones are taken again with the same bits, however far back the checkpoint is. So a run
-with rollbacks resumes exactly. docs/decisions/0012-rollback.md says why it is so.
+A rollback is a function of the steps at which a fault began and was found, never of the files on disk: steps before
+the replaced ones are repeated with the same bits, however old the checkpoint is. So a run with rollbacks resumes
+exactly. docs/decisions/0012-rollback.md gives the reasons.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,19 +27,19 @@ from opsin.training.state import Detour, Start, TrainState
 
 
 class GuardConfig(Settings):
-    """What a rollback does; monitors whose action is `rollback` ask for one."""
+    """Rollbacks, which follow from monitors whose action is `rollback`."""
 
     max_rollbacks: int = Field(3, ge=0)
-    """Rollbacks before the run ends with a diagnosis instead of one more."""
+    """The largest number of rollbacks; the next fault ends the run with a diagnosis."""
     margin: Literal["auto"] | StepEvery = "auto"
-    """How long before the first bad row the trouble may have begun; `auto` is 100 steps, at most a quarter of an
-    epoch."""
+    """Steps or epochs before the first bad row in which the fault may have begun; `auto` is 100 steps, at most a
+    quarter of an epoch."""
     lr_factor: float = Field(0.5, gt=0, le=1)
-    """Factor on every learning rate after a rollback ..."""
+    """Factor on every learning rate for `lr_for` steps after a rollback."""
     lr_for: StepEvery = "200 steps"
-    """... from the first replaced step until so long after the last; `never` lowers nothing."""
+    """Steps after the last replaced step for which `lr_factor` applies; `never` disables it."""
     cancelled: Literal["stop", "rollback"] = "stop"
-    """What follows from `limits.cancelled_in_a_row` updates without a finite loss and gradient."""
+    """Consequence of `limits.cancelled_in_a_row` updates in a row without a finite loss and gradient."""
 
     def detour(self, asked: RollBack, attempt: int, agenda: Agenda) -> Detour:
         """The detour around a fault."""
@@ -57,15 +57,10 @@ class GuardConfig(Settings):
 
 
 class Guard:
-    """Brings a run back to before a fault."""
+    """The return of a run to the state before a fault."""
 
     def __init__(
-        self,
-        config: GuardConfig,
-        agenda: Agenda,
-        checkpoints: Checkpoints,
-        teller: RunTeller,
-        start: Start,
+        self, config: GuardConfig, agenda: Agenda, checkpoints: Checkpoints, teller: RunTeller, start: Start
     ) -> None:
         self._config = config
         self._agenda = agenda
@@ -75,39 +70,39 @@ class Guard:
         self._start = start
 
     def roll_back(self, state: TrainState, asked: RollBack) -> None:
-        """Put into `state` what was before the fault, and save it with the detour around it.
+        """Restore `state` from before the fault, and save it with the detour around the fault.
 
-        Later checkpoints are set aside, later rows of the journal forgotten. Killed in the middle, the run finds the
-        trouble again, or goes on with the detour: the end is the same.
+        Later checkpoints are renamed, later rows of the journal removed. A run that is killed meanwhile finds the fault
+        again, or continues with the detour: the result is the same.
 
         Raises:
-            Diverged: there were as many rollbacks as are allowed; says what they have shown. The checkpoints of the
-                trouble are set aside, its rows stay to be looked at: a resume begins before it.
-            TransientError: the disk fails on the way; training again goes the same way.
+            Diverged: all allowed rollbacks are used; the message has the diagnosis. Checkpoints since the fault are
+                renamed, so that a resume begins before it; its rows stay.
+            TransientError: the disk fails; the next attempt repeats the rollback.
         """
         detour = self._config.detour(asked, len(state.detours) + 1, self._agenda)
         if detour.attempt > self._config.max_rollbacks:
             with _passing(asked):
                 self._checkpoints.retire_after(detour.first)
             raise Diverged(self._diagnosis(state, asked))
-        before, elapsed_s, told = state.detours, state.elapsed_s, self._journal.events("rollback")
+        before, elapsed_s, events = state.detours, state.elapsed_s, self._journal.events("rollback")
         state.whole = False
         with _passing(asked):
             self._restore(state, detour.first)
             self._journal.rewind(state.step)
         state.detours, state.elapsed_s, state.whole = (*before, detour), elapsed_s, True
-        self._tell_again(state.step, before, told)
+        self._record_again(state.step, before, events)
         self._tell(state.step, detour, asked)
         self._checkpoints.save(state, reason="rollback")
 
     def _restore(self, state: TrainState, first: int) -> None:
-        """The newest valid checkpoint of step `first` or before, else the start."""
+        """Load the newest valid checkpoint of step `first` or before, else the start."""
         while (path := self._checkpoints.healthy(first)) is not None:
             self._checkpoints.retire_after(_step_of(path))
             try:
                 load_into(path, state)
             except DamagedCheckpoint as error:
-                self._teller.warning(f"{error}; set aside")
+                self._teller.warning(f"{error}; an older one is used")
                 self._checkpoints.retire_after(_step_of(path) - 1)
             else:
                 return
@@ -115,16 +110,16 @@ class Guard:
         self._start.over(state)
         state.step = 0
 
-    def _tell_again(self, step: int, detours: Sequence[Detour], told: Sequence[Event]) -> None:
-        """The events of detours that are still in force, of those `told` before the journal went further back."""
+    def _record_again(self, step: int, detours: Sequence[Detour], events: Sequence[Event]) -> None:
+        """Record the events of detours that are still in force and that the journal has lost as it went back."""
         left = [event.facts for event in self._journal.events("rollback")]
         for detour in detours:
-            facts = next((event.facts for event in told if _facts(detour).items() <= event.facts.items()), None)
+            facts = next((event.facts for event in events if _facts(detour).items() <= event.facts.items()), None)
             if facts is not None and facts not in left:
                 self._journal.event("rollback", step, **facts)
 
     def _tell(self, step: int, detour: Detour, asked: RollBack) -> None:
-        """One event for each rollback, also where the run was killed before it was saved and found it again."""
+        """Report a rollback; a run that was killed and rolls back again records it only once."""
         said: dict[str, Fact] = {"monitor": asked.monitor, "message": asked.message, "since": asked.finding.since}
         facts = {**_facts(detour), **said}
         if all(event.facts != facts for event in self._journal.events("rollback")):
@@ -141,10 +136,10 @@ class Guard:
         ways = ", ".join(f"steps {one.first} to {one.last} ({one.kind})" for one in state.detours)
         again = asked.began <= state.detours[-1].last
         cause = (
-            "it comes back at the same place with other images: the cause is in the settings rather than in single "
+            "it returns at the same steps with other images: the cause is in the settings rather than in single "
             "images; lower optim.lr, or set optim.clip_norm"
             if again
-            else "each time somewhere else: look at the images and labels, lower optim.lr, or set optim.clip_norm"
+            else "each time at other steps: look at the images and labels, lower optim.lr, or set optim.clip_norm"
         )
         return (
             f"{asked.message}; rolled back {len(state.detours)} times before: {ways}; {cause}; "
@@ -154,7 +149,7 @@ class Guard:
 
 @contextmanager
 def _passing(asked: RollBack) -> Iterator[None]:
-    """A disk that fails on the way back is reported with the fault, and may work the next time."""
+    """Turn a failure of the disk into a transient error that names the fault; the next attempt may succeed."""
     try:
         yield
     except LockLost:
@@ -164,7 +159,7 @@ def _passing(asked: RollBack) -> Iterator[None]:
 
 
 def _facts(detour: Detour) -> dict[str, Fact]:
-    """A detour as its event has it."""
+    """The facts of a detour in its event."""
     return {"finding" if name == "kind" else name: value for name, value in asdict(detour).items()}
 
 

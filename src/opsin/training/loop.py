@@ -1,4 +1,4 @@
-"""The loop. Everything it needs stands in `Run`; everything that changes stands in `TrainState`."""
+"""The loop. `Run` has everything that it needs; `TrainState` has everything that changes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ from opsin.training.stop import Stop
 
 
 class Profile:
-    """Looks at no step."""
+    """A profile of no step."""
 
     def over(self, batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
-        """The same batches, each asked for when `state` is ready for it."""
+        """The same batches; each is requested when `state` is ready for it."""
         return batches
 
     def end_step(self, state: TrainState) -> None:
-        """Told after the update with the batch that was given last."""
+        """End the step that the last batch has begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +47,15 @@ class Run:
 
 
 def fit(run: Run) -> TrainState:
-    """Train to `run.agenda.last_step`; where checkpoints exist, go on from the newest valid one.
+    """Train to `run.agenda.last_step`, from the newest valid checkpoint if there is one.
 
-    Only `train_step` changes weights, but for a rollback, which brings former ones back. Saving comes
-    before evaluation, so a long or failing evaluation never costs training.
+    Only `train_step` changes weights, except for a rollback, which restores earlier ones. Saving precedes evaluation,
+    so that a long or failing evaluation never costs training.
 
     Raises:
         Stopped: a signal or the time limit; a checkpoint of this step is on disk.
-        TrainingError: too many updates in a row were cancelled, a monitor asks for a stop, or for a rollback too
-            many; says why.
+        TrainingError: too many updates in a row were cancelled, or a monitor requests a stop or one rollback more than
+            are allowed.
     """
     state = run.start.fresh()
     restored = run.checkpoints.restore(state)

@@ -1,12 +1,11 @@
-"""Ways to train with less memory, and what happens where memory ends; the update stays the same.
+"""Training with less memory, and the fallback when memory runs out; the update stays the same.
 
-Where memory ends, batches are computed in more parts than asked for, from that step on, and for good. In how many
-parts a batch is computed decides how sums are rounded and which dropout is drawn. So it belongs to the run:
-`splits.json` names the steps, and whoever takes them again, after a resume or on a larger machine, splits there too.
+After memory ran out, batches are computed in more parts than requested, from that step to the end of the run. The
+number of parts decides how sums are rounded and which dropout is drawn. So it belongs to the run: `splits.json` names
+the steps, and a resume, also on a larger machine, uses the same parts.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,36 +13,37 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from opsin.errors import ConfigError, RunError
+from opsin.errors import ConfigError
 from opsin.methods.base import Method
 from opsin.settings.family import Settings
-from opsin.storage.files import write_atomic
+from opsin.storage.files import reason_of
+from opsin.storage.records import Record
 from opsin.storage.teller import Silence, Teller
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
-"""What a plain RuntimeError says of it: torch's on the CPU; the driver's; cuBLAS's, cuDNN's and their kin's, which take
-memory past torch."""
+"""Signs in the text of a plain RuntimeError: of torch on the CPU; of the driver; of cuBLAS, cuDNN and the like, which
+allocate memory without torch."""
 Policy = Literal["split", "always", "stop"]
-"""`split` does so where the update stays the same, `always` also where batch norm sees smaller parts."""
+"""`split` requires that the update stays the same; `always` lets batch norm see smaller parts."""
 
 
 class MemoryConfig(Settings):
-    """What is computed in pieces or computed twice."""
+    """Computation in pieces, or twice, to save memory."""
 
     checkpoint_blocks: bool = False
-    """Keep only what goes into each block, and compute the block once more in the backward pass (Chen et al. 2016)."""
+    """Keep only the input of each block, and compute the block again in the backward pass (Chen et al. 2016)."""
     view_chunk: int | None = Field(None, gt=0)
-    """Views of an image that go forward and backward at a time; null for all. For methods that see several."""
+    """Views of an image that are computed at a time, by methods with several views; null for all."""
     on_out_of_memory: Policy = "split"
-    """When memory ends: `split` doubles `accumulate` and goes on; `always` does so even where batch norm then sees
-    smaller parts; `stop` ends the run."""
+    """Consequence of too little memory: `split` doubles `accumulate` and continues, unless batch norm would see smaller
+    parts; `always` accepts that; `stop` ends the run."""
 
 
 def save_memory(config: MemoryConfig, method: Method) -> None:
-    """Set up `method` so.
+    """Set up `method` to save memory.
 
     Raises:
-        ConfigError: the method has no pieces, or its network no blocks.
+        ConfigError: the method has no pieces, or its network has no blocks.
     """
     if config.view_chunk is not None and type(method).chunks is Method.chunks:
         raise ConfigError(
@@ -59,26 +59,31 @@ def save_memory(config: MemoryConfig, method: Method) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """From the update after `step` on, batches are in `factor` times as many parts as asked for."""
+    """`factor` times the requested number of parts, from the update after `step` on."""
 
     step: int
     factor: int
 
 
-class PartFallback:
-    """The splits of a run. `file` keeps them; without one, nothing is ever split.
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The content of `splits.json`."""
 
-    `asked` names what the recipe wants of batches: splits that were found under other wishes do not count.
+    asked: str
+    splits: tuple[Fallback, ...]
+
+
+_FILE = Record(_Stored)
+
+
+class PartFallback:
+    """The fallbacks of a run. `file` keeps them; without one, parts never become smaller.
+
+    `asked` names the batches of the recipe: fallbacks that were found with others do not count.
     """
 
-    def __init__(
-        self,
-        file: Path | None = None,
-        *,
-        asked: str = "",
-        teller: Teller | None = None,
-    ) -> None:
-        """Read those that were found before.
+    def __init__(self, file: Path | None = None, *, asked: str = "", teller: Teller | None = None) -> None:
+        """Read the fallbacks of earlier sessions.
 
         Raises:
             RunError: the file is damaged.
@@ -91,23 +96,23 @@ class PartFallback:
 
     @property
     def found(self) -> tuple[Fallback, ...]:
-        """All of them, by step; none where memory always sufficed."""
+        """All fallbacks, by step; none if memory always sufficed."""
         return self._found
 
     def factor(self, step: int) -> int:
-        """How many times more parts the update after `step` has."""
+        """Factor on the requested number of parts, for the update after `step`."""
         if self._unwritten:
             self._write(step)
-        return max((split.factor for split in self._found if split.step <= step), default=1)
+        return max((one.factor for one in self._found if one.step <= step), default=1)
 
     def double(self, step: int, *, parts: int, images: int) -> bool:
-        """Halve the parts from here on, where `parts` of `images` were too large; False where that cannot be."""
+        """Halve the parts from `step` on, after `parts` of `images` were too large; False if that is impossible."""
         if self._file is None or parts >= images:
             return False
         factor = 2 * self.factor(step)
-        # Those of later steps belong to a future that was given up, but memory will hardly be larger in the next.
-        later = [split for split in self._found if split.step > step and split.factor > factor]
-        self._found = (*(split for split in self._found if split.step < step), Fallback(step, factor), *later)
+        # Fallbacks of later steps are from before a rollback, but there is hardly more memory the next time.
+        later = [one for one in self._found if one.step > step and one.factor > factor]
+        self._found = (*(one for one in self._found if one.step < step), Fallback(step, factor), *later)
         self._write(step)
         largest, smaller = -(-images // parts), -(-images // (2 * parts))
         text = (
@@ -118,50 +123,47 @@ class PartFallback:
         return True
 
     def take_back(self, before: tuple[Fallback, ...], step: int) -> None:
-        """Go back to the splits of `before` the update after `step`, which none of the others has helped."""
+        """Restore the fallbacks of `before` the update after `step`; the newer ones did not help."""
         if self._found == before:
             return
         self._found = before
         self._write(step)
-        text = f"step {step + 1}: out of memory with one image at a time: the splits of this step are taken back"
+        text = f"step {step + 1}: out of memory with one image at a time: the smaller parts of this step are taken back"
         self._teller.tell("out_of_memory", step, warn=text, images_at_once=1, warning=text)
 
     def _write(self, step: int) -> None:
-        # Before the update that needs it: whatever kills the process, the update is repeated as it was.
+        # Before the update that needs it: a resume after a kill repeats the update as it was.
         assert self._file is not None
-        facts = {"asked": self._asked, "splits": [asdict(split) for split in self._found]}
         try:
-            write_atomic(self._file, (json.dumps(facts) + "\n").encode())
+            _FILE.write(self._file, _Stored(self._asked, self._found))
             self._unwritten = False
         except OSError as error:
             if not self._unwritten:
-                fault = f"{self._file.name} cannot be written: {error.strerror or error}"
-                text = f"{fault}; it is tried again at each step, and a resume before that may round differently"
+                fault = f"{self._file.name} cannot be written: {reason_of(error)}"
+                text = f"{fault}; each step tries again, and a resume before that may round differently"
                 self._teller.tell("splits_unwritten", step, warn=text, warning=text)
             self._unwritten = True
 
 
 def uses_batch_statistics(network: nn.Module) -> bool:
-    """Whether outputs for an image depend on the others of its part, as with batch norm."""
+    """True if outputs for an image depend on the others of its part, as with batch norm."""
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` tells that there is no memory left, on the GPU or the host."""
+    """True if `error` reports that no memory is left, on the GPU or the host."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
     )
 
 
 def _read(file: Path, asked: str) -> tuple[Fallback, ...]:
-    if not file.exists():
-        return ()
+    advice = (
+        "it has the number of parts in which batches were computed after memory ran out: restore a copy, or delete it "
+        "to go on with other rounding"
+    )
     try:
-        facts = json.loads(file.read_bytes())
-        found = tuple(Fallback(int(item["step"]), int(item["factor"])) for item in facts["splits"])
-        return found if facts["asked"] == asked else ()
-    except (ValueError, LookupError, TypeError) as error:
-        raise RunError(
-            f"{file}: is damaged ({error!r}); it holds in how many parts batches were computed after memory ran out: "
-            "put back a copy, or delete it to go on with other rounding"
-        ) from error
+        stored = _FILE.read(file, advice)
+    except FileNotFoundError:
+        return ()
+    return stored.splits if stored.asked == asked else ()

@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 
 
 class Muon(Optimizer):
-    """Updates groups marked `hidden` along orthogonal directions, the others along their velocity.
+    """Updates along orthogonal directions for groups marked `hidden`, along the velocity for others.
 
-    With `unit_filters`, hidden weights are scaled to norm sqrt(O) after each update: norms that follow
-    make their length meaningless, and the learning rate then means the same at every step.
+    With `unit_filters`, hidden weights are scaled to norm sqrt(O) after each update: norm layers after them make their
+    length irrelevant, and the learning rate then has the same effect at every step.
     """
 
     found_inf: Tensor | None = None
-    """Set from outside before `step`: 1 on the device cancels it, without the host knowing."""
+    """Set by the caller before `step`: 1 on the device cancels the update, while the host does not wait."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would be a second forward
-        """One update with the gradients that are there."""
+        """Update the parameters that have gradients."""
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:

@@ -1,8 +1,4 @@
-"""Looking without touching: what is read from a run while it trains, and when.
-
-`Observations` turns step reports into rows of the journal, `Evaluations` scores the method. With
-all or none of it the weights are the same bits.
-"""
+"""Observations: reports of updates become rows of the journal. With or without them the weights are the same bits."""
 
 import math
 import time
@@ -30,11 +26,10 @@ class Saves(Protocol):
 
     def is_due(self, state: TrainState) -> bool:
         """True if the state is about to be saved."""
-        ...
 
 
 class Observations:
-    """Reads step reports in windows: one transfer from the device per window, none per step."""
+    """The reader of step reports, in windows: one transfer from the device per window, none per step."""
 
     def __init__(
         self,
@@ -47,9 +42,9 @@ class Observations:
         freezer: LayerFreezer | None = None,
         alerts: Alerts | None = None,
     ) -> None:
-        """`limit` cancelled updates in a row end the run; with `alerts` they ask for a rollback first.
+        """`limit` cancelled updates in a row end the run; with `alerts` they request a rollback first.
 
-        A row ends where `saves` is about to save, too. Stages are reported with what `freezer` freezes.
+        A row also ends when `saves` is about to save. Stages are reported with the layers that `freezer` freezes.
         """
         self._teller = teller
         self._journal = teller.journal
@@ -70,23 +65,23 @@ class Observations:
 
     @contextmanager
     def watch(self, state: TrainState) -> Iterator[None]:
-        """Start the clock of training time; whatever is still unread at the end is read."""
+        """Start the clock of training time; after the block, the last window is read."""
         epochs = self._timeline.epoch(self._last_step)
         self._console.start(total_steps=self._last_step, first_step=state.step, total_epochs=epochs)
-        # A run that resumes among bad updates is not given more of them.
+        # A run that resumes among bad updates may not make more of them than one without interruption.
         self._cancelled_in_a_row = self._journal.streak("step_cancelled", state.step)
         self._note_stage(state)
         self._started = time.perf_counter()
         try:
             yield
         except BaseException:
-            with suppress(Diverged, RollBack):  # what ends training already is what is to be seen
+            with suppress(Diverged, RollBack):  # the exception that ends training is the one to be seen
                 self._read_rest(state)
             raise
         self._read_rest(state)
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each is there counts as waiting for data."""
+        """The same batches; the time until each arrives counts as waiting for data."""
         while True:
             before = time.perf_counter()
             batch = next(batches, None)
@@ -103,7 +98,7 @@ class Observations:
         self._started += time.perf_counter() - before
 
     def take(self, state: TrainState, report: StepReport, *, ends: bool = False) -> None:
-        """Note an update; at the end of a window, write a row. `ends` makes this the end of one.
+        """Add an update to the window; write a row at the end of the window, or if `ends`.
 
         Raises:
             Diverged: too many updates in a row were cancelled.
@@ -113,10 +108,11 @@ class Observations:
         self._window_s += now - self._started
         self._started = now
         measured = self._measure(state, report)
-        # Features were looked at now or never: they need not stay in memory.
+        # No monitor reads the features later: they need not stay in memory.
         self._window.append(replace(report, features={}))
         # A monitor with nothing to look at (no features, say) makes no row.
-        if measured or ends or self._ends_window(state):
+        saves = self._saves is not None and self._saves.is_due(state)
+        if measured or ends or saves or self._agenda.row(state.step):
             self._read(state, measured)
         if (stage := self._agenda.stage_begins(state.step)) is not None:
             self._announce(stage, state.step)
@@ -126,20 +122,17 @@ class Observations:
             self._read(state)
 
     def _note_stage(self, state: TrainState) -> None:
-        """Tell the stage that comes next, unless it was told: a resume may have changed the stages."""
+        """Announce the next stage unless the journal has it: a resume may have changed the stages."""
         if state.step >= self._last_step:
             return
         stage = self._timeline.position(state.step).stage
-        told = self._journal.last_event("stage")
-        if told is None or told.facts.get("number") != stage:
+        known = self._journal.last_event("stage")
+        if known is None or known.facts.get("number") != stage:
             self._announce(stage, state.step)
 
     def _announce(self, stage: int, step: int) -> None:
         if self._freezer is not None:
             announce_stage(self._timeline, self._freezer, self._teller, stage, step)
-
-    def _ends_window(self, state: TrainState) -> bool:
-        return self._agenda.row(state.step) or (self._saves is not None and self._saves.is_due(state))
 
     def _measure(self, state: TrainState, report: StepReport) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -172,10 +165,10 @@ class Observations:
             self._judge(report, row[0] > 0, dict(zip(names, row[1:], strict=True)), scaled=state.loss_scale is not None)
 
     def _split_time(self, reports: Sequence[StepReport]) -> dict[str, float]:
-        """Where the time of a mean step went, in milliseconds.
+        """The time of a mean step by part, in milliseconds.
 
-        `data` is what the host waited for a batch. On a GPU it runs ahead: colour and mixing are computed there
-        between two steps and are in none of the parts.
+        In `data` the host waits for a batch. On a GPU it runs ahead: colour and mixing are computed there between two
+        steps and are in none of the parts.
         """
         totals = {"data": self._waited_s}
         for report in reports:
@@ -190,7 +183,7 @@ class Observations:
         loss, norm = values["train/loss"], values["train/grad_norm"]
         what = f"loss {loss:g}" if not math.isfinite(loss) else f"gradient norm {norm:g}"
         self._cancelled_in_a_row += 1
-        # Under fp16 a gradient that overflows only tells the loss scale to fall; a bad loss is never normal.
+        # Under fp16 a gradient that overflows only lowers the loss scale; a bad loss is never normal.
         if self._cancelled_in_a_row == 1 and not (scaled and math.isfinite(loss)):
             self._console.warning(f"step {report.step}: {what}: the update was cancelled; events.jsonl lists them all")
         self._journal.event(
@@ -200,7 +193,7 @@ class Observations:
             raise self._diverged(what, report.step)
 
     def _diverged(self, what: str, step: int) -> Diverged:
-        # The numbers are those of the streak, whenever its window was read: a resume finds the same.
+        # The numbers are those of the streak and not of its window: a resume finds the same.
         since = step - self._cancelled_in_a_row + 1
         text = (
             f"step {step}: {what}, and so were the {self._cancelled_in_a_row - 1} updates before it; "
@@ -215,7 +208,7 @@ class Observations:
 
 
 def _means(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, float]:
-    """The mean of every column, over the updates that were made."""
+    """The mean of every column."""
     return {name: sum(row[index] for row in rows) / len(rows) for index, name in enumerate(names)} if rows else {}
 
 

@@ -1,7 +1,7 @@
 """Optimizers: the settings, the parameter groups, and what a step of the schedule sets.
 
-torch's fused kernels can cancel an update on the device (`found_inf`) without the host waiting for
-the answer, and so can `Muon`: the transactional step stands on that.
+torch's fused kernels and `Muon` can cancel an update on the device (`found_inf`) while the host does not wait. The
+transactional step relies on that.
 """
 
 from abc import ABC, abstractmethod
@@ -26,22 +26,22 @@ _LINEAR_RATE, _LINEAR_BATCH, _LINEAR_LIMIT = 0.1, 256, 0.4
 
 
 class OptimConfig(Family, ABC):
-    """The optimizer, its learning rate over time, and the clip of the gradient."""
+    """The optimizer, its learning rate over the run, and the limit of the gradient."""
 
     lr: Rate | str
     """Peak learning rate; `auto` finds it before the run begins (`opsin tune lr`)."""
     lr_batch_size: int | None = Field(None, gt=0)
-    """The batch size that `lr` is meant for: another one scales it in proportion; null for no scaling."""
+    """The batch size of `lr`: with another one, `lr` is scaled in proportion; null for no scaling."""
     weight_decay: float = Field(0.0, ge=0)
     """Decay of matrices and filters; biases, norms and all 1-D parameters have none."""
     weight_decay_end: float | None = Field(None, ge=0)
-    """Where the decay moves over the run, along half a cosine; null stays at weight_decay."""
+    """The decay at the end of the run, reached along half a cosine; null for a constant decay."""
     layer_decay: float = Field(1.0, gt=0, le=1)
-    """Factor on the learning rate from each layer of the backbone to the one before it; 1 for none."""
+    """Factor on the learning rate from each layer of the backbone to the layer before it; 1 for none."""
     clip_norm: float | None = Field(None, gt=0)
-    """Scale the gradient down to this norm where it is larger; null for no clip."""
+    """The largest norm of the gradient, which is scaled down to it; null for no limit."""
     clip: Literal["whole", "each"] = "whole"
-    """Whose norm `clip_norm` limits: that of the whole gradient, or of each parameter's on its own."""
+    """The norm that `clip_norm` limits: `whole` is that of the whole gradient, `each` that of each parameter."""
     schedule: Schedule = Cosine()
     """Factor on the learning rate over the run."""
 
@@ -63,11 +63,11 @@ class OptimConfig(Family, ABC):
         return batch_size / self.lr_batch_size if self.lr_batch_size else 1.0
 
     def base_lr(self, group: ParamGroup, batch_size: int) -> float:
-        """The same for one group, before the group's own factor."""
+        """The learning rate of one group that the schedule multiplies, before the factor of the group."""
         return self.peak_lr(batch_size)
 
     def decay_at(self, clock: Clock) -> float:
-        """The weight decay for the update at `clock`, of the groups that have one."""
+        """The weight decay for the update at `clock`, of groups with decay."""
         if self.weight_decay_end is None:
             return self.weight_decay
         return cosine(clock.epoch / clock.total_epochs, self.weight_decay, self.weight_decay_end)
@@ -75,7 +75,7 @@ class OptimConfig(Family, ABC):
     @property
     @abstractmethod
     def default_momentum(self) -> float:
-        """The momentum (beta1) where no schedule sets it."""
+        """The momentum (beta1) if no schedule sets it."""
 
     def set_momentum(self, group: dict[str, Any], momentum: float) -> None:
         """Write a scheduled momentum into one of torch's parameter groups."""
@@ -85,8 +85,8 @@ class OptimConfig(Family, ABC):
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimizer over torch's parameter-group dicts.
 
-        Its state is laid out where torch would leave it undefined if the first update were cancelled. That of AdamW is
-        zero then; it begins with a parameter's first gradient, so that layers that are frozen take no memory for it.
+        Its state is initialised if torch would leave it undefined after a cancelled first update. That of AdamW is zero
+        then; it begins with the first gradient of a parameter, so that frozen layers need no memory for it.
         """
 
 
@@ -101,7 +101,7 @@ class AdamW(OptimConfig):
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """Decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """The number that is added to the root of the second moment."""
 
     @property
     def default_momentum(self) -> float:
@@ -125,7 +125,7 @@ class SGD(OptimConfig):
     momentum: float = Field(0.9, ge=0, lt=1)
     """Decay rate of the velocity."""
     nesterov: bool = True
-    """Look ahead along the velocity."""
+    """Use Nesterov momentum: the gradient looks ahead along the velocity."""
 
     @model_validator(mode="after")
     def _has_what_is_cycled(self) -> "SGD":
@@ -160,13 +160,13 @@ class MuonConfig(OptimConfig):
 
     name: Literal["muon"] = "muon"
     lr: Rate | Literal["auto"] = 0.02
-    """Peak learning rate of hidden filters and matrices; `auto` finds it (and scales `other_lr` along)."""
+    """Peak learning rate of hidden filters and matrices; `auto` finds it, and scales `other_lr` with it."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """Decay rate of the velocity of hidden filters and matrices."""
     unit_filters: bool = False
     """Scale hidden weights to a fixed length after each update; for networks with a norm after each layer."""
     newton_schulz_steps: int = Field(5, ge=1)
-    """Steps of the iteration that makes a direction orthogonal; three are enough for small networks."""
+    """Steps of the iteration that makes a direction orthogonal; three suffice for small networks."""
     other_lr: float = Field(0.05, gt=0)
     """Peak learning rate of first layer, head, biases and norms."""
     other_momentum: float = Field(0.85, ge=0, lt=1)
@@ -195,7 +195,7 @@ class MuonConfig(OptimConfig):
 
 
 def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
-    """The optimizer over the groups of `method`; every trainable parameter stands in exactly one."""
+    """Return the optimizer over the groups of `method`; every trainable parameter is in exactly one."""
     groups = _groups(config, method)
     _check_groups(method, groups)
     return config.build(
@@ -212,7 +212,7 @@ def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
 
 
 def schedule_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer, Clock], ScheduledValues]:
-    """A function that sets every group's learning rate and momentum for a clock, and gives the base values."""
+    """Return a function that sets learning rate, decay and momentum of every group, and returns the base values."""
     groups = _groups(config, method)
 
     def set_schedule(optimizer: Optimizer, clock: Clock) -> ScheduledValues:
@@ -235,7 +235,7 @@ def schedule_setter(config: OptimConfig, method: Method) -> Callable[[Optimizer,
 
 
 def _groups(config: OptimConfig, method: Method) -> list[ParamGroup]:
-    """The groups of the method, cut by layers of the backbone where those learn at different rates."""
+    """The groups of the method, divided by layers of the backbone if these learn at different rates."""
     if config.layer_decay == 1:
         return list(method.param_groups())
     layers = method.trained_backbone.layers()
@@ -247,13 +247,14 @@ def _groups(config: OptimConfig, method: Method) -> list[ParamGroup]:
         for param in group.params:
             members.setdefault(layer_of.get(id(param), last), []).append(param)
         for layer, params in sorted(members.items()):
-            factor = _times(group.lr_factor, config.layer_decay ** (last - layer))
+            factor = _lr_factor(group, config.layer_decay ** (last - layer))
             found.append(replace(group, name=f"{group.name}.{layer}", params=params, lr_factor=factor))
     return found
 
 
-def _times(factor: float | Callable[[Clock], float], other: float) -> float | Callable[[Clock], float]:
-    return (lambda clock: factor(clock) * other) if callable(factor) else factor * other
+def _lr_factor(group: ParamGroup, layer_factor: float) -> float | Callable[[Clock], float]:
+    own = group.lr_factor
+    return (lambda clock: own(clock) * layer_factor) if callable(own) else own * layer_factor
 
 
 def _check_groups(method: Method, groups: Sequence[ParamGroup]) -> None:

@@ -1,6 +1,6 @@
-"""How numbers are computed: the device, the number format, and torch's switches for both.
+"""The device, the number format, and torch's switches for both.
 
-What is decided here is stated in the first lines of a run, with the reason.
+The first lines of a run state each choice with its reason.
 """
 
 import ctypes
@@ -17,17 +17,17 @@ from opsin.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A setting that was decided, and why."""
+    """A setting, and the reason for it."""
 
     value: str
     reason: str
 
 
 def choose_device(asked: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here.
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine.
 
     Raises:
-        ConfigError: CUDA was asked for and is not there.
+        ConfigError: CUDA was asked for and does not exist.
     """
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,26 +57,26 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what is reserved and not used, so that it serves tensors of other sizes."""
+    """Release memory that is reserved and unused, for tensors of other sizes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def forget_peak(device: torch.device) -> None:
-    """Count the most memory of the GPU from here on; what was resident on the CPU cannot be forgotten."""
+    """Measure the peak memory of the GPU from this call on; that of the CPU cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def cpu_capabilities() -> dict[str, object]:
-    """What the processor can do, by torch's names; empty where torch cannot tell."""
+    """Capabilities of the processor, by torch's names; empty if torch does not know them."""
     ask = getattr(torch.cpu, "get_capabilities", None)
     return dict(ask()) if ask is not None else {}
 
 
 def choose_precision(asked: str, device: torch.device) -> Choice:
-    """The number format for `auto`, or the one asked for after checking that the device has it.
+    """The number format for `auto`, or the requested one if the device has it.
 
     Raises:
         ConfigError: the device cannot compute in it.
@@ -101,7 +101,7 @@ def choose_precision(asked: str, device: torch.device) -> Choice:
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[None]]:
-    """A function that gives a fresh context for one forward pass."""
+    """Return a function that returns a new context for one forward pass."""
     if precision in ("fp32", "tf32"):
         return nullcontext
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -110,7 +110,7 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Inside, products of float32 are not rounded to tf32, whatever the number format of the run."""
+    """Inside, products of float32 are never rounded to tf32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -120,12 +120,12 @@ def exact_products() -> Iterator[None]:
 
 
 def configure(device: torch.device, precision: str, *, deterministic: bool) -> list[str]:
-    """Set torch's switches for this process; gives one line for each that is worth telling."""
+    """Set torch's switches for this process; return a line for each that people should know."""
     said = []
     if deterministic:
         # cuBLAS reads this when the first product is computed; without it torch refuses to be deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Told to warn only, the fused attention of CUDA would stay as it is, and a repeated step give other bits.
+    # With warn_only, the fused attention of CUDA would stay as it is, and a repeated step give other bits.
     torch.use_deterministic_algorithms(deterministic)
     # torch would also write NaN into every new tensor, in case a program reads what it never wrote: 5 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's stubs
@@ -145,10 +145,10 @@ def configure(device: torch.device, precision: str, *, deterministic: bool) -> l
 
 
 def _keep_freed_memory() -> bool:
-    """Let glibc keep what is freed; whether this system has glibc.
+    """Let glibc keep freed memory; False if this system has no glibc.
 
-    By default it gives large blocks back to the kernel and takes fresh zeroed pages at every step,
-    which costs up to a sixth of the time of a convolutional network.
+    By default it returns large blocks to the kernel and takes new zeroed pages at every step, which costs up to a sixth
+    of the time of a convolutional network.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -159,10 +159,10 @@ def _keep_freed_memory() -> bool:
 
 
 def _onednn_keeps_fp32() -> bool:
-    """Whether oneDNN, allowed to use bf16 for fp32 products, still computes them in fp32 here.
+    """True if oneDNN computes fp32 products in fp32 even when it is allowed to use bf16.
 
-    On chips without AMX it does, and is about twice as fast as torch's default; with AMX it would
-    round to bf16. So the product decides: bf16 would be off by 1e-3, a reordered fp32 sum by 1e-6.
+    On chips without AMX it does, and is about twice as fast as torch's default; with AMX it rounds to bf16. A product
+    shows it: the error of bf16 is 1e-3, that of a reordered fp32 sum 1e-6.
     """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))

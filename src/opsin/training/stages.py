@@ -1,4 +1,4 @@
-"""From the stages of a recipe to those of a run."""
+"""Stages: from the recipe to the timeline and the layers of a run."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,30 +18,30 @@ from opsin.training.freeze import LayerFreezer
 
 
 class StageConfig(Settings):
-    """A stretch of the run with settings of its own; what it leaves out is as in the recipe."""
+    """A part of the run with settings of its own; settings that are left out are those of the recipe."""
 
     name: str | None = None
-    """What logs and plots call it."""
+    """The name in logs and plots; null for `stage 1` and so on."""
     epochs: float = Field(gt=0)
     """Passes over the images of this stage."""
     image_size: int | None = Field(None, gt=0)
-    """Side of its training images in pixels; scores are always taken at `data.image_size`."""
+    """Side of the training images in pixels; scores always use `data.image_size`."""
     batch_size: int | None = Field(None, gt=0)
     """Images per update."""
     data_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the images of each class; those of a smaller share are part of a larger one."""
+    """Share of the images of each class; a larger share contains the images of a smaller one."""
     lr_scale: float = Field(1.0, gt=0)
     """Factor on every learning rate."""
     mix: bool = True
-    """Whether images are mixed where `method.mix` says so."""
+    """True if images are mixed as `method.mix` says."""
     label_smoothing: float | None = Field(None, ge=0, lt=1)
-    """Takes the place of `method.label_smoothing`."""
+    """Label smoothing of this stage; null for `method.label_smoothing`."""
     train: tuple[str, ...] = ("*",)
-    """Patterns of the parameters that learn (`head.*`, `backbone.blocks.1*`); the others are frozen."""
+    """Patterns of the names of parameters that learn (`head.*`, `backbone.blocks.1*`); the others are frozen."""
 
 
 class Timed(Protocol):
-    """The part of a recipe that says how long it trains, and on how much at a time."""
+    """The keys of a recipe that determine its steps."""
 
     @property
     def stages(self) -> Sequence[StageConfig]: ...
@@ -63,7 +63,7 @@ class Timed(Protocol):
 
 
 def plan_time(recipe: Timed, source: Source, teller: Teller) -> Timeline:
-    """The stages of the run, and with them its steps.
+    """Return the stages of the run, and with them its steps.
 
     Raises:
         ConfigError: fewer images than a batch, or a share of the data that leaves a class empty.
@@ -80,17 +80,17 @@ def plan_time(recipe: Timed, source: Source, teller: Teller) -> Timeline:
 
 
 def _stage(recipe: Timed, number: int, wanted: StageConfig, stretch: float, source: Source) -> Stage:
-    place = f"stages.{number}." if recipe.stages else ""
+    prefix = f"stages.{number}." if recipe.stages else ""
     batch_size = wanted.batch_size or recipe.batch_size
-    size_key = f"{place if wanted.batch_size else ''}batch_size"
+    size_key = f"{prefix if wanted.batch_size else ''}batch_size"
     if recipe.accumulate > batch_size:
         where = f" ({size_key})" if wanted.batch_size else ""
         raise ConfigError(
             f"accumulate={recipe.accumulate}: a batch of {batch_size} images{where} cannot be split into "
             f"{recipe.accumulate} parts; use accumulate={batch_size} or less"
         )
-    check_share(source.labels, wanted.data_fraction, source.classes, key=f"{place}data_fraction")
-    share = f" in {place}data_fraction={wanted.data_fraction:g}" if wanted.data_fraction < 1 else ""
+    check_share(source.labels, wanted.data_fraction, source.classes, key=f"{prefix}data_fraction")
+    share = f" in {prefix}data_fraction={wanted.data_fraction:g}" if wanted.data_fraction < 1 else ""
     samples = len(class_share(source.labels, wanted.data_fraction, recipe.seed))
     return Stage(
         epochs=wanted.epochs * stretch,
@@ -109,7 +109,7 @@ def _stage(recipe: Timed, number: int, wanted: StageConfig, stretch: float, sour
 
 
 def plan_stages(schedule: Schedule, timeline: Timeline, method: Method) -> LayerFreezer:
-    """What freezes the layers of each stage; `schedule` is that of the optimizer.
+    """Return the freezer of the layers of each stage; `schedule` is that of the optimizer.
 
     Raises:
         ConfigError: the network cannot take a stage's images, or a pattern matches no layer.

@@ -1,4 +1,4 @@
-"""What training changes, what an update reports, and how an update is executed."""
+"""The state that training changes, the report of an update, and the plan of its execution."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ from opsin.training.stopwatch import Stopwatch
 
 @dataclass
 class LossScale:
-    """The factor that keeps fp16 gradients in range; lives on the device, never read by the host.
+    """The factor that keeps fp16 gradients in range; it stays on the device, and the host never reads it.
 
-    Halved after an update with non-finite gradients, doubled after `interval` good ones in a row.
+    It is halved after an update with non-finite gradients, doubled after `interval` good ones in a row.
     """
 
     scale: Tensor
@@ -35,7 +35,7 @@ class LossScale:
         return cls(torch.tensor(scale, device=device), torch.tensor(0, device=device))
 
     def update(self, applied: Tensor) -> None:
-        """Move on after an update; `applied` is 1 where it was made, 0 where it was cancelled."""
+        """Adapt the scale after an update; `applied` is 1 if it was made, 0 if it was cancelled."""
         good = (self.good_steps + 1) * applied.to(torch.int64)
         grown = good >= self.interval
         factor = torch.where(applied > 0, torch.where(grown, 2.0, 1.0), 0.5)
@@ -45,9 +45,9 @@ class LossScale:
 
 @dataclass(frozen=True, slots=True)
 class Detour:
-    """A way around a trouble: steps that a rollback takes again, with other images than the first time.
+    """A way around a fault: steps that are repeated after a rollback, with other images.
 
-    The images of steps `first` to `last` - 1 follow from these numbers, so that a resume goes the same way.
+    The images of steps `first` to `last` - 1 follow from these numbers, so that a resume repeats them.
     """
 
     first: int
@@ -57,9 +57,9 @@ class Detour:
     attempt: int
     """1 for the first rollback of a run, 2 for the next."""
     kind: str
-    """What was found: `Finding.kind`."""
+    """The finding: `Finding.kind`."""
     lr_factor: float
-    """What learning rates are multiplied by in the steps `first` to `lr_until` - 1."""
+    """Factor on learning rates in the steps `first` to `lr_until` - 1."""
     lr_until: int
 
 
@@ -83,7 +83,7 @@ class TrainState:
 
     @property
     def lr_factor(self) -> float:
-        """What the detours multiply learning rates by in the next update; 1 without any."""
+        """Factor of the detours on learning rates in the next update; 1 without any."""
         return math.prod(one.lr_factor for one in self.detours if one.first <= self.step < one.lr_until)
 
 
@@ -92,23 +92,20 @@ class Start(Protocol):
 
     def fresh(self) -> TrainState:
         """The state before step 0, or one whose weights a checkpoint will replace."""
-        ...
 
     def over(self, state: TrainState) -> None:
-        """Take a state back to what it was before step 0, but for its detours and its time."""
-        ...
+        """Restore the state before step 0, except its detours and its time."""
 
     def commit(self, step: int) -> None:
-        """Make the run what its recipe says from `step` on, and forget what it did later.
+        """Apply the recipe from `step` on, and remove later rows and events.
 
-        Not before a state was found to go on from: a recipe that cannot go on must not replace the one that can.
+        It follows the search for a state: a recipe that cannot resume must not replace one that can.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledValues:
-    """What the schedules set: the base learning rate, the momentum (beta1 of Adam) and the weight decay."""
+    """The values of the schedules: base learning rate, momentum (beta1 of Adam) and weight decay."""
 
     lr: float
     momentum: float
@@ -117,7 +114,7 @@ class ScheduledValues:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one update did. Tensors stay on the device: reading them is the journal's decision."""
+    """The report of one update. Tensors stay on the device: reading them is the journal's decision."""
 
     step: int
     """Updates made, this one included."""
@@ -133,41 +130,40 @@ class StepReport:
     times: Stopwatch
     """Laps `forward`, `backward` and `optimizer`."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """Feature vectors [N, D] by encoder, of the last piece of the batch that had some."""
+    """Feature vectors [N, D] by encoder, from the last piece of the batch with features."""
 
 
 @runtime_checkable
 class GradientViewer(Protocol):
-    """A monitor that looks at gradients, which are gone when an update is reported."""
+    """A monitor that reads gradients, which are gone when an update is reported."""
 
     def view_gradients(self, method: Method, step: int) -> None:
-        """Note what is wanted of the final gradients of update `step`, without waiting for the device."""
-        ...
+        """Measure the final gradients of update `step`, without waiting for the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """How an update is executed; never saved, may differ after a resume."""
+    """The execution of an update; it is never saved, and may differ after a resume."""
 
     forward: Callable[[Batch, Clock], Losses]
     """The method, compiled or wrapped for several processes."""
     clock: Callable[[int], Clock]
     set_schedule: Callable[[Optimizer, Clock], ScheduledValues]
-    """Sets what a schedule changes in every group."""
+    """Sets the scheduled values of every group."""
     autocast: Callable[[], AbstractContextManager[None]]
     seed: int
     set_layers: Callable[[Clock], None] = lambda clock: None
     """Sets which layers learn."""
     show_gradients: Callable[[Method, int], None] = lambda method, step: None
-    """Shows the gradients that the optimizer is about to get to those who watch; the number counts the update."""
+    """Shows the gradients of an update, by its number, to the monitors before the optimizer uses them."""
     ema_decay: Callable[[int], float] = lambda step: 0.0
     """The decay of the averaged weights at a step."""
     accumulate: int = 1
-    """Parts that a batch is computed in, as asked for."""
+    """The requested number of parts of a batch."""
     fallback: PartFallback = field(default_factory=PartFallback)
-    """More parts where memory ended; without a file it is the end of the run."""
+    """More parts after memory ran out; without a file the error ends the run."""
     view_chunk: int | None = None
-    """Views of an image that are computed forward and backward at a time; None: all."""
+    """Views of an image that are computed forward and backward at a time; None for all."""
     clip_norm: float | None = None
     clip_each: bool = False
     """Clip the gradient of each parameter on its own."""

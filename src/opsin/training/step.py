@@ -1,8 +1,7 @@
 """One optimizer update: the only code that changes weights.
 
-The update is a transaction. Loss and gradient norm are tested on the device; where either is not
-finite, weights, moments, buffers and whatever the method updates stay as they were, and only the
-step counter moves. The host never waits for the answer.
+The update is a transaction. Loss and gradient norm are tested on the device; if one is not finite, weights, moments,
+buffers and the averages of the method stay as they were, and only the step counter moves. The host never waits.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,17 +17,16 @@ from opsin.methods.base import Losses
 from opsin.training.gradients import scale
 from opsin.training.memory import is_out_of_memory
 from opsin.training.precision import release_memory
-from opsin.training.profile.parts import span
 from opsin.training.state import ScheduledValues, StepPlan, StepReport, TrainState
-from opsin.training.stopwatch import Stopwatch
+from opsin.training.stopwatch import Stopwatch, span
 
 
 def train_step(state: TrainState, batch: Batch, plan: StepPlan) -> StepReport:
     """Update the weights once with the images of `batch`.
 
-    The gradient is the mean over the whole batch, in however many parts it is computed. Batch
-    statistics (batch norm) see one part at a time; everything else is equal to the undivided batch.
-    Where memory does not suffice and the plan allows it, the update is begun again in smaller parts.
+    The gradient is the mean over the whole batch, whatever the number of its parts. Batch statistics (batch norm) are
+    those of one part; everything else is equal to the undivided batch. If memory runs out and the plan allows it, the
+    update is repeated in smaller parts.
     """
     before = plan.fallback.found
     while True:
@@ -58,7 +56,8 @@ def _update(state: TrainState, batch: Batch, plan: StepPlan, parts: int) -> Step
             norm, applied = _settle_gradients(state, values["train/loss"], plan)
             plan.show_gradients(state.method, state.step + 1)
     except BaseException:
-        _restore(buffers, before)
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(old)
         state.optimizer.zero_grad()
         raise
     with span("optimizer"):
@@ -82,7 +81,7 @@ def _update(state: TrainState, batch: Batch, plan: StepPlan, parts: int) -> Step
 
 
 def _set_schedule(state: TrainState, clock: Clock, plan: StepPlan) -> ScheduledValues:
-    """What the schedules set, and for a while after a rollback a part of their learning rates."""
+    """Set the scheduled values; after a rollback the learning rates are lower for a while."""
     scheduled = plan.set_schedule(state.optimizer, clock)
     factor = state.lr_factor
     if factor == 1:
@@ -95,7 +94,7 @@ def _set_schedule(state: TrainState, clock: Clock, plan: StepPlan) -> ScheduledV
 def _accumulate(
     state: TrainState, parts: Sequence[Batch], clock: Clock, plan: StepPlan, times: Stopwatch
 ) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
-    """Gradients of the mean loss over the batch, left on the parameters; the mean of what was said, and features."""
+    """Add the gradients of the mean loss to the parameters; return the mean values, and features."""
     total: dict[str, Tensor] = {}
     features: Mapping[str, Tensor] = {}
     images = sum(map(len, parts))
@@ -116,7 +115,7 @@ def _accumulate(
 
 
 def _forward(state: TrainState, part: Batch, clock: Clock, plan: StepPlan) -> Iterator[Losses]:
-    """The losses of a part, in as many pieces as the plan wants."""
+    """The losses of a part, in the pieces of the plan."""
     pieces = iter([part]) if plan.view_chunk is None else state.method.chunks(part, clock, plan.view_chunk)
     while True:
         with span("forward"), plan.autocast():
@@ -153,9 +152,3 @@ def _settle_gradients(state: TrainState, loss: Tensor, plan: StepPlan) -> tuple[
         scale(grads, factor)
     applied = (torch.isfinite(loss) & torch.isfinite(norm)).float()
     return norm, applied
-
-
-def _restore(buffers: list[Tensor], before: list[Tensor]) -> None:
-    with torch.no_grad():
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(old)

@@ -1,4 +1,4 @@
-"""When a run should end early: a signal, or the time limit of this session."""
+"""Requests to end a run early: a signal, or the time limit of this session."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Interrupt:
-    """A handler that raises KeyboardInterrupt, and remembers it: there are libraries whose import swallows one."""
+    """A handler that raises KeyboardInterrupt, and remembers it: some libraries swallow one while they are imported."""
 
     caught: str | None = None
     """The name of the newest signal."""
@@ -23,13 +23,13 @@ class Interrupt:
 class Stop:
     """A request to end after the running step. While `with` lasts, signals are requests.
 
-    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent ahead of a batch system's time limit) count, and one that an
-    `Interrupt` has caught before, to no effect. A second Ctrl-C raises KeyboardInterrupt at once. Python gives
-    signals to the main thread only: elsewhere nothing is installed, and only the time limit works.
+    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (sent ahead of a batch system's time limit) count, also if an `Interrupt` has
+    caught them before. A second Ctrl-C raises KeyboardInterrupt at once. Python gives signals to the main thread only:
+    in other threads only the time limit works.
     """
 
     def __init__(self, *, hours: float | None = None) -> None:
-        """`hours` is wall-clock time of this session, counted from here; sessions before it do not count."""
+        """`hours` is wall-clock time of this session, counted from this call."""
         self._hours = hours
         self._started = time.monotonic()
         self._signal: str | None = None
@@ -37,7 +37,7 @@ class Stop:
 
     @property
     def requested(self) -> str | None:
-        """The reason to end (`SIGTERM`, `limits.hours = 0.5 reached`), else None. Once given it stays."""
+        """The reason to end (`SIGTERM`, `limits.hours = 0.5 reached`), else None; it never goes away again."""
         if self._signal is not None:
             return self._signal
         if self._hours is not None and time.monotonic() - self._started >= self._hours * 3600:

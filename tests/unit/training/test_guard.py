@@ -223,7 +223,7 @@ def test_cancelled_updates_in_a_row_may_roll_back(tmp_path: Path) -> None:
     assert Journal(tmp_path, teller=Calm()).streak("step_cancelled", 9) == 0
 
 
-def test_a_trouble_that_comes_back_ends_in_a_diagnosis(tmp_path: Path) -> None:
+def test_a_fault_that_comes_back_ends_in_a_diagnosis(tmp_path: Path) -> None:
     guard = FEW_STEPS.model_copy(update={"max_rollbacks": 2})
     with pytest.raises(Diverged) as caught:
         fit(guarded(tmp_path, Huge(until=2), guard=guard))

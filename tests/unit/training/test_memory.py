@@ -111,7 +111,7 @@ def test_splits_that_did_not_help_are_not_kept(tmp_path: Path) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         train_step(state, batch_of(6), plan_for(method, CONFIG, fallback=fallback))
     assert [PartFallback(file).factor(step) for step in (0, 1)] == [2, 2], "as it was before this update"
-    assert record.warnings[-1].endswith("one image at a time: the splits of this step are taken back")
+    assert record.warnings[-1].endswith("one image at a time: the smaller parts of this step are taken back")
 
 
 def test_other_errors_are_not_mistaken_for_a_lack_of_memory(tmp_path: Path) -> None:

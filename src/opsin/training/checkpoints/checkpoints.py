@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when its state is saved, beside training, and which one it goes on from."""
+"""The checkpoints of a run: its state is saved when due, beside training, and restored from the newest one."""
 
 import errno
 import math
@@ -15,12 +15,7 @@ from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
 from opsin.storage.files import remove_leftovers, rename_over, writing
 from opsin.storage.teller import Owner, Teller
 from opsin.training.agenda import Agenda
-from opsin.training.checkpoints.format import (
-    Restored,
-    find_checkpoints,
-    load_newest,
-    name_of,
-)
+from opsin.training.checkpoints.format import Restored, find_checkpoints, load_newest, name_of
 from opsin.training.checkpoints.retention import (
     BEST,
     CheckpointConfig,
@@ -32,12 +27,14 @@ from opsin.training.checkpoints.retention import (
     write_best,
 )
 from opsin.training.checkpoints.snapshot import Snapshot, Snapshots
-from opsin.training.checkpoints.writer import reason_of, room, write_checkpoint
+from opsin.training.checkpoints.writer import room, write_checkpoint, write_fault
 from opsin.training.state import Detour, TrainState
+
+_WAY_OUT = "make room, or choose another --out"
 
 
 class Home(Owner, Protocol):
-    """The directory of a run, as training needs it."""
+    """The directory of a run as training needs it."""
 
     path: Path
     checkpoints: Path
@@ -45,27 +42,24 @@ class Home(Owner, Protocol):
 
 
 class Record(Teller, Protocol):
-    """The journal of a run, as its checkpoints need it."""
+    """The journal of a run as its checkpoints need it."""
 
     def sync(self) -> None:
-        """Bring what was recorded to the disk; never raises."""
-        ...
+        """Write all records to the disk; never raises."""
 
     def history(self, name: str) -> Mapping[int, float]:
         """The recorded values of a score, by step."""
-        ...
 
 
 class Copies(Protocol):
-    """A backup, as checkpoints need it."""
+    """A backup as checkpoints need it."""
 
     def take(self, checkpoint: Path) -> None:
-        """Copy a complete checkpoint, before older ones are removed; called in the thread that writes, never raises."""
-        ...
+        """Copy a complete checkpoint before older ones are removed; called in the writing thread, never raises."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Nothing that happens to the disk stops training."""
+    """The checkpoints of one run. No failure of the disk stops training."""
 
     def __init__(
         self,
@@ -77,7 +71,7 @@ class Checkpoints:
         *,
         fingerprint: str,
     ) -> None:
-        """`fingerprint` is that of the recipe: a checkpoint names it."""
+        """`fingerprint` is that of the recipe; each checkpoint has it."""
         self._home = home
         self._folder = home.checkpoints
         self._config = config
@@ -93,18 +87,18 @@ class Checkpoints:
 
     @property
     def newest_step(self) -> int | None:
-        """The step of the newest checkpoint that this process has read or has on disk."""
+        """The step of the newest checkpoint that this process has read or written."""
         return None if self._newest is None else self._newest[0]
 
     def restore(self, state: TrainState) -> Restored:
-        """Put the newest valid checkpoint into `state`, which is fresh; it stays as it is where there is none.
+        """Load the newest valid checkpoint into `state`, which is fresh; without one it stays as it is.
 
         Raises:
-            CheckpointError: all are damaged (a line for each); one is too new, does not fit, or is of a step
-                after the last one.
+            CheckpointError: all are damaged (a line for each); one is too new, does not fit, or has a step after the
+                last one.
             RunError: the folder cannot be read or written.
         """
-        with writing(self._folder, "make room, or choose another --out"):
+        with writing(self._folder, _WAY_OUT):
             remove_leftovers(self._folder)
             restored = load_newest(self._folder, state)
         if state.step > self._agenda.last_step:
@@ -123,7 +117,7 @@ class Checkpoints:
             CheckpointError: a damaged one cannot be renamed.
             RunError: the folder cannot be written.
         """
-        with writing(self._folder, "make room, or choose another --out"):
+        with writing(self._folder, _WAY_OUT):
             for path, fault in restored.damaged.items():
                 self._retire(path, fault, step)
             self._settle_marks(step)
@@ -133,11 +127,11 @@ class Checkpoints:
             self._record.tell("resumed", stored.step, notice=notice, elapsed_s=stored.elapsed_s, recipe_changed=changed)
 
     def save_if_due(self, state: TrainState, *, stopping: bool = False) -> Path | None:
-        """The checkpoint of this step if one is due, else None; also None where it cannot be written.
+        """The checkpoint of this step if one is due, else None; also None if it cannot be written.
 
-        Due are `every`, `milestones`, the last step and a stop: but for minutes, functions of the step. The last two
-        are on disk when this returns; the others may be under way, and a failure is told later.
-        A failure at the last step shows in `newest_step`.
+        Due are `every`, `milestones`, the last step and a stop; all but minutes are functions of the step. The last two
+        are on disk when this returns; for others the writing may go on, and a failure is reported later.
+        After a failure at the last step, `newest_step` is an earlier one.
 
         Raises:
             RunError: `stopping`, and it cannot be written.
@@ -159,14 +153,14 @@ class Checkpoints:
         return path
 
     def is_due(self, state: TrainState) -> bool:
-        """Whether `save_if_due` would save this state without a stop."""
+        """True if `save_if_due` would save this state without a stop."""
         return self._why(state) is not None
 
     @contextmanager
     def rescue(self, state: TrainState) -> Iterator[None]:
-        """An exception inside writes an emergency checkpoint, if the state is whole and worth it.
+        """After an exception inside, write an emergency checkpoint if the state is whole and worth it.
 
-        At the end everything is written, whatever the end is.
+        Every end waits until everything is written.
         """
         try:
             yield
@@ -179,23 +173,23 @@ class Checkpoints:
             self._wait_ignoring_errors(state.step)
 
     def save(self, state: TrainState, *, reason: str) -> Path | None:
-        """The checkpoint of this step, on disk when this returns; None where it cannot be written.
+        """The checkpoint of this step, on disk when this returns; None if it cannot be written.
 
-        A failure is told as an event; the next due step tries again.
+        A failure is recorded as an event; the next due step tries again.
         """
         self._begin(state, reason)
         return self._saved(state)
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; how that went is told as an event."""
+        """Wait until nothing is being written; the result is recorded as an event."""
         if self._writing is None:
             return
         wait([self._writing])  # a second Ctrl-C may end this, and the thread goes on
-        writing, self._writing = self._writing, None
-        self._report(writing.result())
+        done, self._writing = self._writing, None
+        self._report(done.result())
 
     def emergency(self, state: TrainState) -> Path | None:
-        """After an exception: the checkpoint of the last whole state; None where there is none to save."""
+        """The checkpoint of the last whole state after an exception; None if there is none to save."""
         self._wait_ignoring_errors(state.step)
         if not state.whole or state.step == 0:
             return None
@@ -207,12 +201,12 @@ class Checkpoints:
             return None
 
     def healthy(self, before_step: int) -> Path | None:
-        """The newest checkpoint of step `before_step` or an earlier one; None where there is none."""
+        """The newest checkpoint of step `before_step` or an earlier one; None if there is none."""
         self.wait()
         return next(reversed([p for step, p in find_checkpoints(self._folder).items() if step <= before_step]), None)
 
     def retire_after(self, step: int) -> None:
-        """Rename the checkpoints of later steps to `unhealthy-step-...`: none is loaded, the next save keeps one.
+        """Rename the checkpoints of later steps to `unhealthy-step-...`; none is loaded, and the next save keeps one.
 
         Raises:
             OSError: one cannot be renamed.
@@ -223,13 +217,13 @@ class Checkpoints:
             self._newest = None
 
     def note_scores(self, state: TrainState, scores: Mapping[str, float]) -> None:
-        """Mark the state as one of the best where `scores` says so."""
+        """Mark the state as one of the best if its score in `scores` is among the best."""
         name = self._config.best
         if name is not None and name in scores:
             self.mark_best(state, scores[name])
 
     def mark_best(self, state: TrainState, score: float) -> bool:
-        """Save and keep the state if `score` is among the best; whether it beats all and could be saved."""
+        """Save and keep the state if `score` is among the best; True if it is the best and was saved."""
         if not math.isfinite(score) or self._config.best is None:
             return False
         mine = Scored(state.step, self._config.best, score)
@@ -258,13 +252,13 @@ class Checkpoints:
         self._record.tell(kind, step, warn=warning, warning=warning)
 
     def _saved(self, state: TrainState) -> Path | None:
-        """The checkpoint of this state if it is on disk, once nothing is being written."""
+        """The checkpoint of this state if it is on disk after all writing."""
         self.wait()
         there = self._newest == (state.step, state.detours)
         return find_checkpoints(self._folder).get(state.step) if there else None
 
     def _begin(self, state: TrainState, reason: str) -> Path | None:
-        """Where the state will be, unless writing fails; None where it has failed already."""
+        """The path of the checkpoint that is being written; None if that has failed already."""
         if (path := self._saved(state)) is not None:
             return path
         self._home.check_held()
@@ -285,7 +279,7 @@ class Checkpoints:
         return self._folder / name_of(state.step)
 
     def _write(self, snapshot: Snapshot, reason: str, started: float, *, blocked_s: float) -> "_Written":
-        """Runs beside training: it says nothing itself."""
+        """Write and prune, beside training; `_report` reports the result."""
         step, config = snapshot.step, self._config
         level = config.compression_level if config.compression == "zstd" else None
         about = {
@@ -301,7 +295,7 @@ class Checkpoints:
             self._record.sync()
             path = write_checkpoint(self._folder, snapshot, about, level=level)
         except OSError as error:
-            return _Written(step, snapshot.detours, {}, reason_of(error, self._folder, snapshot), kept)
+            return _Written(step, snapshot.detours, {}, write_fault(error, self._folder, snapshot), kept)
         except MemoryError:
             return _Written(step, snapshot.detours, {}, "no memory is left", kept)
         seconds = time.monotonic() - started
@@ -314,10 +308,10 @@ class Checkpoints:
         return _Written(step, snapshot.detours, facts, None, kept)
 
     def _make_room(self, snapshot: Snapshot) -> list[str]:
-        """Remove what the new checkpoint replaces if it does not fit beside it; what could not be removed.
+        """Remove what the new checkpoint replaces if it does not fit beside it; return the faults of removing.
 
         Raises:
-            OSError: it does not fit even so; nothing was written.
+            OSError: it still does not fit; nothing was written.
         """
         faults: list[str] = []
         needed, free = room(self._folder, snapshot)
@@ -347,7 +341,7 @@ class Checkpoints:
             self._warn("checkpoint_kept", step, fault)
 
     def _wait_ignoring_errors(self, step: int) -> None:
-        """Wait at the end of training, where another exception may be under way that is the one to be seen."""
+        """Wait at the end of training; an exception that ends it must not be hidden by one of writing."""
         try:
             self.wait()
         except Exception as error:
@@ -364,7 +358,7 @@ class Checkpoints:
         self._warn("checkpoint_damaged", step, warning)
 
     def _settle_marks(self, step: int) -> None:
-        """Forget the best of later steps, which will be found again: everything is a function of the step."""
+        """Forget the best of later steps; training finds the same again."""
         try:
             self._retention.forget_scores_after(step)
         except DamagedMarks as error:
@@ -380,13 +374,13 @@ class Checkpoints:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """How writing a checkpoint went."""
+    """The result of writing a checkpoint."""
 
     step: int
     detours: tuple[Detour, ...]
     facts: Mapping[str, Any]
-    """What there is to tell of it, where all went well."""
+    """The facts of its event after success."""
     fault: str | None
-    """Why it was not written."""
+    """The reason why it was not written."""
     kept: Sequence[str]
-    """Sentences about older ones that could not be removed."""
+    """A sentence for each older one that could not be removed."""

@@ -1,20 +1,21 @@
-"""One checkpoint on disk: what is in it, and how it is verified and read.
+"""One checkpoint on disk: its content, verified and read.
 
 step-00000123/
 ├── state.pt         weights, optimizer state and loss scale: plain tensors and numbers (state.pt.zst: compressed)
 └── manifest.json    format, step, training time, versions, and the sha256 of every file and of itself
 
-Whatever has such a name is complete: `training/checkpoints/writer.py` writes under a hidden name and renames.
+A folder of such a name is complete: `training/checkpoints/writer.py` writes under a hidden name and renames.
 """
 
 import hashlib
 import json
 import os
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from opsin.__version__ import __version__
 from opsin.errors import CheckpointError
 from opsin.storage.compression import SUFFIX, decompressed
+from opsin.storage.files import reason_of
 from opsin.training.state import Detour, TrainState
 
 FORMAT = 2
@@ -36,7 +38,7 @@ _OTHER_RECIPE = "undo the change of the recipe, or train into another --out"
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that was complete once and is not what was written."""
+    """A checkpoint that was complete and has changed since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +54,16 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     loss_scale: Mapping[str, Tensor] | None
     ema: Mapping[str, Tensor] | None
-    """The averaged weights by name; none where the run keeps none."""
+    """The averaged weights by name; None if the run has none."""
     detours: tuple[Detour, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint from which a run resumes."""
 
     stored: Checkpoint | None
-    """None where there is none: the run begins."""
+    """None if there is no checkpoint: the run begins."""
     damaged: Mapping[Path, str]
     """Newer checkpoints that are damaged, with the fault of each."""
 
@@ -78,37 +80,37 @@ def name_of(step: int) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The facts about the checkpoint at `path`, verified.
+    """The verified facts about the checkpoint at `path`.
 
     Raises:
-        DamagedCheckpoint: it is missing or not what was written.
+        DamagedCheckpoint: the manifest is missing or has changed.
         CheckpointError: written by a newer opsin.
     """
-    try:
-        return _read_manifest(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _senseless(path, error) from error
+    with _reading(path):
+        facts: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        written = facts.pop("sha256", None)
+        # Before the hash: what a newer manifest hashes is not known here.
+        if isinstance(facts["format"], int) and facts["format"] > FORMAT:
+            newest = f"this opsin {__version__} reads up to {FORMAT}"
+            raise CheckpointError(f"{path}: too new: format {facts['format']}, {newest}; upgrade opsin")
+        if written != digest(facts):
+            raise DamagedCheckpoint(f"{path}: {MANIFEST}: does not have the sha256 that it states")
+        return facts
 
 
 def verify(path: Path, *, content: bool = True) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path` after all its files were compared with it.
+    """Return the manifest of the checkpoint at `path` after comparing all its files with it.
 
-    Without `content` only their sizes are, which takes no time.
+    Without `content` only their sizes are compared, which takes no time.
 
     Raises:
-        DamagedCheckpoint: a file is missing or not what was written.
+        DamagedCheckpoint: a file is missing or has changed.
         CheckpointError: written by a newer opsin.
     """
     manifest = read_manifest(path)
-    try:
+    with _reading(path):
         for name, stored in manifest["files"].items():
             _verify(path, name, stored["bytes"], stored["sha256"] if content else None)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except (LookupError, TypeError, AttributeError) as error:
-        raise _senseless(path, error) from error
     return manifest
 
 
@@ -116,11 +118,11 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> Che
     """The verified content of the checkpoint at `path`, with its tensors on `map_location`.
 
     Raises:
-        DamagedCheckpoint: a file is missing or not what was written.
+        DamagedCheckpoint: a file is missing or has changed.
         CheckpointError: written by a newer opsin.
     """
     manifest = verify(path)
-    try:
+    with _reading(path):
         state: Path | IO[bytes] = path / STATE
         if STATE not in manifest["files"]:
             state = decompressed(path / f"{STATE}{SUFFIX}")
@@ -136,24 +138,12 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> Che
             ema=content.get("ema"),
             detours=tuple(Detour(**detour) for detour in manifest.get("detours", ())),
         )
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise _senseless(path, error) from error
 
 
 def load_into(path: Path, state: TrainState) -> Checkpoint:
-    """Put the checkpoint at `path` into `state`, on whatever device that is; training goes on bit for bit.
+    """Load the checkpoint at `path` into `state`, on any device, and return it; training goes on bit for bit.
 
-    Settings of the optimizer (weight decay, momentum) stay those of `state`. Gives what was read.
+    Settings of the optimizer (weight decay, momentum) stay those of `state`.
 
     Raises:
         DamagedCheckpoint: as `read_checkpoint`; the state is unchanged.
@@ -162,15 +152,15 @@ def load_into(path: Path, state: TrainState) -> Checkpoint:
     stored = read_checkpoint(path)
     _check_fit(path, stored, state)
     state.method.load_state_dict(stored.method)
-    # The stored groups are there to be compared only: the learning rate is a function of the step,
-    # and every other setting one of the recipe, which a resume may have changed.
+    # The stored groups are only compared: the learning rate is a function of the step, and every other setting is one
+    # of the recipe, which a resume may have changed.
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": stored.optimizer["state"], "param_groups": groups})
     if state.loss_scale is not None and stored.loss_scale is not None:
         state.loss_scale.scale.copy_(stored.loss_scale["scale"])
         state.loss_scale.good_steps.copy_(stored.loss_scale["good_steps"])
     if state.ema is not None:
-        # Weights that were not averaged so far are their own average.
+        # Without averages so far, the weights are their own average.
         averages = state.method.state_dict() if stored.ema is None else stored.ema
         state.ema.load_state_dict({name: averages[name] for name in state.ema.state_dict()})
     state.step, state.elapsed_s, state.whole = stored.step, stored.elapsed_s, True
@@ -179,7 +169,7 @@ def load_into(path: Path, state: TrainState) -> Checkpoint:
 
 
 def load_newest(folder: Path, state: TrainState) -> Restored:
-    """Put the newest valid checkpoint in `folder` into `state`, passing over damaged ones.
+    """Load the newest valid checkpoint in `folder` into `state`; damaged ones are skipped.
 
     Raises:
         CheckpointError: all are damaged (a line for each); one does not fit, or was written by a newer opsin.
@@ -200,21 +190,8 @@ def load_newest(folder: Path, state: TrainState) -> Restored:
 
 
 def digest(facts: Mapping[str, Any]) -> str:
-    """The sha256 of a manifest without its own."""
+    """The sha256 of a manifest, which is stored with it."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
-    written = facts.pop("sha256", None)
-    # Before the hash: what a newer manifest hashes is not known here.
-    if isinstance(facts["format"], int) and facts["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path}: too new: format {facts['format']}, this opsin {__version__} reads up to {FORMAT}; upgrade opsin"
-        )
-    if written != digest(facts):
-        raise DamagedCheckpoint(f"{path}: {MANIFEST}: does not have the sha256 that it states")
-    return facts
 
 
 def _verify(path: Path, name: str, size: int, sha256: str | None) -> None:
@@ -222,19 +199,21 @@ def _verify(path: Path, name: str, size: int, sha256: str | None) -> None:
         found_size = os.fstat(file.fileno()).st_size
         if found_size != size:
             raise DamagedCheckpoint(f"{path}: {name}: has {found_size} bytes, {size} were written")
-        found = None if sha256 is None else hashlib.file_digest(file, "sha256").hexdigest()
-    if found is not None and sha256 is not None and found != sha256:
-        raise DamagedCheckpoint(f"{path}: {name}: sha256 is {found[:12]}..., {sha256[:12]}... was written")
+        if sha256 is not None and (found := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
+            raise DamagedCheckpoint(f"{path}: {name}: sha256 is {found[:12]}..., {sha256[:12]}... was written")
 
 
-def _unreadable(path: Path, error: OSError) -> DamagedCheckpoint:
-    name = Path(error.filename or STATE).name
-    return DamagedCheckpoint(f"{path}: {name}: cannot be read: {error.strerror or error}")
-
-
-def _senseless(path: Path, error: Exception) -> DamagedCheckpoint:
-    reason = str(error).partition("\n")[0]
-    return DamagedCheckpoint(f"{path}: cannot be read: {type(error).__name__}: {reason}")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a damaged checkpoint into DamagedCheckpoint."""
+    try:
+        yield
+    except OSError as error:
+        name = Path(error.filename or STATE).name
+        raise DamagedCheckpoint(f"{path}: {name}: cannot be read: {reason_of(error)}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DamagedCheckpoint(f"{path}: cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def _check_fit(path: Path, stored: Checkpoint, state: TrainState) -> None:

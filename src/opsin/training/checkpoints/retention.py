@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, and which of them are the best."""
+"""The checkpoints of a run that are kept, and the best of them."""
 
 import json
 import math
@@ -12,38 +12,39 @@ from pydantic import Field
 from opsin.clock.cadence import Every, StepEvery
 from opsin.errors import RunError
 from opsin.settings.family import Settings
-from opsin.storage.files import remove_whole, rename_over, write_atomic
+from opsin.storage.files import reason_of, remove_whole, rename_over, write_atomic
+from opsin.storage.records import Record
 from opsin.training.checkpoints.format import find_checkpoints
 
 BEST = "best.json"
 UNHEALTHY = "unhealthy-"
-"""Before the name of a checkpoint that a rollback went back over: never loaded. The newest stays, to be looked at,
-until the next rollback or the end of the run."""
+"""Prefix of the name of a checkpoint from after a fault: it is never loaded. The newest stays for inspection until the
+next rollback or the end of the run."""
 
 
 class CheckpointConfig(Settings):
-    """When state is saved, and what is kept. The last step and a stop are always saved."""
+    """The schedule of checkpoints, and those that are kept. The last step and a stop are always saved."""
 
     every: Every = "1 epoch"
-    """How often: `500 steps`, `1 epoch`, `10 minutes` of training, or `never`."""
+    """Interval between checkpoints: `500 steps`, `1 epoch`, `10 minutes` of training, or `never`."""
     keep: int = Field(2, ge=1)
-    """How many of the newest are kept."""
+    """Number of the newest checkpoints that are kept."""
     milestones: StepEvery | None = None
     """Steps or epochs whose checkpoints are saved and kept for ever (`50 epochs`); null for none."""
     best: str | None = "val/top1"
     """The score whose best checkpoint is kept; null for none."""
     best_mode: Literal["max", "min"] = "max"
-    """Whether the highest or the lowest score is the best."""
+    """The best score is the highest (`max`) or the lowest (`min`)."""
     best_keep: int = Field(1, ge=1)
-    """How many of the best are kept."""
+    """Number of the best checkpoints that are kept."""
     background: bool = True
-    """Write while training goes on, from a copy of the state; false makes training wait, and saves the memory."""
+    """Write a copy of the state while training goes on; false makes training wait and saves the memory."""
     compression: Literal["none", "zstd"] = "none"
-    """What the files are compressed with; docs/CHECKPOINTS.md says what it saves and takes."""
+    """Compression of the files; docs/CHECKPOINTS.md has its gain and its cost."""
     compression_level: int = Field(1, ge=1, le=19)
-    """Of zstd; higher ones take much longer and save little of what networks consist of."""
+    """Level of zstd; higher levels take much longer and save little on weights."""
     make_room: bool = True
-    """On a full disk, remove what the new checkpoint replaces before it is written; never the newest."""
+    """On a full disk, remove the checkpoints that the new one replaces before it is written; never the newest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,38 +53,55 @@ class Scored:
 
     step: int
     name: str
-    """Of the score."""
+    """Name of the score."""
     score: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Other:
+    step: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """The content of `best.json`, which has `others` only if there are some."""
+
+    step: int
+    name: str
+    score: float
+    others: tuple[_Other, ...] = ()
+
+
+_MARKS = Record(_Marks)
+
+
 class DamagedMarks(RunError):
-    """The file that names the best checkpoints can be read, but says nothing."""
+    """The file that names the best checkpoints is damaged."""
 
 
 def read_best(folder: Path) -> list[Scored]:
-    """The best checkpoints in `folder`, the very best first; none where none was marked.
+    """The best checkpoints in `folder`, the best of all first; none if none was marked.
 
     Raises:
-        DamagedMarks: the file says nothing.
+        DamagedMarks: the file is damaged.
         RunError: it cannot be read.
     """
     path = folder / BEST
     try:
-        facts = json.loads(path.read_bytes())
-        first = Scored(int(facts["step"]), str(facts["name"]), float(facts["score"]))
-        others = [Scored(int(o["step"]), first.name, float(o["score"])) for o in facts.get("others", [])]
-        return [first, *others]
+        marks = _MARKS.parse(path.read_bytes())
+        others = [Scored(other.step, marks.name, other.score) for other in marks.others]
+        return [Scored(marks.step, marks.name, marks.score), *others]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise RunError(
-            f"{path}: cannot be read: {error.strerror or error}; it names the best checkpoints: look at the disk, or "
+            f"{path}: cannot be read: {reason_of(error)}; it names the best checkpoints: look at the disk, or "
             "delete it to go on without them"
         ) from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedMarks(
-            f"{path}: is damaged ({error!r}); it names the best checkpoints, and a resume makes it anew from the log"
-        ) from error
+    except ValueError as error:
+        advice = "it names the best checkpoints, and a resume restores it from the log"
+        raise DamagedMarks(f"{path}: is damaged ({error}); {advice}") from error
 
 
 def write_best(folder: Path, best: Sequence[Scored]) -> None:
@@ -102,13 +120,13 @@ def write_best(folder: Path, best: Sequence[Scored]) -> None:
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in `folder` with the best score; None where none was marked."""
+    """The checkpoint in `folder` with the best score; None if none was marked."""
     best = read_best(folder)
     return find_checkpoints(folder).get(best[0].step) if best else None
 
 
 def among_best(best: Sequence[Scored], new: Scored, config: CheckpointConfig) -> list[Scored] | None:
-    """The best after `new`; None where that is not among them. Of equal scores the earlier is better."""
+    """The best after `new`; None if it is not among them. Of equal scores the earlier is better."""
     sign = 1 if config.best_mode == "max" else -1
     same = [other for other in best if other.name == new.name]
     if any(other.step == new.step and sign * other.score >= sign * new.score for other in same):
@@ -119,61 +137,54 @@ def among_best(best: Sequence[Scored], new: Scored, config: CheckpointConfig) ->
 
 
 class Needs(Protocol):
-    """The steps whose checkpoints a run needs, whatever their age; an `Agenda` says so."""
+    """The steps whose checkpoints a run needs at any age; an `Agenda` knows them."""
 
     def is_milestone(self, step: int) -> bool:
         """True if the checkpoint of `step` is kept for ever."""
-        ...
 
     def reach(self, step: int) -> int | None:
-        """The most steps that a rollback may go back from `step`; None where none may."""
-        ...
+        """The most steps that a rollback may go back from `step`; None if there are no rollbacks."""
 
 
 class Retention:
-    """The policy, and the folder that it is applied to.
+    """The rules for a folder of checkpoints.
 
-    Kept are the newest, the best, the milestones, and the last healthy one, which a rollback may need: the newest
-    that is older than the present by the margin of that step; with the next, which will be that in its turn.
+    Kept are the newest, the best, the milestones, and the last healthy one, which a rollback may need: the newest that
+    is older than the present by the margin of that step; also the next one, which will be the last healthy one later.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: CheckpointConfig,
-        needs: Needs,
-    ) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, needs: Needs) -> None:
         self._folder = folder
         self._config = config
         self._needs = needs
 
     def kept(self, steps: Iterable[int], present: int) -> set[int]:
-        """Those of `steps` that stay when training has done `present` steps."""
+        """The kept ones of `steps` after `present` steps of training."""
         ordered = sorted(steps)
         kept = {*ordered[-self._config.keep :], present}
         kept |= {step for step in ordered if self._needs.is_milestone(step)}
         kept |= {scored.step for scored in read_best(self._folder)}
         if (reach := self._needs.reach(present)) is not None:
             healthy = [step for step in ordered if step <= present - reach]
-            # And the one that takes its place when it has become old enough.
+            # And its successor, once that is old enough.
             kept |= {*healthy[-1:], *ordered[len(healthy) : len(healthy) + 1]}
         return kept & set(ordered)
 
     def superfluous(self, present: int, *, keep_unhealthy: bool = True) -> list[Path]:
-        """What `prune` would remove, oldest first."""
+        """The checkpoints that `prune` would remove, oldest first."""
         found = find_checkpoints(self._folder)
-        # With the one of the present, which may be yet to be written.
+        # Also that of the present, which may not be written yet.
         kept = self.kept({*found, present}, present)
-        # The one that was written last is nearest to the newest trouble, and says most about it.
+        # The one that was written last is nearest to the newest fault.
         unhealthy = sorted(self._folder.glob(f"{UNHEALTHY}step-*"), key=_written)
         retired = unhealthy[:-1] if keep_unhealthy else unhealthy
         return [*retired, *(path for step, path in found.items() if step not in kept)]
 
     def prune(self, present: int, *, spared: Collection[Path] = (), keep_unhealthy: bool = True) -> list[str]:
-        """Remove what is not kept; a sentence for each that cannot be removed.
+        """Remove what is not kept; return a sentence for each that cannot be removed.
 
-        Nothing is removed where it cannot be read which are the best. Without `keep_unhealthy` the newest that a
-        rollback went back over goes too.
+        Nothing is removed if the names of the best cannot be read. Without `keep_unhealthy` the newest one from after a
+        fault is removed too.
         """
         faults = []
         try:
@@ -190,21 +201,21 @@ class Retention:
         return faults
 
     def retire_after(self, step: int) -> list[Path]:
-        """Rename the checkpoints of later steps to `unhealthy-step-...`, and forget their scores; their old paths.
+        """Rename the checkpoints of later steps to `unhealthy-step-...`, and forget their scores; return the old paths.
 
         Raises:
             OSError: one cannot be renamed.
-            RunError: it cannot be read which are the best.
+            RunError: the names of the best cannot be read.
         """
         later = [path for number, path in find_checkpoints(self._folder).items() if number > step]
-        # The newest first: killed in between, the run goes on from one that is nearer to `step`.
+        # The newest first: a run that is killed in between resumes nearer to `step`.
         for path in reversed(later):
             rename_over(path, path.with_name(f"{UNHEALTHY}{path.name}"))
         self.forget_scores_after(step)
         return later
 
     def refresh_marks(self, scores: Mapping[int, float]) -> list[Scored]:
-        """Mark the best of the checkpoints that are there, by the scores that the log has of steps.
+        """Mark the best of the existing checkpoints, by the scores of the log by step.
 
         Raises:
             OSError: the marks cannot be written.
@@ -218,7 +229,7 @@ class Retention:
         return best
 
     def forget_scores_after(self, step: int) -> None:
-        """Later checkpoints are not the best any more: they will be found again, or shall not be.
+        """Remove later checkpoints from the best.
 
         Raises:
             RunError: the marks cannot be read.
@@ -230,7 +241,7 @@ class Retention:
 
 
 def _written(path: Path) -> tuple[int, str]:
-    """What sorts checkpoints by when they were written; of the same moment the later step is the newer."""
+    """The order in which checkpoints were written; at equal times the later step is newer."""
     try:
         return path.stat().st_mtime_ns, path.name
     except OSError:  # removed at this moment, or a bad disk

@@ -1,4 +1,4 @@
-"""The state of a run at one moment, copied aside so that training can go on while it is written."""
+"""The state of a run at one moment, copied so that training can go on while it is written."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ _ALIGNED = 64  # bytes; where a tensor begins
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a checkpoint holds, in the memory of the host."""
+    """The content of a checkpoint, in the memory of the host."""
 
     step: int
     elapsed_s: float
@@ -25,16 +25,16 @@ class Snapshot:
     optimizer: str
     """The name of its class."""
     content: Mapping[str, Any]
-    """State dicts by part; their tensors share memory as those of the state do."""
+    """State dicts by part; their tensors share memory in the same way as those of the state."""
     num_bytes: int
-    """Of all tensors."""
+    """Size of all tensors."""
     num_tensors: int
     wait: Callable[[], None]
-    """Returns once the tensors hold their values: copies from a GPU may still be under way."""
+    """Returns when the tensors have their values: copies from a GPU may still be in progress."""
 
 
 class Buffers:
-    """Memory for one copy of a state. It is kept from copy to copy, so that it is asked for once."""
+    """Memory for one copy of a state. It is allocated once and used again for each copy."""
 
     def __init__(self) -> None:
         self._sizes: tuple[int, ...] = ()
@@ -47,10 +47,10 @@ class Buffers:
         return sum(self._sizes)
 
     def take(self, sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
-        """Places of these many bytes, none of them 0. What an earlier call gave is lost.
+        """Return memory of these sizes in bytes, none of them 0. The memory of an earlier call is invalid then.
 
         Raises:
-            MemoryError: there is no room for them; none is held.
+            MemoryError: there is not enough; none is held.
         """
         if tuple(sizes) != self._sizes or pinned != self._pinned:
             self._parts, self._sizes = [], ()  # first, so that there are never two copies
@@ -60,23 +60,23 @@ class Buffers:
 
 
 class Snapshots:
-    """Takes the snapshots of a run, in memory of their own as long as there is room for that."""
+    """The snapshots of a run, in memory of their own as long as there is enough."""
 
     def __init__(self, *, beside: bool, teller: Teller) -> None:
-        """`beside` asks for memory of their own; `teller` reports once it cannot be had."""
+        """`beside` requests memory of their own; `teller` reports that there is not enough."""
         self._buffers = Buffers() if beside else None
         self._teller = teller
 
     @property
     def beside(self) -> bool:
-        """Whether training may go on while a snapshot is written."""
+        """True if training may go on while a snapshot is written."""
         return self._buffers is not None
 
     def take(self, state: TrainState) -> Snapshot:
-        """The state as it is now. Where there is no memory for a copy, `beside` is false from then on.
+        """Take a snapshot of the state. Without memory for a copy, `beside` is false from then on.
 
         Raises:
-            MemoryError: there is none even to write it while training waits.
+            MemoryError: there is not enough even to write it while training waits.
         """
         if self._buffers is not None:
             try:
@@ -93,12 +93,12 @@ class Snapshots:
 
 
 def take_snapshot(state: TrainState, buffers: Buffers | None) -> Snapshot:
-    """The state as it is now. With `buffers` all tensors are copied there, and training may go on at once.
+    """Take a snapshot of the state. With `buffers` all tensors are copied there, and training may go on at once.
 
-    Without, the tensors of a state on the CPU are in the snapshot themselves: write it before the next update.
+    Without, the snapshot has the tensors of a state on the CPU themselves: write it before the next update.
 
     Raises:
-        MemoryError: there is none for the copy.
+        MemoryError: there is not enough for the copy.
     """
     assert state.whole, "weights and moments belong to different steps"
     scale = state.loss_scale
@@ -132,7 +132,7 @@ def _nothing() -> None:
 
 
 _StorageKey = tuple[torch.device, int, int]
-"""The memory that a tensor lies in: device, address, bytes."""
+"""The memory of a tensor: device, address, bytes."""
 
 
 def _storage_key(tensor: Tensor) -> _StorageKey:
@@ -141,7 +141,7 @@ def _storage_key(tensor: Tensor) -> _StorageKey:
 
 
 def _storages(content: object) -> dict[_StorageKey, Tensor]:
-    """All memory that tensors in `content` lie in, as bytes, once each; without what is empty."""
+    """The memory of all tensors in `content`, as bytes, once each; without empty ones."""
     found: dict[_StorageKey, Tensor] = {}
     waiting = [content]
     while waiting:
@@ -157,7 +157,7 @@ def _storages(content: object) -> dict[_StorageKey, Tensor]:
 
 
 def _replaced(value: Any, copies: Mapping[_StorageKey, Tensor]) -> Any:
-    """`value` with each tensor as the same view of the copy of its memory."""
+    """Return `value` with each tensor as the same view of the copy of its memory."""
     if isinstance(value, Tensor):
         if not value.untyped_storage().nbytes():
             return value.detach().cpu()
@@ -172,14 +172,14 @@ def _replaced(value: Any, copies: Mapping[_StorageKey, Tensor]) -> Any:
 
 
 def _on_host(source: Tensor) -> Tensor:
-    """Bytes in the memory of the host; a copy only where they are elsewhere."""
+    """Return the bytes in the memory of the host; a copy only from another device."""
     return source if source.device.type == "cpu" else _slab(source.nbytes, pinned=False).copy_(source)
 
 
 def _copy(sources: Sequence[Tensor], buffers: Buffers) -> tuple[list[Tensor], Callable[[], None]]:
-    """Copies of `sources` in `buffers`, and what waits for them.
+    """Copy `sources` into `buffers`; return the copies, and a function that waits for them.
 
-    On a GPU they are made in the order of its work: after the updates before, and before the next one.
+    On a GPU the copies follow the order of its work: after the last update, and before the next one.
     """
     devices = {source.device for source in sources if source.device.type != "cpu"}
     copies = buffers.take([source.nbytes for source in sources], pinned=any(d.type == "cuda" for d in devices))
@@ -187,7 +187,7 @@ def _copy(sources: Sequence[Tensor], buffers: Buffers) -> tuple[list[Tensor], Ca
         copy.copy_(source, non_blocking=True)
     events = []
     for device in devices:
-        # The stream that the copies are on: by itself an event takes that of the current device, which may be another.
+        # The stream of the copies: by default an event takes that of the current device, which may be another.
         events.append(torch.Event(device))
         events[-1].record(torch.accelerator.current_stream(device))
 
@@ -199,7 +199,7 @@ def _copy(sources: Sequence[Tensor], buffers: Buffers) -> tuple[list[Tensor], Ca
 
 
 def _carve(sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
-    """Separate pieces of memory, cut out of as few as possible, each with a storage of its own."""
+    """Divide as few blocks of memory as possible into pieces, each with a storage of its own."""
     room = [_ALIGNED * math.ceil(size / _ALIGNED) for size in sizes]
     # torch rounds pinned memory up to a power of two; in pieces of such a size, the largest first, little is lost.
     slab_bytes = 1 << (max([_SLAB, *room]) - 1).bit_length() if pinned else sum(room)
@@ -220,6 +220,6 @@ def _carve(sizes: Sequence[int], *, pinned: bool) -> list[Tensor]:
 def _slab(num_bytes: int, *, pinned: bool) -> Tensor:
     try:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
-    except (RuntimeError, MemoryError) as error:  # of several kinds, by what was to give the memory
+    except (RuntimeError, MemoryError) as error:  # the kind depends on the allocator
         kind = " of page-locked memory" if pinned else ""
         raise MemoryError(f"{num_bytes / 2**20:.1f} MiB{kind} are not free") from error

@@ -1,7 +1,7 @@
-"""How a checkpoint gets to disk: whole or not at all, whenever the process is killed or the power goes.
+"""Writing a checkpoint: whole or not at all, whenever the process is killed or the power fails.
 
-It is written under a hidden name, synced, then renamed. One that takes the place of another is first renamed
-to `.replacing-step-...`: from there on it is finished whatever happens.
+It is written under a hidden name, synced, then renamed. One that replaces another is first renamed to
+`.replacing-step-...`: from then on the replacement is certain.
 """
 
 import errno
@@ -18,19 +18,19 @@ import torch
 
 from opsin.__version__ import __version__
 from opsin.storage.compression import SUFFIX, Compressor
-from opsin.storage.files import put_in_place, sync
+from opsin.storage.files import put_in_place, reason_of, sync
 from opsin.training.checkpoints.format import MANIFEST, STATE, digest, name_of
 from opsin.training.checkpoints.snapshot import Snapshot
 
 _MIB = 2**20
 _GATHERED = 2**18
-_EACH_TENSOR, _MANIFEST_BYTES = 320, 4096  # what names and alignment take in both files, measured: 270
+_EACH_TENSOR, _MANIFEST_BYTES = 320, 4096  # for names and alignment in both files, measured: 270
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, about: Mapping[str, Any], *, level: int | None) -> Path:
-    """`folder/step-N` with the whole of `snapshot`; survives a power cut once this returns.
+    """Write `snapshot` to `folder/step-N`; it survives a power cut once this returns.
 
-    `about` are further facts for the manifest. `level` is that of the compression, None for none.
+    `about` has further facts for the manifest. `level` is that of the compression, None for none.
 
     Raises:
         OSError: it cannot be written (a full disk, say); nothing of it is left.
@@ -67,16 +67,16 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: Mapping[str, Any],
 
 
 def room(folder: Path, snapshot: Snapshot) -> tuple[int, int]:
-    """Bytes that an uncompressed checkpoint of `snapshot` takes at most, and bytes that are free for it."""
-    place = next(above for above in (folder, *folder.parents) if above.exists())
+    """The largest size of a checkpoint of `snapshot` without compression, and the free space, in bytes."""
+    existing = next(above for above in (folder, *folder.parents) if above.exists())
     needed = snapshot.num_bytes + snapshot.num_tensors * _EACH_TENSOR + _MANIFEST_BYTES
-    return needed, shutil.disk_usage(place).free
+    return needed, shutil.disk_usage(existing).free
 
 
-def reason_of(error: OSError, folder: Path, snapshot: Snapshot) -> str:
-    """Why `snapshot` could not be written into `folder`, in words."""
+def write_fault(error: OSError, folder: Path, snapshot: Snapshot) -> str:
+    """The reason why `snapshot` could not be written into `folder`."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error.strerror or str(error)
+        return reason_of(error)
     needed, free = room(folder, snapshot)
     return f"no space left (needs about {needed / _MIB:.1f} MiB, {free / _MIB:.1f} MiB are free)"
 
@@ -84,8 +84,8 @@ def reason_of(error: OSError, folder: Path, snapshot: Snapshot) -> str:
 class _SyncedFile:
     """A new file, compressed and hashed while it is written, and synced when closed.
 
-    An error waits until the file is closed: torch writes from C++, where none may pass through. Small pieces, of which
-    there are several for each tensor, are gathered: after every system call a thread may wait for the interpreter.
+    An error is raised when the file is closed: torch writes from C++, where no exception may pass. Small pieces, of
+    which each tensor has several, are gathered: after every system call a thread may wait for the interpreter.
     """
 
     def __init__(self, path: Path, level: int | None = None) -> None:
@@ -98,7 +98,7 @@ class _SyncedFile:
 
     @property
     def entry(self) -> dict[str, str | int]:
-        """What the manifest says about the file."""
+        """The facts about the file in the manifest."""
         return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
 
     def __enter__(self) -> "_SyncedFile":

@@ -1,16 +1,13 @@
-"""Where the time of recorded steps went: from spans, and kernels of a GPU, to the times of parts.
+"""The time of recorded steps by part, from spans and from kernels of a GPU.
 
-All times are nanoseconds of one clock. A part's time is without that of parts inside it; what is in none is `other`,
-so that the parts of a step add up to it.
+All times are nanoseconds of one clock. The time of a part excludes the parts inside it; time outside of all parts is
+`other`, so that the parts of a step add up to it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.profiler import record_function
 
 DATA = "data"
 PARTS = (DATA, "teacher forward", "student forward", "loss", "forward", "backward", "optimizer", "teacher update")
@@ -20,15 +17,9 @@ STEP = "step"
 """The name of the span around all of them."""
 
 
-def span(part: str) -> AbstractContextManager[object]:
-    """A context that gives its time to `part`. Where nothing is recorded it costs less than a microsecond."""
-    is_recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # not in torch's stubs
-    return record_function(part) if is_recorded else nullcontext()
-
-
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What the host did under a name of `PARTS`, or a whole `STEP`."""
+    """Work of the host under a name of `PARTS`, or a whole `STEP`."""
 
     name: str
     start: int
@@ -51,11 +42,11 @@ class StepTimes:
     total: float
     parts: Mapping[str, float]
     idle: float = 0.0
-    """How long the GPU did nothing."""
+    """The time in which the GPU did nothing."""
 
 
 def host_times(spans: Sequence[Span]) -> list[StepTimes]:
-    """Every step among `spans` as the host saw it."""
+    """The times of every step among `spans` on the host."""
     found = []
     for step in _steps(spans):
         parts: dict[str, int] = {}
@@ -66,10 +57,10 @@ def host_times(spans: Sequence[Span]) -> list[StepTimes]:
 
 
 def device_times(spans: Sequence[Span], kernels: Sequence[Kernel]) -> list[StepTimes]:
-    """Every step among `spans` as the GPU saw it: a kernel's time is of the part that has launched it.
+    """The times of every step among `spans` on the GPU: the time of a kernel belongs to the part that launched it.
 
-    A step lasts until its last kernel is done, from when the step before was, or from its own begin if that is
-    later. While the GPU has nothing to do and the host waits for a batch, that is time of `data`.
+    A step lasts until its last kernel is done, from the end of the step before, or from its own begin if that is
+    later. Time in which the GPU is idle and the host waits for a batch belongs to `data`.
     """
     found = []
     ordered = sorted(kernels, key=lambda kernel: kernel.launched)
@@ -108,7 +99,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """That of one value or more."""
+        """The spread of one value or more."""
         middle, high = np.percentile(values, (50, 90)).tolist()
         return cls(float(np.mean(values)), middle, high, min(values), max(values))
 

@@ -1,8 +1,8 @@
-"""Where the time of a step goes: a few steps of a training, recorded and taken apart.
+"""The profile of a run: the time of a few steps, by part.
 
-torch's profiler runs from the wait for a batch to the end of its update, for a few steps at a time: what it has
-recorded of them is added up and let go. It is off while evaluators run, and starting, reading and writing are not
-counted as training time. Weights do not notice.
+torch's profiler runs from the wait for a batch to the end of its update, for a few steps at a time; then the times are
+added up and the recording is freed. It is off while evaluators run, and its own work is not counted as training time.
+The weights stay the same bits.
 """
 
 import os
@@ -22,6 +22,7 @@ from torch.profiler import profile as Recording
 from opsin.data.base import Batch
 from opsin.errors import RunError
 from opsin.settings.family import Settings
+from opsin.storage.files import reason_of
 from opsin.storage.teller import Teller
 from opsin.training.agenda import Agenda
 from opsin.training.loop import Profile
@@ -45,18 +46,18 @@ _TRACED = 3
 _AT_ONCE = 10
 """Later steps that are recorded before they are added up."""
 _LAUNCHES = ("cuda", "cu", "hip")
-"""How calls begin that ask a GPU for work."""
+"""Prefixes of the names of calls that launch work on a GPU."""
 
 
 class ProfileConfig(Settings):
-    """A few steps taken apart into `profile/` of the run directory: time by part, top operators, a trace."""
+    """A profile of a few steps in `profile/` of the run directory: time by part, top operators, a trace."""
 
     steps: int = Field(0, ge=0)
-    """How many; 0 for none. While they are recorded, training is slower."""
+    """Number of steps that are profiled, more slowly than others; 0 for no profile."""
     skip: int = Field(10, ge=0)
-    """Updates before them, counted from the start or the resume."""
+    """Updates before the profiled ones, counted from the start or the resume."""
     trace: bool = True
-    """Write the first three as trace.json, for chrome://tracing or ui.perfetto.dev."""
+    """Write the first three profiled steps to trace.json, for chrome://tracing or ui.perfetto.dev."""
 
 
 class Pauses(Protocol):
@@ -67,7 +68,7 @@ class Pauses(Protocol):
 
 
 class StepProfile(Profile):
-    """Takes apart the steps that `config` asks for, and writes the result into `folder`.
+    """The profile that `config` asks for, written into `folder`.
 
     Time spent while `clock` is paused is not training time.
     """
@@ -104,7 +105,7 @@ class StepProfile(Profile):
         if self._is_written:
             yield from batches
             return
-        self._done, self._operators = [], []  # of steps that a rollback has gone back over
+        self._done, self._operators = [], []  # of steps before a rollback
         self._plan(self._agenda.last_step - state.step)
         yield from islice(batches, self._config.skip if self._wanted else 0)
         try:
@@ -141,7 +142,7 @@ class StepProfile(Profile):
             self._teller.warning(f"profile.steps={asked} after profile.skip={skip}: {left} steps are left: {what}")
 
     def _begin_step(self) -> bool:
-        """Whether the step that begins is recorded."""
+        """Begin to record a step; False if that failed."""
         if self._recording is None:
             self._wait()
             with self._clock.paused(), self._telling():
@@ -152,7 +153,7 @@ class StepProfile(Profile):
         return self._recording is not None
 
     def _start(self) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its messages are for those who develop it
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its messages are for its developers
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_device else [])]
         recording = Recording(activities=activities)
         recording.start()
@@ -161,7 +162,7 @@ class StepProfile(Profile):
         self._room = self._warm_up + min(self._wanted - len(self._done), _AT_ONCE if self._done else _TRACED)
 
     def _take(self) -> Recording:
-        """The recording, which is none of ours any more."""
+        """Hand over the recording."""
         recording, step = self._recording, self._step
         assert recording is not None
         self._recording = self._step = None
@@ -170,7 +171,7 @@ class StepProfile(Profile):
         return recording
 
     def _add_up(self, recording: Recording) -> None:
-        """Take from the recording what is kept; the first also gives the trace and the operators."""
+        """Add the times of the recording; the first one also gives the trace and the operators."""
         recording.stop()
         times = _times_in(recording, on_device=self._on_device)
         if len(times) != len(self._recorded) or any(step.idle == step.total for step in times):
@@ -190,7 +191,7 @@ class StepProfile(Profile):
                 self._take().stop()
         self._teller.warning(
             f"profile: interrupted before {self._wanted} steps were profiled; no split.json, unless training goes on "
-            "and they are profiled anew"
+            "and they are profiled again"
         )
 
     def _write(self) -> None:
@@ -216,16 +217,16 @@ class StepProfile(Profile):
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        """Whatever goes wrong with a profile is no reason to end a training, but one to end the profile."""
+        """Let a failure end the profile and not the training."""
         try:
             yield
         except (OSError, RunError, RuntimeError) as error:
             self._wanted = 0
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            reason = reason_of(error) if isinstance(error, OSError) else str(error)
             self._teller.warning(f"profile: {self._folder} is not complete: {reason}; training goes on")
 
     def _wait(self) -> None:
-        # Before time is not counted: what the GPU still has to do is training.
+        # Before the clock is paused: the work that the GPU still has is training.
         if self._on_device:
             torch.accelerator.synchronize(self._device)
 
@@ -238,7 +239,7 @@ class _Measured:
 
 
 def _times_in(recording: Recording, *, on_device: bool) -> list[StepTimes]:
-    """The steps of a recording, taken apart."""
+    """The times of the steps of a recording."""
     spans: list[Span] = []
     launched: dict[int, int] = {}
     work: list[tuple[int, int, int]] = []

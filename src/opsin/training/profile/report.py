@@ -1,4 +1,4 @@
-"""What is written of a profile: `split.json` and `split.png`, a table for the terminal, and torch's own trace."""
+"""The results of a profile: `split.json` and `split.png`, a table for the terminal, and torch's own trace."""
 
 import json
 import os
@@ -21,18 +21,18 @@ _ROW_INCHES = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """An operation of torch, without the operations that it calls. On a GPU the time is that of its kernels."""
+    """An operation of torch without the operations that it calls; on a GPU the time of its kernels."""
 
     name: str
     self_ms: float
-    """In a step."""
+    """Milliseconds in a step."""
     calls: float
-    """In a step."""
+    """Calls in a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeBreakdown:
-    """Where the time of the profiled steps went: what `split.json` holds."""
+    """The time of the profiled steps by part: the content of `split.json`."""
 
     device: str
     first_step: int
@@ -41,22 +41,17 @@ class TimeBreakdown:
     images_per_s: float
     step: Spread
     device_idle: Spread | None
-    """What a GPU waited in a step; this is part of `data` and `other`."""
+    """Idle time of a GPU in a step; it is part of `data` and `other`."""
     parts: Mapping[str, Spread]
     operators: Sequence[Operator]
-    """Those that take most, of the steps in the trace."""
-
-    def as_dict(self) -> dict[str, object]:
-        """The same as plain values."""
-        parts = {name: {**asdict(spread), "share": self.share(name)} for name, spread in self.parts.items()}
-        return {**asdict(self), "parts": parts}
+    """The slowest operators of the steps in the trace."""
 
     def share(self, part: str) -> float:
-        """How much of the time of the steps a part took."""
+        """The share of a part in the time of the steps."""
         return self.parts[part].mean_ms / self.step.mean_ms
 
     def head(self) -> str:
-        """All in one line."""
+        """A summary in one line."""
         return (
             f"steps {self.first_step} to {self.last_step} on {self.device}: "
             f"{self.step.mean_ms:.2f} ms each, {self.images_per_s:,.0f} images/s"
@@ -77,8 +72,9 @@ class TimeBreakdown:
             OSError: it cannot be written.
             RunError: matplotlib is missing; the numbers are there.
         """
+        parts = {name: {**asdict(spread), "share": self.share(name)} for name, spread in self.parts.items()}
         folder.mkdir(exist_ok=True)
-        write_atomic(folder / "split.json", (json.dumps(self.as_dict(), indent=2) + "\n").encode())
+        write_atomic(folder / "split.json", (json.dumps({**asdict(self), "parts": parts}, indent=2) + "\n").encode())
         write_atomic(folder / "split.png", draw_breakdown(self))
 
 
@@ -118,7 +114,7 @@ def write_trace(recording: Recording, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.writing")
     try:
         recording.export_chrome_trace(str(unfinished))
-        # The profiler does not tell when the disk is full.
+        # The profiler does not report a full disk.
         if not unfinished.exists() or not _last_bytes(unfinished).endswith(b"}"):
             raise OSError("the trace is cut off; is the disk full?")
         unfinished.replace(path)

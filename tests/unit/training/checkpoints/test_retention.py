@@ -88,7 +88,7 @@ def test_damaged_marks_are_made_anew_from_the_log(tmp_path: Path) -> None:
     again.restore(fresh())
     assert (tmp_path / "best.json").read_bytes() == marks, "of step 1 there is no checkpoint"
     (warning,) = again.warnings()
-    assert warning.endswith("a resume makes it anew from the log: step 4, step 8")
+    assert warning.endswith("a resume restores it from the log: step 4, step 8")
     again.checkpoints.save(train(fresh(), to=9), reason="test")
     assert again.steps() == [4, 8, 9]
 

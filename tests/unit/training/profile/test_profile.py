@@ -17,9 +17,10 @@ from opsin.data.base import Batch
 from opsin.reporting.console import Console
 from opsin.run.session import resume_run
 from opsin.training.agenda import Agenda
-from opsin.training.profile.parts import OTHER, STEP, Kernel, Span, device_times, host_times, span
+from opsin.training.profile.parts import OTHER, STEP, Kernel, Span, device_times, host_times
 from opsin.training.profile.profile import ProfileConfig, StepProfile
 from opsin.training.profile.report import write_trace
+from opsin.training.stopwatch import span
 from tests.digits_run import STEPS_PER_EPOCH, train_digits
 from tests.unit.training.tiny_run import TIMELINE, fresh
 
