@@ -46,10 +46,6 @@ class Evaluations:
         self._best = best
         self._features = features or FeatureCache()
 
-    def is_due(self, step: int) -> bool:
-        """True if an evaluator runs after `step` updates."""
-        return bool(self._agenda.scores(step))
-
     def run_if_due(self, state: TrainState) -> None:
         """Run the evaluators that are due at this step and have no score yet."""
         with self._observations.paused():

@@ -62,7 +62,8 @@ class FeatureCache:
 
     def __init__(self) -> None:
         self._is_open = False
-        self._kept: object = None
+        self.kept: object = None
+        """The features that were kept last; None if there are none."""
 
     @contextmanager
     def weights_unchanged(self) -> Iterator[None]:
@@ -71,17 +72,12 @@ class FeatureCache:
         try:
             yield
         finally:
-            self._is_open, self._kept = False, None
-
-    @property
-    def kept(self) -> object:
-        """The features that were kept last; None if there are none."""
-        return self._kept
+            self._is_open, self.kept = False, None
 
     def keep(self, features: object) -> None:
         """Replace the features that are kept."""
         if self._is_open:
-            self._kept = features
+            self.kept = features
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ exactly. docs/decisions/0012-rollback.md gives the reasons.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -56,18 +56,15 @@ class GuardConfig(Settings):
         )
 
 
+@dataclass(frozen=True, slots=True)
 class Guard:
     """The return of a run to the state before a fault."""
 
-    def __init__(
-        self, config: GuardConfig, agenda: Agenda, checkpoints: Checkpoints, teller: RunTeller, start: Start
-    ) -> None:
-        self._config = config
-        self._agenda = agenda
-        self._checkpoints = checkpoints
-        self._teller = teller
-        self._journal = teller.journal
-        self._start = start
+    config: GuardConfig
+    agenda: Agenda
+    checkpoints: Checkpoints
+    teller: RunTeller
+    start: Start
 
     def roll_back(self, state: TrainState, asked: RollBack) -> None:
         """Restore `state` from before the fault, and save it with the detour around the fault.
@@ -80,53 +77,53 @@ class Guard:
                 renamed, so that a resume begins before it; its rows stay.
             TransientError: the disk fails; the next attempt repeats the rollback.
         """
-        detour = self._config.detour(asked, len(state.detours) + 1, self._agenda)
-        if detour.attempt > self._config.max_rollbacks:
+        detour = self.config.detour(asked, len(state.detours) + 1, self.agenda)
+        if detour.attempt > self.config.max_rollbacks:
             with _passing(asked):
-                self._checkpoints.retire_after(detour.first)
+                self.checkpoints.retire_after(detour.first)
             raise Diverged(self._diagnosis(state, asked))
-        before, elapsed_s, events = state.detours, state.elapsed_s, self._journal.events("rollback")
+        before, elapsed_s, events = state.detours, state.elapsed_s, self.teller.journal.events("rollback")
         state.whole = False
         with _passing(asked):
             self._restore(state, detour.first)
-            self._journal.rewind(state.step)
+            self.teller.journal.rewind(state.step)
         state.detours, state.elapsed_s, state.whole = (*before, detour), elapsed_s, True
         self._record_again(state.step, before, events)
         self._tell(state.step, detour, asked)
-        self._checkpoints.save(state, reason="rollback")
+        self.checkpoints.save(state, reason="rollback")
 
     def _restore(self, state: TrainState, first: int) -> None:
         """Load the newest valid checkpoint of step `first` or before, else the start."""
-        while (path := self._checkpoints.healthy(first)) is not None:
-            self._checkpoints.retire_after(_step_of(path))
+        while (path := self.checkpoints.healthy(first)) is not None:
+            self.checkpoints.retire_after(_step_of(path))
             try:
                 load_into(path, state)
             except DamagedCheckpoint as error:
-                self._teller.warning(f"{error}; an older one is used")
-                self._checkpoints.retire_after(_step_of(path) - 1)
+                self.teller.warning(f"{error}; an older one is used")
+                self.checkpoints.retire_after(_step_of(path) - 1)
             else:
                 return
-        self._checkpoints.retire_after(-1)
-        self._start.over(state)
+        self.checkpoints.retire_after(-1)
+        self.start.over(state)
         state.step = 0
 
     def _record_again(self, step: int, detours: Sequence[Detour], events: Sequence[Event]) -> None:
         """Record the events of detours that are still in force and that the journal has lost as it went back."""
-        left = [event.facts for event in self._journal.events("rollback")]
+        left = [event.facts for event in self.teller.journal.events("rollback")]
         for detour in detours:
             facts = next((event.facts for event in events if _facts(detour).items() <= event.facts.items()), None)
             if facts is not None and facts not in left:
-                self._journal.event("rollback", step, **facts)
+                self.teller.journal.event("rollback", step, **facts)
 
     def _tell(self, step: int, detour: Detour, asked: RollBack) -> None:
         """Report a rollback; a run that was killed and rolls back again records it only once."""
         said: dict[str, Fact] = {"monitor": asked.monitor, "message": asked.message, "since": asked.finding.since}
         facts = {**_facts(detour), **said}
-        if all(event.facts != facts for event in self._journal.events("rollback")):
-            self._journal.event("rollback", step, **facts)
+        if all(event.facts != facts for event in self.teller.journal.events("rollback")):
+            self.teller.journal.event("rollback", step, **facts)
         slower = f", learning rate x {detour.lr_factor:g} to step {detour.lr_until}" if detour.lr_factor < 1 else ""
-        self._teller.warning(
-            f"rollback {detour.attempt} of {self._config.max_rollbacks} ({asked.monitor}): from step {asked.found} "
+        self.teller.warning(
+            f"rollback {detour.attempt} of {self.config.max_rollbacks} ({asked.monitor}): from step {asked.found} "
             f"to step {step}; steps {detour.first} to {detour.last} get other images{slower}"
         )
 
@@ -143,7 +140,7 @@ class Guard:
         )
         return (
             f"{asked.message}; rolled back {len(state.detours)} times before: {ways}; {cause}; "
-            f"guard.max_rollbacks={self._config.max_rollbacks} allows no more"
+            f"guard.max_rollbacks={self.config.max_rollbacks} allows no more"
         )
 
 

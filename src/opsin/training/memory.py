@@ -91,19 +91,15 @@ class PartFallback:
         self._file = file
         self._asked = asked
         self._teller = teller or Silence()
-        self._found = () if file is None else _read(file, asked)
-        self._unwritten = False
-
-    @property
-    def found(self) -> tuple[Fallback, ...]:
+        self.found = () if file is None else _read(file, asked)
         """All fallbacks, by step; none if memory always sufficed."""
-        return self._found
+        self._unwritten = False
 
     def factor(self, step: int) -> int:
         """Factor on the requested number of parts, for the update after `step`."""
         if self._unwritten:
             self._write(step)
-        return max((one.factor for one in self._found if one.step <= step), default=1)
+        return max((one.factor for one in self.found if one.step <= step), default=1)
 
     def double(self, step: int, *, parts: int, images: int) -> bool:
         """Halve the parts from `step` on, after `parts` of `images` were too large; False if that is impossible."""
@@ -111,8 +107,8 @@ class PartFallback:
             return False
         factor = 2 * self.factor(step)
         # Fallbacks of later steps are from before a rollback, but there is hardly more memory the next time.
-        later = [one for one in self._found if one.step > step and one.factor > factor]
-        self._found = (*(one for one in self._found if one.step < step), Fallback(step, factor), *later)
+        later = [one for one in self.found if one.step > step and one.factor > factor]
+        self.found = (*(one for one in self.found if one.step < step), Fallback(step, factor), *later)
         self._write(step)
         largest, smaller = -(-images // parts), -(-images // (2 * parts))
         text = (
@@ -124,9 +120,9 @@ class PartFallback:
 
     def take_back(self, before: tuple[Fallback, ...], step: int) -> None:
         """Restore the fallbacks of `before` the update after `step`; the newer ones did not help."""
-        if self._found == before:
+        if self.found == before:
             return
-        self._found = before
+        self.found = before
         self._write(step)
         text = f"step {step + 1}: out of memory with one image at a time: the smaller parts of this step are taken back"
         self._teller.tell("out_of_memory", step, warn=text, images_at_once=1, warning=text)
@@ -135,7 +131,7 @@ class PartFallback:
         # Before the update that needs it: a resume after a kill repeats the update as it was.
         assert self._file is not None
         try:
-            _FILE.write(self._file, _Stored(self._asked, self._found))
+            _FILE.write(self._file, _Stored(self._asked, self.found))
             self._unwritten = False
         except OSError as error:
             if not self._unwritten:

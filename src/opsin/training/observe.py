@@ -146,7 +146,7 @@ class Observations:
         names = list(last.values)
         table = torch.stack([torch.stack([r.applied, *(r.values[name] for name in names)]) for r in reports]).tolist()
         made = [row[1:] for row in table if row[0] > 0]
-        values = _means(names, made)
+        values = {name: sum(row[index] for row in made) / len(made) for index, name in enumerate(names) if made}
         if len(made) < len(reports):
             values[CANCELLED] = float(len(reports) - len(made))
         values["train/lr"] = last.scheduled.lr
@@ -205,11 +205,6 @@ class Observations:
             f"{text}. The weights are those of step {since - 1}. Lower optim.lr, set optim.clip_norm, or try "
             "precision=fp32"
         )
-
-
-def _means(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, float]:
-    """The mean of every column."""
-    return {name: sum(row[index] for row in rows) / len(rows) for index, name in enumerate(names)} if rows else {}
 
 
 def _readable(value: float) -> float | str:

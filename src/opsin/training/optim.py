@@ -5,7 +5,7 @@ transactional step relies on that.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -197,7 +197,10 @@ class MuonConfig(OptimConfig):
 def build_optimizer(config: OptimConfig, method: Method) -> Optimizer:
     """Return the optimizer over the groups of `method`; every trainable parameter is in exactly one."""
     groups = _groups(config, method)
-    _check_groups(method, groups)
+    seen = [id(param) for group in groups for param in group.params]
+    assert len(seen) == len(set(seen)), "a parameter stands in two groups"
+    missing = {id(p): n for n, p in method.named_parameters() if p.requires_grad and id(p) not in set(seen)}
+    assert not missing, f"parameters without a group: {sorted(missing.values())[:5]}"
     return config.build(
         [
             {
@@ -255,10 +258,3 @@ def _groups(config: OptimConfig, method: Method) -> list[ParamGroup]:
 def _lr_factor(group: ParamGroup, layer_factor: float) -> float | Callable[[Clock], float]:
     own = group.lr_factor
     return (lambda clock: own(clock) * layer_factor) if callable(own) else own * layer_factor
-
-
-def _check_groups(method: Method, groups: Sequence[ParamGroup]) -> None:
-    seen = [id(param) for group in groups for param in group.params]
-    assert len(seen) == len(set(seen)), "a parameter stands in two groups"
-    missing = {id(p): n for n, p in method.named_parameters() if p.requires_grad and id(p) not in set(seen)}
-    assert not missing, f"parameters without a group: {sorted(missing.values())[:5]}"

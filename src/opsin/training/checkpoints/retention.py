@@ -119,12 +119,6 @@ def write_best(folder: Path, best: Sequence[Scored]) -> None:
     write_atomic(folder / BEST, (json.dumps(facts) + "\n").encode())
 
 
-def best_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in `folder` with the best score; None if none was marked."""
-    best = read_best(folder)
-    return find_checkpoints(folder).get(best[0].step) if best else None
-
-
 def among_best(best: Sequence[Scored], new: Scored, config: CheckpointConfig) -> list[Scored] | None:
     """The best after `new`; None if it is not among them. Of equal scores the earlier is better."""
     sign = 1 if config.best_mode == "max" else -1
@@ -146,6 +140,7 @@ class Needs(Protocol):
         """The most steps that a rollback may go back from `step`; None if there are no rollbacks."""
 
 
+@dataclass(frozen=True, slots=True)
 class Retention:
     """The rules for a folder of checkpoints.
 
@@ -153,18 +148,17 @@ class Retention:
     is older than the present by the margin of that step; also the next one, which will be the last healthy one later.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, needs: Needs) -> None:
-        self._folder = folder
-        self._config = config
-        self._needs = needs
+    folder: Path
+    config: CheckpointConfig
+    needs: Needs
 
     def kept(self, steps: Iterable[int], present: int) -> set[int]:
         """The kept ones of `steps` after `present` steps of training."""
         ordered = sorted(steps)
-        kept = {*ordered[-self._config.keep :], present}
-        kept |= {step for step in ordered if self._needs.is_milestone(step)}
-        kept |= {scored.step for scored in read_best(self._folder)}
-        if (reach := self._needs.reach(present)) is not None:
+        kept = {*ordered[-self.config.keep :], present}
+        kept |= {step for step in ordered if self.needs.is_milestone(step)}
+        kept |= {scored.step for scored in read_best(self.folder)}
+        if (reach := self.needs.reach(present)) is not None:
             healthy = [step for step in ordered if step <= present - reach]
             # And its successor, once that is old enough.
             kept |= {*healthy[-1:], *ordered[len(healthy) : len(healthy) + 1]}
@@ -172,11 +166,11 @@ class Retention:
 
     def superfluous(self, present: int, *, keep_unhealthy: bool = True) -> list[Path]:
         """The checkpoints that `prune` would remove, oldest first."""
-        found = find_checkpoints(self._folder)
+        found = find_checkpoints(self.folder)
         # Also that of the present, which may not be written yet.
         kept = self.kept({*found, present}, present)
         # The one that was written last is nearest to the newest fault.
-        unhealthy = sorted(self._folder.glob(f"{UNHEALTHY}step-*"), key=_written)
+        unhealthy = sorted(self.folder.glob(f"{UNHEALTHY}step-*"), key=_written)
         retired = unhealthy[:-1] if keep_unhealthy else unhealthy
         return [*retired, *(path for step, path in found.items() if step not in kept)]
 
@@ -207,7 +201,7 @@ class Retention:
             OSError: one cannot be renamed.
             RunError: the names of the best cannot be read.
         """
-        later = [path for number, path in find_checkpoints(self._folder).items() if number > step]
+        later = [path for number, path in find_checkpoints(self.folder).items() if number > step]
         # The newest first: a run that is killed in between resumes nearer to `step`.
         for path in reversed(later):
             rename_over(path, path.with_name(f"{UNHEALTHY}{path.name}"))
@@ -221,11 +215,11 @@ class Retention:
             OSError: the marks cannot be written.
         """
         best: list[Scored] = []
-        for step in find_checkpoints(self._folder):
+        for step in find_checkpoints(self.folder):
             score = scores.get(step, math.nan)
-            if self._config.best is not None and math.isfinite(score):
-                best = among_best(best, Scored(step, self._config.best, score), self._config) or best
-        write_best(self._folder, best)
+            if self.config.best is not None and math.isfinite(score):
+                best = among_best(best, Scored(step, self.config.best, score), self.config) or best
+        write_best(self.folder, best)
         return best
 
     def forget_scores_after(self, step: int) -> None:
@@ -235,9 +229,9 @@ class Retention:
             RunError: the marks cannot be read.
             OSError: they cannot be written.
         """
-        best = read_best(self._folder)
+        best = read_best(self.folder)
         if any(scored.step > step for scored in best):
-            write_best(self._folder, [scored for scored in best if scored.step <= step])
+            write_best(self.folder, [scored for scored in best if scored.step <= step])
 
 
 def _written(path: Path) -> tuple[int, str]:

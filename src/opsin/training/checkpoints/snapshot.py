@@ -110,7 +110,10 @@ def take_snapshot(state: TrainState, buffers: Buffers | None) -> Snapshot:
     }
     sources = _storages(content)
     if buffers is None:
-        copies = [_on_host(source) for source in sources.values()]
+        # A copy only from another device.
+        copies = [
+            one if one.device.type == "cpu" else _slab(one.nbytes, pinned=False).copy_(one) for one in sources.values()
+        ]
         wait: Callable[[], None] = _nothing
     else:
         copies, wait = _copy(list(sources.values()), buffers)
@@ -169,11 +172,6 @@ def _replaced(value: Any, copies: Mapping[_StorageKey, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_replaced(item, copies) for item in value)
     return value
-
-
-def _on_host(source: Tensor) -> Tensor:
-    """Return the bytes in the memory of the host; a copy only from another device."""
-    return source if source.device.type == "cpu" else _slab(source.nbytes, pinned=False).copy_(source)
 
 
 def _copy(sources: Sequence[Tensor], buffers: Buffers) -> tuple[list[Tensor], Callable[[], None]]:

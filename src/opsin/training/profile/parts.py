@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in torch's stubs
+from torch.profiler import profile as Recording
 
 DATA = "data"
 PARTS = (DATA, "teacher forward", "student forward", "loss", "forward", "backward", "optimizer", "teacher update")
@@ -15,6 +17,8 @@ PARTS = (DATA, "teacher forward", "student forward", "loss", "forward", "backwar
 OTHER = "other"
 STEP = "step"
 """The name of the span around all of them."""
+_LAUNCHES = ("cuda", "cu", "hip")
+"""Prefixes of the names of calls that launch work on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,29 @@ class StepTimes:
     parts: Mapping[str, float]
     idle: float = 0.0
     """The time in which the GPU did nothing."""
+
+
+def times_in(recording: Recording, *, on_device: bool) -> list[StepTimes]:
+    """The times of the steps of a recording."""
+    spans: list[Span] = []
+    launched: dict[int, int] = {}
+    work: list[tuple[int, int, int]] = []
+    assert recording.profiler is not None, "it was started"
+    assert recording.profiler.kineto_results is not None, "and stopped"
+    for event in recording.profiler.kineto_results.events():
+        name, start, end = event.name(), event.start_ns(), event.end_ns()
+        on_host = event.device_type() == DeviceType.CPU
+        if event.is_user_annotation():
+            # On a GPU there is one of each on either side.
+            if on_host and name in (*PARTS, STEP):
+                spans.append(Span(name, start, end))
+        elif not on_host:
+            work.append((event.correlation_id(), start, end))
+        elif name.startswith(_LAUNCHES):
+            launched[event.correlation_id()] = start
+    if not on_device:
+        return host_times(spans)
+    return device_times(spans, [Kernel(launched[key], start, end) for key, start, end in work if key in launched])
 
 
 def host_times(spans: Sequence[Span]) -> list[StepTimes]:

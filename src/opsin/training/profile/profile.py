@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 from pydantic import Field
-from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in torch's stubs
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as Recording
 
@@ -26,18 +25,7 @@ from opsin.storage.files import reason_of
 from opsin.storage.teller import Teller
 from opsin.training.agenda import Agenda
 from opsin.training.loop import Profile
-from opsin.training.profile.parts import (
-    DATA,
-    PARTS,
-    STEP,
-    Kernel,
-    Span,
-    Spread,
-    StepTimes,
-    device_times,
-    host_times,
-    summarise,
-)
+from opsin.training.profile.parts import DATA, STEP, Spread, StepTimes, summarise, times_in
 from opsin.training.profile.report import Operator, TimeBreakdown, top_operators, write_trace
 from opsin.training.state import TrainState
 
@@ -45,8 +33,6 @@ _TRACED = 3
 """Steps in the trace, and in the list of operators."""
 _AT_ONCE = 10
 """Later steps that are recorded before they are added up."""
-_LAUNCHES = ("cuda", "cu", "hip")
-"""Prefixes of the names of calls that launch work on a GPU."""
 
 
 class ProfileConfig(Settings):
@@ -173,7 +159,7 @@ class StepProfile(Profile):
     def _add_up(self, recording: Recording) -> None:
         """Add the times of the recording; the first one also gives the trace and the operators."""
         recording.stop()
-        times = _times_in(recording, on_device=self._on_device)
+        times = times_in(recording, on_device=self._on_device)
         if len(times) != len(self._recorded) or any(step.idle == step.total for step in times):
             raise RunError("torch's profiler has not seen every step, or no work of the GPU")
         steps = [_Measured(*known, found) for known, found in zip(self._recorded, times, strict=True)]
@@ -236,26 +222,3 @@ class _Measured:
     step: int
     images: int
     times: StepTimes
-
-
-def _times_in(recording: Recording, *, on_device: bool) -> list[StepTimes]:
-    """The times of the steps of a recording."""
-    spans: list[Span] = []
-    launched: dict[int, int] = {}
-    work: list[tuple[int, int, int]] = []
-    assert recording.profiler is not None, "it was started"
-    assert recording.profiler.kineto_results is not None, "and stopped"
-    for event in recording.profiler.kineto_results.events():
-        name, start, end = event.name(), event.start_ns(), event.end_ns()
-        on_host = event.device_type() == DeviceType.CPU
-        if event.is_user_annotation():
-            # On a GPU there is one of each on either side.
-            if on_host and name in (*PARTS, STEP):
-                spans.append(Span(name, start, end))
-        elif not on_host:
-            work.append((event.correlation_id(), start, end))
-        elif name.startswith(_LAUNCHES):
-            launched[event.correlation_id()] = start
-    if not on_device:
-        return host_times(spans)
-    return device_times(spans, [Kernel(launched[key], start, end) for key, start, end in work if key in launched])

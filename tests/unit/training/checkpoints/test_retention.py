@@ -9,7 +9,7 @@ import pytest
 
 from opsin.training.agenda import Agenda
 from opsin.training.checkpoints.format import find_checkpoints
-from opsin.training.checkpoints.retention import CheckpointConfig, Retention, Scored, among_best, best_checkpoint
+from opsin.training.checkpoints.retention import CheckpointConfig, Retention, Scored, among_best, read_best
 from tests.conftest import RunOnSmallDisk
 from tests.unit.training.tiny_run import TIMELINE, Story, equal, flip_byte, fresh, train
 
@@ -33,7 +33,7 @@ def test_the_n_best_are_kept_in_order(tmp_path: Path, mode: str, count: int, bes
     story = Story(tmp_path, every="1 step", keep=1, best_mode=mode, best_keep=count, last_step=12)
     save_each(story, to=12, scores=SCORES)
     assert story.steps() == sorted([*best, 12])
-    assert best_checkpoint(tmp_path) == tmp_path / f"step-{best[0]:08d}"
+    assert read_best(tmp_path)[0].step == best[0]
     facts = json.loads((tmp_path / "best.json").read_text())
     assert [facts["step"], *(other["step"] for other in facts.get("others", []))] == best
     told = [facts["step"] for kind, facts in story.events if kind == "best"]
