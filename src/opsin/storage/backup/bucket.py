@@ -8,7 +8,7 @@ import configparser
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,41 +46,25 @@ _SENDING = timedelta(minutes=10)
 _FOR_EVER = timedelta(days=365)
 
 
-def open_bucket(url: str) -> "Bucket":
-    """Return the folder at an address without credentials; no request goes to the server yet.
-
-    Raises:
-        StoreError: the settings of the environment do not fit together.
-    """
-    shared = _shared_aws_settings(os.environ) if urlsplit(url).scheme == "s3" else {}
-    options: dict[str, Any] = {"connect_timeout": _CONNECT}
-    if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
-        options["allow_http"] = True
-
-    def store(**timeouts: timedelta) -> ObjectStore:
-        settings = {"client_options": {**options, **timeouts}, "retry_config": _RETRY, **shared}
-        return from_url(url, **settings)  # type: ignore[call-overload, no-any-return]
-
-    try:
-        # The limit on silence would count the time that a part is on its way out.
-        return Bucket(url, store(read_timeout=_SILENCE, timeout=_FOR_EVER), store(timeout=_SENDING), shared)
-    except (BaseError, ValueError) as error:
-        raise StoreError(f"{url}: {_reason(error, shared)}", refused=True) from error
-
-
 class Bucket:
     """Objects below one prefix. Large files go in parts; each carries its sha256 as an attribute."""
 
-    def __init__(self, url: str, store: ObjectStore, sending: ObjectStore, secrets: Mapping[str, str]) -> None:
-        """`store` and `sending` reach the same objects with different time limits.
+    def __init__(self, url: str) -> None:
+        """Take the folder at an address without credentials; no request goes to the server yet.
 
-        `secrets` are settings whose values no message may show, beside those of the environment.
+        Raises:
+            StoreError: the settings of the environment do not fit together.
         """
         self.shown = url
-        self._store = store
-        self._sending = sending
-        self.secrets = secrets
+        self.secrets = _shared_aws_settings(os.environ) if urlsplit(url).scheme == "s3" else {}
+        """Settings whose values no message may show, beside those of the environment."""
         self._parts_at_once = _PARTS_AT_ONCE
+        try:
+            # The limit on silence would count the time that a part is on its way out.
+            self._store = self._open(read_timeout=_SILENCE, timeout=_FOR_EVER)
+            self._sending = self._open(timeout=_SENDING)
+        except (BaseError, ValueError) as error:
+            raise StoreError(f"{url}: {self._reason(error)}", refused=True) from error
 
     def put(self, name: str, chunks: Iterator[bytes], *, size: int, sha256: str) -> None:
         with self._store_errors(name):
@@ -103,12 +87,10 @@ class Bucket:
                 raise
 
     def holds(self, name: str, *, size: int, sha256: str) -> bool:
-        try:
-            with self._store_errors(name):
-                found = obstore.get(self._store, name, options={"head": True})
-                return found.meta["size"] == size and found.attributes.get(_HASH) == sha256
-        except Absent:
-            return False
+        with suppress(Absent), self._store_errors(name):
+            found = obstore.get(self._store, name, options={"head": True})
+            return found.meta["size"] == size and found.attributes.get(_HASH) == sha256
+        return False
 
     def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
         with self._store_errors(name):
@@ -126,14 +108,18 @@ class Bucket:
             return sorted(item["path"] for page in obstore.list(self._store, folder or None) for item in page)
 
     def remove(self, name: str) -> None:
-        try:
-            with self._store_errors(name):
-                obstore.delete(self._store, name)
-        except Absent:
-            return
+        with suppress(Absent), self._store_errors(name):
+            obstore.delete(self._store, name)
 
     def clear(self) -> None:
         """Do nothing: parts of interrupted uploads are not listed; a rule of the bucket removes them."""
+
+    def _open(self, **timeouts: timedelta) -> ObjectStore:
+        options: dict[str, Any] = {"connect_timeout": _CONNECT, **timeouts}
+        if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
+            options["allow_http"] = True
+        settings = {"client_options": options, "retry_config": _RETRY, **self.secrets}
+        return from_url(self.shown, **settings)  # type: ignore[call-overload, no-any-return]
 
     @contextmanager
     def _store_errors(self, name: str) -> Iterator[None]:
@@ -149,16 +135,15 @@ class Bucket:
             if _MACHINE.search(said):
                 raise StoreError(f"{self.shown}: {_NO_CREDENTIALS}", refused=True) from None
             refused = isinstance(error, PermissionDeniedError | UnauthenticatedError) or bool(_DENIED.search(said))
-            raise StoreError(f"{self.shown}: {_reason(error, self.secrets)}", refused=refused) from None
+            raise StoreError(f"{self.shown}: {self._reason(error)}", refused=refused) from None
 
-
-def _reason(error: Exception, secrets: Mapping[str, str]) -> str:
-    """Return the last part of the first line, with no more than the error code of the server's answer."""
-    said = str(error)
-    line = said.partition("\n")[0].partition("<")[0].rpartition(" - ")[2].strip().rstrip(":")
-    if code := _CODE.search(said):
-        line = f"{line} ({code[1]})"
-    return masked(masked(line), {f"{name}_SECRET": value for name, value in secrets.items()})
+    def _reason(self, error: Exception) -> str:
+        """Return the last part of the first line, with no more than the error code of the server's answer."""
+        said = str(error)
+        line = said.partition("\n")[0].partition("<")[0].rpartition(" - ")[2].strip().rstrip(":")
+        if code := _CODE.search(said):
+            line = f"{line} ({code[1]})"
+        return masked(masked(line), {f"{name}_SECRET": value for name, value in self.secrets.items()})
 
 
 def _shared_aws_settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -168,9 +153,8 @@ def _shared_aws_settings(environment: Mapping[str, str]) -> dict[str, str]:
     home = Path(environment.get("HOME", "~")).expanduser() / ".aws"
     if "AWS_ACCESS_KEY_ID" not in environment:
         section = _section(Path(environment.get("AWS_SHARED_CREDENTIALS_FILE", home / "credentials")), profile)
-        for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token"):
-            if name in section:
-                found[name] = section[name]
+        names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+        found = {name: section[name] for name in names if name in section}
     if "AWS_REGION" not in environment and "AWS_DEFAULT_REGION" not in environment:
         heading = profile if profile == "default" else f"profile {profile}"
         section = _section(Path(environment.get("AWS_CONFIG_FILE", home / "config")), heading)

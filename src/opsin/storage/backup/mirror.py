@@ -79,7 +79,6 @@ class Mirror:
         self._throttle = throttle
         self._ledger = Ledger(folder, store.shown)
         self._staging = Staging(folder)
-        self._staging.clear()
         self._connected = False
         self._written: set[str] = set()
         self._has_gone_on = False

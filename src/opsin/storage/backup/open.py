@@ -1,17 +1,17 @@
 """Opens a store by its path or address: a folder, or a bucket of an object store."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from opsin.errors import ConfigError
+from opsin.storage.backup.catalog import entry_of
 from opsin.storage.backup.config import is_address
 from opsin.storage.backup.store import CHUNK, Absent, BackupStore, StoreError
 from opsin.storage.files import reason_of, replace_file
 
-_PARTIAL = ".sending"
+_PARTIAL = ".{}.sending"
 
 
 def open_store(path: str) -> BackupStore:
@@ -23,10 +23,10 @@ def open_store(path: str) -> BackupStore:
     """
     if is_address(path):
         try:
-            from opsin.storage.backup.bucket import open_bucket
+            from opsin.storage.backup.bucket import Bucket
         except ImportError as error:
             raise ConfigError(f"{path}: object stores need the package obstore; pip install obstore") from error
-        return open_bucket(path)
+        return Bucket(path)
     return Folder(Path(os.path.expanduser(path)))
 
 
@@ -46,15 +46,12 @@ class Folder:
         with self._store_errors():
             self._path.mkdir(exist_ok=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(target, chunks, temporary=target.with_name(f".{target.name}{_PARTIAL}"))
+            replace_file(target, chunks, temporary=target.with_name(_PARTIAL.format(target.name)))
 
     def holds(self, name: str, *, size: int, sha256: str) -> bool:
         path = self._path / name
         with self._store_errors():
-            if not path.is_file() or path.stat().st_size != size:
-                return False
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+            return path.is_file() and path.stat().st_size == size and entry_of(path).sha256 == sha256
 
     def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
         with self._store_errors():
@@ -68,7 +65,8 @@ class Folder:
     def names(self, folder: str = "") -> list[str]:
         with self._store_errors():
             found = [path for path in (self._path / folder).rglob("*") if path.is_file()]
-            return sorted(path.relative_to(self._path).as_posix() for path in found if not _is_partial(path))
+            whole = (path for path in found if not path.match(_PARTIAL.format("*")))
+            return sorted(path.relative_to(self._path).as_posix() for path in whole)
 
     def remove(self, name: str) -> None:
         path = self._path / name
@@ -79,7 +77,7 @@ class Folder:
 
     def clear(self) -> None:
         with self._store_errors():
-            left = [path for path in self._path.rglob(f".*{_PARTIAL}") if path.is_file()]
+            left = [path for path in self._path.rglob(_PARTIAL.format("*")) if path.is_file()]
         for path in left:
             self.remove(path.relative_to(self._path).as_posix())
 
@@ -92,7 +90,3 @@ class Folder:
             if isinstance(error, FileNotFoundError) and not self._path.parent.is_dir():
                 reason = f"there is no folder {self._path.parent} (make it, or mount its disk)"
             raise StoreError(f"{self.shown}: {reason}") from error
-
-
-def _is_partial(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(_PARTIAL)

@@ -243,11 +243,10 @@ class _Restore:
 
     def _remove_others(self, names: Collection[str]) -> None:
         """Remove what an interrupted restore of another state has left."""
-        for path in list(self._partial.rglob("*")):
+        for path in sorted(self._partial.rglob("*"), reverse=True):  # a folder comes after its files
             if path.is_file() and path.relative_to(self._partial).as_posix() not in names:
                 path.unlink()
-        for path in sorted(self._partial.rglob("*"), reverse=True):
-            if path.is_dir() and not any(path.iterdir()):
+            elif path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
 

@@ -37,9 +37,7 @@ class Staging:
         self._sending = folder / HIDDEN / "sending"
         self._files = folder / HIDDEN / "files"
         self._lock = threading.Lock()
-
-    def clear(self) -> None:
-        """Remove what an earlier process left; the checkpoints that the run still has are found again."""
+        # Of an earlier process; the checkpoints that the run still has are found again.
         for folder in (self._waiting, self._sending, self._files):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -73,10 +73,6 @@ class Attempts:
         self._teller = teller
         self._failures = 0
 
-    def restart(self) -> None:
-        """Count from the beginning: the last attempt has come further."""
-        self._failures = 0
-
     def pause_after(self, error: StoreError) -> None:
         """Report a failure and pause before the next attempt.
 
@@ -113,7 +109,7 @@ class PatientReader:
             try:
                 for chunk in self._store.fetch(name, start=start):
                     start += len(chunk)
-                    attempts.restart()
+                    attempts = Attempts(self._teller)  # this one has come further
                     yield chunk
                 return
             except StoreError as error:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from opsin.storage.backup import bucket
-from opsin.storage.backup.bucket import open_bucket
+from opsin.storage.backup.bucket import Bucket
 from opsin.storage.backup.store import StoreError, put_bytes, read_bytes
 from tests.s3_server import KEY
 
@@ -128,14 +128,14 @@ def test_a_file_may_take_as_long_as_it_takes(slow: SlowStore, monkeypatch: pytes
     monkeypatch.setattr(bucket, "_SILENCE", timedelta(seconds=0.8))
     monkeypatch.setattr(bucket, "_SENDING", timedelta(seconds=0.8))
     began = time.monotonic()
-    assert b"".join(open_bucket("s3://b/run").fetch("file")) == CONTENT
+    assert b"".join(Bucket("s3://b/run").fetch("file")) == CONTENT
     assert time.monotonic() - began > 1.5
 
 
 def test_what_came_before_a_server_fell_silent_is_kept(slow: SlowStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket, "_SILENCE", timedelta(seconds=0.5))
     slow.pause_s, slow.silent_after = 0, len(CONTENT) // 2
-    place, got = open_bucket("s3://b/run"), bytearray()
+    place, got = Bucket("s3://b/run"), bytearray()
 
     def fetch() -> None:
         for chunk in place.fetch("file"):
@@ -157,7 +157,7 @@ def test_on_a_slow_line_the_parts_of_a_file_go_one_after_the_other(
     # A part alone takes 0.4 s, and among four of them 1.6 s.
     monkeypatch.setattr(bucket, "_PART", 4 * PIECE)
     monkeypatch.setattr(bucket, "_SENDING", timedelta(seconds=1.2))
-    place = open_bucket("s3://b/run")
+    place = Bucket("s3://b/run")
 
     def put() -> None:
         place.put("file", iter([CONTENT[:PIECE]] * 16), size=len(CONTENT), sha256="0")
@@ -211,7 +211,7 @@ def test_what_azure_refuses_is_refused_whatever_is_asked(
     facts = {"ENDPOINT": f"{server.url}/me", "ACCOUNT_NAME": "me", "ACCOUNT_KEY": b64encode(KEY.encode()).decode()}
     for name, value in facts.items():
         monkeypatch.setenv(f"AZURE_STORAGE_{name}", value)
-    place = open_bucket("az://runs/one")
+    place = Bucket("az://runs/one")
     asked: list[Callable[[], object]] = [
         place.names,
         lambda: read_bytes(place, "x"),
@@ -232,5 +232,5 @@ def test_where_no_credentials_are_found_they_are_asked_for(slow: SlowStore, monk
     with pytest.raises(
         StoreError, match=r"s3://b/run: no credentials: the environment has none \(AWS_ACCESS"
     ) as caught:
-        open_bucket("s3://b/run").names()
+        Bucket("s3://b/run").names()
     assert caught.value.refused

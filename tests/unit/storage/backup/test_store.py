@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opsin.errors import ConfigError
-from opsin.storage.backup.bucket import open_bucket
+from opsin.storage.backup.bucket import Bucket
 from opsin.storage.backup.open import Folder, open_store
 from opsin.storage.backup.store import Absent, BackupStore, StoreError, put_bytes, read_bytes
 from tests.s3_server import BUCKET, KEY, SECRET, S3Server
@@ -16,7 +16,7 @@ LARGE = 9 * 2**20  # more than one part of an upload
 
 @pytest.fixture(params=["folder", "bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BackupStore:
-    return Folder(tmp_path / "backup") if request.param == "folder" else open_bucket(request.getfixturevalue("s3"))
+    return Folder(tmp_path / "backup") if request.param == "folder" else Bucket(request.getfixturevalue("s3"))
 
 
 def put(store: BackupStore, name: str, data: bytes) -> None:
@@ -108,7 +108,7 @@ def test_keys_come_from_the_shared_files_too(
     keys = f"[default]\naws_access_key_id = no\n[lab]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n"
     (tmp_path / ".aws" / "credentials").write_text(keys)
     (tmp_path / ".aws" / "config").write_text("[profile lab]\nregion = eu-west-1\n")
-    store = open_bucket(s3)
+    store = Bucket(s3)
     assert store.secrets == {
         "aws_access_key_id": KEY,
         "aws_secret_access_key": SECRET,
