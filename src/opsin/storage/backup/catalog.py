@@ -9,13 +9,12 @@ STORE/
 
 Files of a run change while it goes on. `backup.json` is written before them and lists every content that may be there.
 
-Functions of a store raise `StoreError` where it fails. `read_mark` and `read_index` raise `DamagedCatalog` for a content
-that nobody wrote, and `RunError` for one that a newer opsin wrote.
+Functions of a store raise `StoreError` where it fails. `read_mark` and `read_index` raise `DamagedCatalog` for a
+content that nobody wrote, and `RunError` for one that a newer opsin wrote.
 """
 
-import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -23,7 +22,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from opsin.errors import RunError
-from opsin.storage.backup.store import BackupStore, ReadableStore, put_bytes, read_bytes
+from opsin.storage.backup.store import BackupStore, Entry, ReadableStore, put_bytes, read_bytes
 from opsin.storage.records import Record, Shape
 
 FORMAT = 1
@@ -33,8 +32,6 @@ INDEX = "backup.json"
 CHECKPOINTS = "checkpoints"
 
 _MARK_NAME = re.compile(r"step-(\d+)\.json")
-_STEP_NAME = re.compile(r"step-(\d+)")
-_DAMAGED_NAME = re.compile(r"damaged-step-(\d+)")
 
 
 class DamagedCatalog(Exception):
@@ -50,14 +47,6 @@ def _check_name(name: str) -> str:
 
 
 _Name = Annotated[str, AfterValidator(_check_name)]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """The content of a file."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +88,11 @@ def is_of_checkpoint(name: str) -> bool:
     return parts[0] == CHECKPOINTS and (len(parts) > 2 or _MARK_NAME.fullmatch(parts[-1]) is not None)
 
 
-def entry_of(path: Path) -> Entry:
-    """Return the content of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Entry(file.tell(), digest)
-
-
-def local_steps(folder: Path) -> dict[int, Path]:
-    """Return the complete checkpoints of a run directory, oldest first."""
-    return dict(sorted(_steps(folder, _STEP_NAME)))
-
-
-def damaged_steps(folder: Path) -> set[int]:
-    """Return the steps of the checkpoints that a run directory has renamed because they were damaged."""
-    return {step for step, _ in _steps(folder, _DAMAGED_NAME)}
+def local_steps(folder: Path, prefix: str = "") -> dict[int, Path]:
+    """Return the complete checkpoints of a run directory, oldest first; with `prefix` those that it has renamed so."""
+    names = re.compile(rf"{prefix}step-(\d+)")
+    paths = (folder / CHECKPOINTS).glob("*")
+    return dict(sorted((int(m[1]), path) for path in paths if (m := names.fullmatch(path.name)) and path.is_dir()))
 
 
 def marked_steps(store: ReadableStore) -> list[int]:
@@ -144,11 +123,6 @@ def read_index(store: ReadableStore) -> Index | None:
 def write_index(store: BackupStore, run: str, files: Mapping[str, tuple[Entry, ...]]) -> None:
     """Replace the index."""
     put_bytes(store, INDEX, _INDEX.dump(Index(run, dict(sorted(files.items())))))
-
-
-def _steps(folder: Path, form: re.Pattern[str]) -> Iterator[tuple[int, Path]]:
-    paths = (folder / CHECKPOINTS).glob("*")
-    return ((int(m[1]), path) for path in paths if (m := form.fullmatch(path.name)) and path.is_dir())
 
 
 def _read(store: ReadableStore, name: str, record: Record[Shape]) -> Shape | None:

@@ -9,32 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from opsin.errors import RunError
-from opsin.storage.backup.catalog import (
-    INDEX,
-    DamagedCatalog,
-    Entry,
-    damaged_steps,
-    entry_of,
-    is_of_checkpoint,
-    local_steps,
-    marked_steps,
-    read_index,
-    read_mark,
-    step_folder,
-    write_index,
-    write_mark,
-)
+from opsin.storage.backup import catalog
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.ledger import Ledger
 from opsin.storage.backup.staging import Staging, Throttle, Unfit, outgoing
-from opsin.storage.backup.store import BackupStore, StoreError
+from opsin.storage.backup.store import BackupStore, Entry, StoreError, entry_of
 from opsin.storage.records import Record
 
 _MANIFEST = "manifest.json"
 _RECIPE = "recipe.yaml"
+_Signature: TypeAlias = tuple[int, int, int]
+"""Size, time of change and inode: two equal ones belong to the same content of a file."""
 _MAX_CONTENTS = 8  # how many contents of a file the index remembers
 
 
@@ -51,14 +39,6 @@ class Missing(NamedTuple):
         words = [f"the checkpoint{'s'[: len(self.steps) > 1]} of step {', '.join(map(str, self.steps))}"]
         shown = ", ".join(self.files[:3]) + (f" and {len(self.files) - 3} more files" if len(self.files) > 3 else "")
         return "; ".join([*(words if self.steps else []), *([shown] if self.files else [])])
-
-
-class _Signature(NamedTuple):
-    """Two equal ones belong to the same content of a file."""
-
-    size: int
-    changed_ns: int
-    inode: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +76,16 @@ class Mirror:
             StoreError: out of reach.
         """
         try:
-            index = read_index(self._store)
-        except DamagedCatalog:
+            index = catalog.read_index(self._store)
+        except catalog.DamagedCatalog:
             index = None  # it is replaced
         if index is not None and index.run != self._ledger.run:
             raise RunError(
                 f"{self._store.shown}: holds the backup of another run; choose another backup.path, or go on with "
                 f"that run: opsin restore {self._store.shown} DIR"
             )
-        marked = {step: self._mark(step) for step in marked_steps(self._store)}
-        own = local_steps(self._folder)
+        marked = {step: self._mark(step) for step in catalog.marked_steps(self._store)}
+        own = catalog.local_steps(self._folder)
         ahead = [step for step in marked if step > max(own, default=0) and step not in self._ledger.steps]
         if ahead:
             raise RunError(
@@ -147,7 +127,7 @@ class Mirror:
 
     def missing(self) -> Missing:
         """Return what is not in the backup yet, as far as this process knows."""
-        own = ((step, _stated(path)) for step, path in local_steps(self._folder).items())
+        own = ((step, _stated(path)) for step, path in catalog.local_steps(self._folder).items())
         # A checkpoint that is damaged here by now may be whole in the backup.
         steps = [s for s, stated in own if not self._marked.get(s) or stated not in (None, self._marked[s])]
         files = [name for name, now in self._run_files() if self._sent.get(name) != now]
@@ -164,20 +144,20 @@ class Mirror:
                 if source.is_dir():
                     faults[step] = self._fault(step)
                 elif step > max(self._staging.sources(), default=-1):  # else a newer one replaces it
-                    faults[step] = f"{_of(step)} was removed before it was sent"
+                    faults[step] = f"the checkpoint of step {step} was removed before it was sent"
             self._prune()
         self._send_files()
         return list(faults.values())
 
     def _mark(self, step: int) -> dict[str, Entry]:
         try:
-            return read_mark(self._store, step) or {}
-        except DamagedCatalog:
+            return catalog.read_mark(self._store, step) or {}
+        except catalog.DamagedCatalog:
             return {}
 
     def _fault(self, step: int) -> str:
         fate = "its copy stays as it is" if self._marked.get(step) else "it was not sent"
-        return f"{_of(step)} is damaged here; {fate}"
+        return f"the checkpoint of step {step} is damaged here; {fate}"
 
     def _next_step(self, faults: dict[int, str]) -> tuple[int, Path, dict[str, Entry]] | None:
         """Return the newest checkpoint that is missing in the backup and not among `faults`, with folder and files.
@@ -191,25 +171,25 @@ class Mirror:
             if entries is None:
                 if source.is_dir():  # and was not removed
                     faults[step] = self._fault(step)
-                continue
-            if self._marked.get(step) != entries:
+            elif self._marked.get(step) == entries:
+                self._staging.begin(source)
+                self._staging.release(step)
+            else:
                 return step, self._staging.begin(source), entries
-            self._staging.begin(source)
-            self._staging.release(step)
         return None
 
     def _send_checkpoint(self, step: int, source: Path, entries: dict[str, Entry]) -> None:
         self._ledger.add(step)
         if step in self._marked:  # another state of the same step, after a rollback
-            self._store.remove(f"{step_folder(step)}.json")
+            self._store.remove(f"{catalog.step_folder(step)}.json")
             del self._marked[step]
         for name, entry in entries.items():
-            target = f"{step_folder(step)}/{name}"
+            target = f"{catalog.step_folder(step)}/{name}"
             if not self._store.holds(target, size=entry.bytes, sha256=entry.sha256):
                 self._send(source / name, target, entry)
         # Before the mark: a run that goes on from this step needs its rows.
         self._send_files()
-        write_mark(self._store, step, entries)
+        catalog.write_mark(self._store, step, entries)
         self._marked[step] = entries
         self._has_gone_on = self._has_gone_on or source.name in self._written
         self._staging.release(step)
@@ -219,11 +199,7 @@ class Mirror:
         self._store.put(name, chunks, size=entry.bytes, sha256=entry.sha256)
 
     def _send_files(self) -> None:
-        """Send the files that have changed, and remove those that are gone.
-
-        Raises:
-            FileNotFoundError: the run directory itself is gone; nothing is removed then.
-        """
+        """Send the files that have changed, and remove those that are gone."""
         found = dict(self._run_files())
         if _RECIPE not in found:
             text = "the run directory is gone; nothing is removed from its backup"
@@ -243,7 +219,7 @@ class Mirror:
             for name, (_, entry) in copies.items():
                 before = [old for old in self._contents.get(name, ()) if old != entry]
                 self._contents[name] = (entry, *before[: _MAX_CONTENTS - 1])
-            write_index(self._store, self._ledger.run, self._contents)
+            catalog.write_index(self._store, self._ledger.run, self._contents)
         for name, (copy, entry) in copies.items():
             self._send(copy, name, entry)
             self._contents[name] = (entry,)
@@ -255,19 +231,16 @@ class Mirror:
     def _run_files(self) -> Iterator[tuple[str, _Signature]]:
         """Yield every file of the run that does not belong to a checkpoint."""
         for path in sorted(self._folder.rglob("*")):
-            name = path.relative_to(self._folder)
-            if any(part.startswith(".") for part in name.parts) or not path.is_file():
+            name = path.relative_to(self._folder).as_posix()
+            if "/." in f"/{name}" or name == catalog.INDEX or catalog.is_of_checkpoint(name) or not path.is_file():
                 continue
-            if is_of_checkpoint(name.as_posix()) or name.as_posix() == INDEX or self._is_left_out(name.as_posix()):
+            if name != _RECIPE and any(fnmatch(name, form) for form in self._config.leave_out):
                 continue
             try:
                 stat = path.stat()
             except FileNotFoundError:  # replaced or removed at this moment
                 continue
-            yield name.as_posix(), _Signature(stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-    def _is_left_out(self, name: str) -> bool:
-        return name != _RECIPE and any(fnmatch(name, form) for form in self._config.leave_out)
+            yield name, (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
     def _prune(self) -> None:
         """Remove from the backup the checkpoints that the run has removed; never the last one that both have.
@@ -275,8 +248,10 @@ class Mirror:
         A checkpoint that the run has gone back before is removed under any `backup.keep`. The copy of one that was
         damaged stays until the run has gone on without it: it may be the only whole one.
         """
-        own = local_steps(self._folder)
-        damaged = set() if self._has_gone_on else self._ledger.spared | damaged_steps(self._folder)
+        own = catalog.local_steps(self._folder)
+        damaged = (
+            set() if self._has_gone_on else self._ledger.spared | catalog.local_steps(self._folder, "damaged-").keys()
+        )
         removed = sorted(self._ledger.steps - own.keys() - damaged)
         # One that was replaced after a rollback counts once its new state is in the backup.
         if not removed or not any(
@@ -287,15 +262,11 @@ class Mirror:
             if self._config.keep == "all" and step in self._marked and step < max(own):
                 continue
             # The mark first: without it the checkpoint does not exist.
-            self._store.remove(f"{step_folder(step)}.json")
+            self._store.remove(f"{catalog.step_folder(step)}.json")
             self._marked.pop(step, None)
-            for name in self._store.names(step_folder(step)):
+            for name in self._store.names(catalog.step_folder(step)):
                 self._store.remove(name)
             self._ledger.drop(step)
-
-
-def _of(step: int) -> str:
-    return f"the checkpoint of step {step}"
 
 
 def _stated(checkpoint: Path) -> dict[str, Entry] | None:

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from opsin.errors import ConfigError
-from opsin.storage.backup.catalog import entry_of
 from opsin.storage.backup.config import is_address
-from opsin.storage.backup.store import CHUNK, Absent, BackupStore, StoreError
+from opsin.storage.backup.store import CHUNK, Absent, BackupStore, StoreError, entry_of
 from opsin.storage.files import reason_of, replace_file
 
 _PARTIAL = ".{}.sending"

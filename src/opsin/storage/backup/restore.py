@@ -9,22 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsin.errors import ConfigError, RunError
-from opsin.storage.backup.catalog import (
-    INDEX,
-    DamagedCatalog,
-    Entry,
-    Index,
-    entry_of,
-    is_of_checkpoint,
-    marked_steps,
-    read_index,
-    read_mark,
-    step_folder,
-)
+from opsin.storage.backup import catalog
 from opsin.storage.backup.config import check_path
 from opsin.storage.backup.ledger import Ledger
 from opsin.storage.backup.open import open_store
-from opsin.storage.backup.store import Absent, PatientReader, StoreError
+from opsin.storage.backup.store import Absent, Entry, PatientReader, StoreError, entry_of
 from opsin.storage.files import sync, sync_tree, writing
 from opsin.storage.lock import Holder, RunLock
 from opsin.storage.teller import Teller
@@ -84,7 +73,7 @@ class _Restore:
         self._num_bytes = 0
 
     def run(self, wanted: int | None, *, only: bool) -> Restored:
-        index, steps = self._read_index(), marked_steps(self._store)
+        index, steps = self._read_index(), catalog.marked_steps(self._store)
         if _RECIPE not in index.files:
             raise RunError(f"{self._store.shown}: holds no backup of a run (no {_RECIPE})")
         if wanted is not None and wanted not in steps:
@@ -95,11 +84,7 @@ class _Restore:
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        """Lock the hidden folder, so that no other restore writes it meanwhile.
-
-        Raises:
-            RunError: another one has it, or has just ended; or `folder` is a mount point.
-        """
+        """Lock the hidden folder, so that no other restore writes it meanwhile."""
         if os.path.ismount(self._folder):
             raise self._mounted()
         self._partial.mkdir(parents=True, exist_ok=True)
@@ -136,7 +121,7 @@ class _Restore:
             f"folder in it: {self._folder / 'run'}"
         )
 
-    def _fill(self, index: Index, steps: Sequence[int], wanted: int | None, *, only: bool) -> Restored:
+    def _fill(self, index: catalog.Index, steps: Sequence[int], wanted: int | None, *, only: bool) -> Restored:
         kept = self._fetch_checkpoints([s for s in steps if wanted is None or s <= wanted], only=only)
         if wanted is not None and wanted not in kept:
             raise RunError(f"{self._store.shown}: the checkpoint of step {wanted} is damaged; take another --step")
@@ -148,7 +133,7 @@ class _Restore:
             # A run that goes back must not come with the weights of its end: they would be taken for the newest.
             if is_newest or not Path(name).match(_WEIGHTS):
                 self._fetch_file(name, entries)
-        of_checkpoints = (f"{step_folder(step)}/{name}" for step in kept for name in kept[step])
+        of_checkpoints = (f"{catalog.step_folder(step)}/{name}" for step in kept for name in kept[step])
         self._remove_others({_LOCK, *index.files, *of_checkpoints})
         ledger = Ledger(self._partial, self._store.shown, run=index.run or None)
         ledger.add(*kept)
@@ -161,13 +146,13 @@ class _Restore:
         (self._folder / _LOCK).unlink()  # held until here: no other process uses the run before it is complete
         return Restored(newest, self._num_files, self._num_bytes)
 
-    def _read_index(self) -> Index:
+    def _read_index(self) -> catalog.Index:
         try:
-            return read_index(self._store) or Index("", {})
-        except DamagedCatalog as error:
+            return catalog.read_index(self._store) or catalog.Index("", {})
+        except catalog.DamagedCatalog as error:
             self._teller.notice(f"{error}; the files of the run are taken as they are")
-        names = [name for name in self._store.names() if name != INDEX and not is_of_checkpoint(name)]
-        return Index("", dict.fromkeys(names, ()))
+        names = [name for name in self._store.names() if name != catalog.INDEX and not catalog.is_of_checkpoint(name)]
+        return catalog.Index("", dict.fromkeys(names, ()))
 
     def _fetch_checkpoints(self, steps: Sequence[int], *, only: bool) -> dict[int, dict[str, Entry]]:
         """Return the files of the checkpoints that have come whole, the newest first."""
@@ -183,13 +168,13 @@ class _Restore:
     def _fetch_checkpoint(self, step: int) -> dict[str, Entry]:
         """Fetch the files of a checkpoint and return what its mark lists; nothing if it is damaged."""
         try:
-            entries = read_mark(self._store, step) or {}
-        except DamagedCatalog as error:
+            entries = catalog.read_mark(self._store, step) or {}
+        except catalog.DamagedCatalog as error:
             self._teller.notice(f"{error}; the checkpoint of step {step} is left out")
             return {}
-        target = self._partial / step_folder(step)
+        target = self._partial / catalog.step_folder(step)
         for name, entry in entries.items():
-            fault = self._fetch(f"{step_folder(step)}/{name}", (entry,))
+            fault = self._fetch(f"{catalog.step_folder(step)}/{name}", (entry,))
             if fault is not None:
                 shutil.rmtree(target, ignore_errors=True)
                 self._teller.notice(f"{fault}; the checkpoint of step {step} is left out")

@@ -4,7 +4,6 @@ import json
 import random
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from pydantic import ValidationError
@@ -15,7 +14,7 @@ from opsin.storage.backup.catalog import INDEX
 from opsin.storage.backup.config import BackupConfig, masked
 from opsin.storage.backup.mirror import Mirror
 from opsin.storage.backup.open import open_store
-from opsin.storage.backup.staging import Cancelled, Throttle, Unfit
+from opsin.storage.backup.staging import Throttle, Unfit
 from opsin.storage.backup.store import Attempts, StoreError, read_bytes
 from opsin.storage.teller import Teller
 
@@ -35,9 +34,7 @@ class Backup:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         return None
 
 
@@ -71,7 +68,6 @@ class BackgroundBackup(Backup):
         self._cancelled = threading.Event()
         self._thread = threading.Thread(target=self._work, name="backup", daemon=True)
         self._mirror = open_mirror(config, folder, cancelled=self._cancelled)
-        self._failing = False
         self._failures = 0
         self._reported: set[str] = set()
         # Not the generator of the process, which belongs to the training.
@@ -99,9 +95,7 @@ class BackgroundBackup(Backup):
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Send the last files, for `backup.wait` seconds at most, and report what is missing."""
         self._closing.set()
         self._wake.set()
@@ -134,25 +128,18 @@ class BackgroundBackup(Backup):
             try:
                 if self._pass():
                     return
-            except Cancelled:
-                return
-            except RunError as error:
-                self._closing.set()  # and take no more
-                if not self._cancelled.is_set():
-                    self._warn("backup_refused", f"{error}; nothing is copied; training goes on")
-                return
             except Exception as error:  # of any kind: a backup must never end a run
                 if self._cancelled.is_set():  # the run has ended and reported what is missing
+                    return
+                if isinstance(error, RunError):
+                    self._closing.set()  # and take no more
+                    self._warn("backup_refused", f"{error}; nothing is copied; training goes on")
                     return
                 self._note_failure(error)
             self._rest()
 
     def _pass(self) -> bool:
-        """Bring the backup up to date once; return True if that was the last time.
-
-        Raises:
-            Exception: as `Mirror.sync`.
-        """
+        """Bring the backup up to date once; return True if that was the last time."""
         was_closing = self._closing.is_set()
         faults = self._mirror.sync()
         if self._cancelled.is_set():
@@ -161,8 +148,8 @@ class BackgroundBackup(Backup):
             if fault not in self._reported:
                 self._reported.add(fault)
                 self._warn("backup_damaged", fault)
-        if self._failing:
-            self._failing, self._failures = False, 0
+        if self._failures:
+            self._failures = 0
             text = f"backup: {self._config.path} is reached again, all is copied"
             self._teller.tell("backup_recovered", notice=text, message=text)
         missing = self._mirror.missing()
@@ -172,7 +159,7 @@ class BackgroundBackup(Backup):
 
     def _rest(self) -> None:
         """Wait for the next checkpoint, the next minutes or the next attempt."""
-        if self._failing:
+        if self._failures:
             delay = min(_LAST_DELAY_S, _FIRST_DELAY_S * 2.0 ** min(self._failures - 1, 10))
             delay *= self._jitter.uniform(0.5, 1.0)
             # At the end of the run somebody waits; a new checkpoint is no reason for an earlier attempt.
@@ -184,8 +171,7 @@ class BackgroundBackup(Backup):
 
     def _note_failure(self, error: Exception) -> None:
         self._failures += 1
-        if not self._failing:
-            self._failing = True
+        if self._failures == 1:
             text = f"{masked(str(error))}; training goes on, what is missing will be copied later"
             self._warn("backup_failed", text)
 
@@ -256,8 +242,12 @@ def finish_backup(config: BackupConfig, folder: Path, teller: Teller) -> list[st
         ConfigError: as `open_mirror`.
     """
     mirror = open_mirror(config, folder, cancelled=threading.Event())
+    attempts = Attempts(teller)
     try:
-        faults = _sync_patiently(mirror, Attempts(teller))
+        while True:
+            with attempts.one():
+                faults = mirror.sync()
+                break
     except StoreError as error:
         raise RunError(f"{error}; what was sent stays, the same command goes on") from error
     except (OSError, Unfit) as error:
@@ -265,11 +255,3 @@ def finish_backup(config: BackupConfig, folder: Path, teller: Teller) -> list[st
     for fault in faults:
         teller.notice(f"backup: {fault}")
     return faults
-
-
-def _sync_patiently(mirror: Mirror, attempts: Attempts) -> list[str]:
-    while True:
-        try:
-            return mirror.sync()
-        except StoreError as error:
-            attempts.pause_after(error)

@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
-from opsin.storage.backup.catalog import Entry, local_steps
+from opsin.storage.backup.catalog import local_steps
 from opsin.storage.backup.ledger import HIDDEN
-from opsin.storage.backup.store import CHUNK
+from opsin.storage.backup.store import CHUNK, Entry
 from opsin.storage.files import reason_of
 
 _LINKLESS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)

@@ -6,6 +6,9 @@ A name is a relative path with `/` (`checkpoints/step-00000123/state.pt`). A fil
 import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from opsin.storage.teller import Teller
@@ -29,6 +32,21 @@ class StoreError(Exception):
 
 class Absent(StoreError):
     """There is no file of this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The content of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def entry_of(path: Path) -> Entry:
+    """Return the content of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Entry(file.tell(), digest)
 
 
 class ReadableStore(Protocol):
@@ -73,17 +91,21 @@ class Attempts:
         self._teller = teller
         self._failures = 0
 
-    def pause_after(self, error: StoreError) -> None:
-        """Report a failure and pause before the next attempt.
+    def restart(self) -> None:
+        """Count from the beginning: the last attempt has come further."""
+        self._failures = 0
 
-        Raises:
-            StoreError: the store refuses, or this was the last attempt.
-        """
-        self._failures += 1
-        if error.refused or self._failures == _ATTEMPTS:
-            raise error
-        self._teller.notice(f"{error}; trying again")
-        time.sleep(_FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Try what is in the block. If the store fails, report that and pause; the last failure passes through."""
+        try:
+            yield
+        except StoreError as error:
+            self._failures += 1
+            if error.refused or self._failures == _ATTEMPTS:
+                raise
+            self._teller.notice(f"{error}; trying again")
+            time.sleep(_FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
 
 
 class PatientReader:
@@ -97,23 +119,19 @@ class PatientReader:
     def names(self, folder: str = "") -> list[str]:
         attempts = Attempts(self._teller)
         while True:
-            try:
+            with attempts.one():
                 return self._store.names(folder)
-            except StoreError as error:
-                attempts.pause_after(error)
 
     def fetch(self, name: str, *, start: int = 0) -> Iterator[bytes]:
         # An interrupted transfer goes on at the byte that it has reached.
         attempts = Attempts(self._teller)
         while True:
-            try:
+            with attempts.one():
                 for chunk in self._store.fetch(name, start=start):
                     start += len(chunk)
-                    attempts = Attempts(self._teller)  # this one has come further
+                    attempts.restart()
                     yield chunk
                 return
-            except StoreError as error:
-                attempts.pause_after(error)
 
 
 def put_bytes(store: BackupStore, name: str, data: bytes) -> None:

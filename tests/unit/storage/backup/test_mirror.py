@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from opsin.errors import ConfigError, RunError
-from opsin.storage.backup.catalog import Entry, marked_steps, read_index, read_mark
+from opsin.storage.backup.catalog import marked_steps, read_index, read_mark
 from opsin.storage.backup.open import Folder
 from opsin.storage.backup.restore import restore
-from opsin.storage.backup.store import StoreError
+from opsin.storage.backup.store import Entry, StoreError
 from tests.story import Story
 from tests.unit.storage.backup.small_run import (
     Interrupted,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from opsin.storage.backup.catalog import Entry
 from opsin.storage.backup.staging import Cancelled, Throttle, Unfit, outgoing
+from opsin.storage.backup.store import Entry
 
 
 class Time(threading.Event):
