@@ -23,7 +23,6 @@ from opsin.storage.backup.store import Absent, StoreError
 
 _PART = 8 * 2**20
 _MAX_PARTS = 9_000  # S3 allows 10,000
-_PARTS_AT_ONCE = 4  # and in memory
 _PIECE = 2**17  # bytes of a chunk; when a line fails, only the last chunk is lost
 _HASH = "sha256"  # the name of the hash among an object's attributes
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
@@ -58,7 +57,7 @@ class Bucket:
         self.shown = url
         self.secrets = _shared_aws_settings(os.environ) if urlsplit(url).scheme == "s3" else {}
         """Settings whose values no message may show, beside those of the environment."""
-        self._parts_at_once = _PARTS_AT_ONCE
+        self._parts_at_once = 4  # and in memory
         try:
             # The limit on silence would count the time that a part is on its way out.
             self._store = self._open(read_timeout=_SILENCE, timeout=_FOR_EVER)

@@ -1,4 +1,8 @@
-"""Runs whose directory is asked for in a bucket: they train in a folder of this machine and are copied there."""
+"""Runs whose directory is asked for in a bucket: they train in a folder of this machine and are copied there.
+
+Functions raise `ConfigError` for an address that is wrong or holds credentials, and `RunError` where the run cannot
+begin or go on with what the bucket holds or answers.
+"""
 
 import os
 from dataclasses import dataclass
@@ -30,11 +34,7 @@ class Elsewhere:
 
 
 def find_elsewhere(text: str, local: Path | None) -> Elsewhere | None:
-    """Return the run in a bucket that `text` asks for, None for a path. `local` replaces the usual folder here.
-
-    Raises:
-        ConfigError: the address is wrong or holds credentials; or there is a `local` for a path.
-    """
+    """Return the run in a bucket that `text` asks for, None for a path. `local` replaces the usual folder here."""
     if not is_address(text):
         if local is not None:
             raise ConfigError(f"command line: --local {local} goes with an address; {text} is a folder already")
@@ -51,11 +51,8 @@ def find_elsewhere(text: str, local: Path | None) -> Elsewhere | None:
 def begin_elsewhere(run: Elsewhere, teller: Teller) -> None:
     """Check that a training may begin or continue in `run.folder`.
 
-    If nothing is here the bucket has to answer: a second run that began there would never be copied.
-
-    Raises:
-        RunError: the bucket holds a run of which nothing is here, so that the user has to say that it goes on; or the
-            bucket refuses, or does not answer.
+    If nothing is here the bucket has to answer: a second run that began there would never be copied. If it holds a run,
+    the user has to say that this one goes on.
     """
     if not run.is_new_here():
         return
@@ -74,11 +71,7 @@ def begin_elsewhere(run: Elsewhere, teller: Teller) -> None:
 
 
 def fetch_elsewhere(run: Elsewhere, teller: Teller) -> None:
-    """Restore the run if nothing of it is on this machine.
-
-    Raises:
-        RunError: it cannot be restored.
-    """
+    """Restore the run if nothing of it is on this machine."""
     if run.is_new_here():
         restored = restore(run.url, run.folder, teller)
         teller.notice(f"{run.url}: restored into {run.folder}, {restored.at_step()}")

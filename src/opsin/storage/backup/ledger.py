@@ -36,8 +36,15 @@ class Ledger:
         self.steps: frozenset[int] = frozenset()
         self.spared: frozenset[int] = frozenset()
         """Those of `steps` that came back damaged: their copies stay until the run has gone on without them."""
-        if run is None:
-            self._load()
+        if run is not None:
+            return
+        try:
+            facts = _FACTS.read(self._path, "a new one is begun")
+        except (OSError, RunError):  # none yet, or damaged: a new one loses no checkpoint
+            return
+        self.run = facts.run
+        if facts.store == store:
+            self.steps, self.spared = frozenset(facts.steps), frozenset(facts.spared)
 
     def add(self, *steps: int, spared: bool = False) -> None:
         """Add steps whose checkpoints may be removed from the store once the run has removed its own."""
@@ -46,15 +53,6 @@ class Ledger:
     def drop(self, step: int) -> None:
         """Forget the checkpoint of `step`, which was removed from the store."""
         self._write(self.steps - {step}, self.spared - {step})
-
-    def _load(self) -> None:
-        try:
-            facts = _FACTS.read(self._path, "a new one is begun")
-        except (OSError, RunError):  # none yet, or damaged: a new one loses no checkpoint
-            return
-        self.run = facts.run
-        if facts.store == self._store:
-            self.steps, self.spared = frozenset(facts.steps), frozenset(facts.spared)
 
     def _write(self, steps: frozenset[int], spared: frozenset[int]) -> None:
         if (steps, spared) == (self.steps, self.spared) and self._path.exists():

@@ -1,6 +1,8 @@
 """Brings a backup up to date with its run directory, one pass after another.
 
-A pass may fail or be killed anywhere: the backup stays whole, and the next pass goes on.
+A pass may fail or be killed anywhere: the backup stays whole, and the next pass goes on. It raises `StoreError` where
+the store fails; `RunError` where the store holds another run, or one that has gone further than the run directory;
+`OSError` or `Unfit` where a file of the run cannot be read or copied; and `Cancelled` where the throttle ends it.
 """
 
 import errno
@@ -69,12 +71,7 @@ class Mirror:
         self._sent: dict[str, _Signature] = {}
 
     def connect(self) -> None:
-        """Read the catalogue of the store.
-
-        Raises:
-            RunError: another run, or one that has gone further than this directory.
-            StoreError: out of reach.
-        """
+        """Read the catalogue of the store."""
         try:
             index = catalog.read_index(self._store)
         except catalog.DamagedCatalog:
@@ -107,15 +104,7 @@ class Mirror:
         self._staging.take(checkpoint)
 
     def sync(self) -> list[str]:
-        """Send what is missing, and remove what the run has removed; return a sentence for each damaged checkpoint.
-
-        Raises:
-            RunError: as `connect`.
-            StoreError: the store failed; what was sent stays.
-            Cancelled: by the throttle.
-            OSError: a file of the run cannot be read or copied, or the run directory is gone.
-            Unfit: a file cannot be read while it is sent.
-        """
+        """Send what is missing, and remove what the run has removed; return a sentence for each damaged checkpoint."""
         if not self._connected:
             self.connect()
         try:
@@ -249,10 +238,8 @@ class Mirror:
         damaged stays until the run has gone on without it: it may be the only whole one.
         """
         own = catalog.local_steps(self._folder)
-        damaged = (
-            set() if self._has_gone_on else self._ledger.spared | catalog.local_steps(self._folder, "damaged-").keys()
-        )
-        removed = sorted(self._ledger.steps - own.keys() - damaged)
+        damaged = catalog.local_steps(self._folder, "damaged-").keys() | self._ledger.spared
+        removed = sorted(self._ledger.steps - own.keys() - (set() if self._has_gone_on else damaged))
         # One that was replaced after a rollback counts once its new state is in the backup.
         if not removed or not any(
             other in self._marked and self._marked[other] == _stated(path) for other, path in own.items()

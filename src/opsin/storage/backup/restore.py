@@ -167,16 +167,15 @@ class _Restore:
 
     def _fetch_checkpoint(self, step: int) -> dict[str, Entry]:
         """Fetch the files of a checkpoint and return what its mark lists; nothing if it is damaged."""
+        folder = catalog.step_folder(step)
         try:
             entries = catalog.read_mark(self._store, step) or {}
         except catalog.DamagedCatalog as error:
             self._teller.notice(f"{error}; the checkpoint of step {step} is left out")
             return {}
-        target = self._partial / catalog.step_folder(step)
         for name, entry in entries.items():
-            fault = self._fetch(f"{catalog.step_folder(step)}/{name}", (entry,))
-            if fault is not None:
-                shutil.rmtree(target, ignore_errors=True)
+            if (fault := self._fetch(f"{folder}/{name}", (entry,))) is not None:
+                shutil.rmtree(self._partial / folder, ignore_errors=True)
                 self._teller.notice(f"{fault}; the checkpoint of step {step} is left out")
                 return {}
         return entries

@@ -1,4 +1,8 @@
-"""The backup of a run that trains, in a thread of its own; and the command that completes a backup."""
+"""The backup of a run that trains, in a thread of its own; and the command that completes a backup.
+
+Functions raise `ConfigError` where the path of a backup cannot be used or is in the run directory, and `RunError` where
+the store holds another run, or has this one further on.
+"""
 
 import json
 import random
@@ -41,10 +45,7 @@ class Backup:
 def open_backup(config: BackupConfig | None, folder: Path, *, resuming: bool, teller: Teller) -> Backup:
     """Return the backup of the run directory `folder`. A store out of reach is tried again while the run trains.
 
-    Raises:
-        RunError: the store holds another run, or this one further on.
-        ConfigError: the store refuses (no such bucket, no permission), unless the run is `resuming`; or it is
-            the run directory.
+    A store that refuses (no such bucket, no permission) is a ConfigError, unless the run is `resuming`.
     """
     if config is None:
         return Backup()
@@ -180,11 +181,7 @@ class BackgroundBackup(Backup):
 
 
 def refuse_taken(config: BackupConfig | None) -> None:
-    """Refuse a fresh run whose backup holds an earlier one, before anything of that is moved.
-
-    Raises:
-        RunError: there is an earlier run, over which nothing would be copied.
-    """
+    """Refuse a fresh run whose backup holds an earlier one, before anything of that is moved."""
     if config is None:
         return
     try:
@@ -199,11 +196,7 @@ def refuse_taken(config: BackupConfig | None) -> None:
 
 
 def open_mirror(config: BackupConfig, folder: Path, *, cancelled: threading.Event) -> Mirror:
-    """Return the mirror of the run directory `folder`, which works until `cancelled`.
-
-    Raises:
-        ConfigError: the store is in the run directory itself, or its address cannot be used.
-    """
+    """Return the mirror of the run directory `folder`, which works until `cancelled`."""
     try:
         store = open_store(config.path)
     except StoreError as error:
@@ -217,7 +210,7 @@ def backup_of(folder: Path, path: str | None) -> BackupConfig | None:
     """Return the backup settings in the recipe of a run directory, with another `path` if one is given.
 
     Raises:
-        ConfigError: the path cannot be used, or the recipe cannot be read.
+        ConfigError: they cannot be used, or the recipe cannot be read.
     """
     node = read_file(folder / "recipe.yaml", str(folder / "recipe.yaml")).child("backup")
     given = node.plain() if node is not None else None
@@ -227,19 +220,15 @@ def backup_of(folder: Path, path: str | None) -> BackupConfig | None:
     try:
         return BackupConfig.model_validate_json(json.dumps(facts))
     except ValidationError as error:
-        messages = (
-            f"backup.{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        )
-        raise ConfigError(*(f"{folder}: {message}" for message in messages)) from None
+        faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+        lines = [f"{folder}: backup.{key}: {text.removeprefix('Value error, ')}" for key, text in faults]
+        raise ConfigError(*lines) from None
 
 
 def finish_backup(config: BackupConfig, folder: Path, teller: Teller) -> list[str]:
     """Complete the backup of a run that does not train; return a sentence for each checkpoint that is left out.
 
-    Raises:
-        RunError: another run is there, the store fails after some attempts, or a file here cannot be read.
-        ConfigError: as `open_mirror`.
+    It is a RunError, too, if the store fails after some attempts, or if a file here cannot be read.
     """
     mirror = open_mirror(config, folder, cancelled=threading.Event())
     attempts = Attempts(teller)

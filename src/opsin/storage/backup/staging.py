@@ -125,7 +125,10 @@ class Cancelled(Exception):
 
 
 class Throttle:
-    """Lets bytes through at a given rate on average: a chunk at once, then the pause that it costs."""
+    """Lets bytes through at a given rate on average: a chunk at once, then the pause that it costs.
+
+    It raises `Cancelled` once the event is set, before a pause or in it.
+    """
 
     def __init__(self, mib_per_s: float | None, cancelled: threading.Event) -> None:
         self._bytes_per_s = None if mib_per_s is None else mib_per_s * 2**20
@@ -133,11 +136,7 @@ class Throttle:
         self._free_at = monotonic()
 
     def take(self, num_bytes: int) -> None:
-        """Wait until `num_bytes` more may be sent.
-
-        Raises:
-            Cancelled: before the wait or in it.
-        """
+        """Wait until `num_bytes` more may be sent."""
         now = monotonic()
         if self._cancelled.wait(max(0.0, self._free_at - now)):
             raise Cancelled

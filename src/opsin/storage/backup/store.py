@@ -89,11 +89,8 @@ class Attempts:
 
     def __init__(self, teller: Teller) -> None:
         self._teller = teller
-        self._failures = 0
-
-    def restart(self) -> None:
-        """Count from the beginning: the last attempt has come further."""
-        self._failures = 0
+        self.failures = 0
+        """Failures in a row; an attempt that comes further sets it to 0."""
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -101,11 +98,11 @@ class Attempts:
         try:
             yield
         except StoreError as error:
-            self._failures += 1
-            if error.refused or self._failures == _ATTEMPTS:
+            self.failures += 1
+            if error.refused or self.failures == _ATTEMPTS:
                 raise
             self._teller.notice(f"{error}; trying again")
-            time.sleep(_FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
+            time.sleep(_FIRST_PAUSE_S * 2.0 ** (self.failures - 1))
 
 
 class PatientReader:
@@ -129,7 +126,7 @@ class PatientReader:
             with attempts.one():
                 for chunk in self._store.fetch(name, start=start):
                     start += len(chunk)
-                    attempts.restart()
+                    attempts.failures = 0
                     yield chunk
                 return
 
