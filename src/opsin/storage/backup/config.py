@@ -15,9 +15,7 @@ SCHEMES = ("s3", "gs", "az")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _USER = re.compile(r"(?<=://)[^/@]*:[^@]*$")  # in an address without an end
 _HIDDEN = "***"
-_SECRET_NAMES = re.compile(
-    r"KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|SIGNATURE|SAS|CONNECTION_STRING", re.IGNORECASE
-)
+_SECRET_NAMES = re.compile(r"(?i)KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|SIGNATURE|SAS|CONNECTION_STRING")
 _SECRET_FORMS = (
     re.compile(r"(?<=://)\S+(?=@)"),  # user:password@, where the password may hold a slash
     re.compile(r"(?<=[?&])[^\s<>\"']+"),  # all that follows a question mark in an address

@@ -92,7 +92,7 @@ class Mirror:
             )
         self._store.clear()
         # The ledger may be of another store: checkpoints that both have belong to the run there, too.
-        self._ledger.add(*(s for s, path in own.items() if s in marked and marked[s] == _stated(path)))
+        self._ledger.add(*(s for s, path in own.items() if marked.get(s, {}) == _stated(path)))
         self._contents = {} if index is None else dict(index.files)
         self._marked = marked
         self._sent = {}
@@ -241,9 +241,7 @@ class Mirror:
         damaged = catalog.local_steps(self._folder, "damaged-").keys() | self._ledger.spared
         removed = sorted(self._ledger.steps - own.keys() - (set() if self._has_gone_on else damaged))
         # One that was replaced after a rollback counts once its new state is in the backup.
-        if not removed or not any(
-            other in self._marked and self._marked[other] == _stated(path) for other, path in own.items()
-        ):
+        if not removed or not any(self._marked.get(step, {}) == _stated(path) for step, path in own.items()):
             return
         for step in removed:
             if self._config.keep == "all" and step in self._marked and step < max(own):

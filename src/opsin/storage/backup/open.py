@@ -76,9 +76,8 @@ class Folder:
 
     def clear(self) -> None:
         with self._store_errors():
-            left = [path for path in self._path.rglob(_PARTIAL.format("*")) if path.is_file()]
-        for path in left:
-            self.remove(path.relative_to(self._path).as_posix())
+            for path in [path for path in self._path.rglob(_PARTIAL.format("*")) if path.is_file()]:
+                self.remove(path.relative_to(self._path).as_posix())
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:

@@ -158,8 +158,7 @@ class _Restore:
         """Return the files of the checkpoints that have come whole, the newest first."""
         whole: dict[int, dict[str, Entry]] = {}
         for step in sorted(steps, reverse=True):
-            entries = self._fetch_checkpoint(step)
-            if entries:
+            if entries := self._fetch_checkpoint(step):
                 whole[step] = entries
                 if only:
                     break

@@ -173,8 +173,7 @@ class BackgroundBackup(Backup):
     def _note_failure(self, error: Exception) -> None:
         self._failures += 1
         if self._failures == 1:
-            text = f"{masked(str(error))}; training goes on, what is missing will be copied later"
-            self._warn("backup_failed", text)
+            self._warn("backup_failed", f"{masked(str(error))}; training goes on, what is missing will be copied later")
 
     def _warn(self, kind: str, text: str) -> None:
         self._teller.tell(kind, warn=f"backup: {text}", warning=f"backup: {text}")

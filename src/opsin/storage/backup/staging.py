@@ -70,8 +70,7 @@ class Staging:
         """
         with self._lock:
             held = self._forget_removed(self._sending, self._waiting)
-        kept = local_steps(self._folder)
-        return dict(sorted({**kept, **held}.items(), reverse=True))
+        return dict(sorted({**local_steps(self._folder), **held}.items(), reverse=True))
 
     def _forget_removed(self, *folders: Path) -> dict[int, Path]:
         """Delete the held checkpoints that the run has removed, except the newest of all; return the others.
