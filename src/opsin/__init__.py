@@ -10,15 +10,29 @@ if TYPE_CHECKING:
     from opsin.export.encoder import Encoder
     from opsin.methods.base import Method, MethodConfig
     from opsin.run.assemble import assemble
+    from opsin.run.parts import build_parts
     from opsin.run.recipe import Recipe, read
     from opsin.run.results import load
     from opsin.run.session import train
     from opsin.training.loop import Run, fit
 
-__all__ = ["Encoder", "Method", "MethodConfig", "Recipe", "Run", "assemble", "fit", "load", "read", "train"]
+__all__ = [
+    "Encoder",
+    "Method",
+    "MethodConfig",
+    "Recipe",
+    "Run",
+    "assemble",
+    "build_parts",
+    "fit",
+    "load",
+    "read",
+    "train",
+]
 
 _HOMES = {
     "assemble": "opsin.run.assemble",
+    "build_parts": "opsin.run.parts",
     "train": "opsin.run.session",
     "Encoder": "opsin.export.encoder",
     "load": "opsin.run.results",
