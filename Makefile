@@ -23,7 +23,7 @@ CHECKS := tests/test_layers.py tests/test_budget.py tests/test_docs.py
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/installed  ## set up, then train on real images in under a minute
+demo: $(VENV)/installed  ## set up, then train on real images in one to three minutes
 	@$(BIN)/python -m opsin train quickstart --out $(DEMO) --fresh
 	@echo "Everything of this run is in $(DEMO). Your own pictures next: see README.md"
 

@@ -13,6 +13,8 @@ OpsinError
 Each fault is one line: where it is, the value, the rule, the way out.
 """
 
+import re
+
 
 class OpsinError(Exception):
     """A fault that a user can act on. `faults` has one line per fault."""
@@ -72,3 +74,28 @@ class TransientError(TrainingError):
 
 class WorkerEnded(TransientError):
     """A process that reads images ended by itself."""
+
+
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "_ALLOC_FAILED",
+    "_ALLOCATION_FAILED",
+    "std::bad_alloc",
+    "can't start new thread",
+    "failed to map segment",
+    "annot allocate memory",
+)
+"""Signs in the text of an error: of torch on the CPU; of the driver; of cuBLAS, cuDNN and the like, which allocate
+memory without torch; of the C++ library; of threads without a stack; of libraries that cannot be loaded."""
+_NO_PRIMITIVE = re.compile(r"could not create a primitive(?! descriptor)")
+"""oneDNN's words for a lack of memory; without a descriptor an operation is not supported."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if `error` reports that no memory is left, on the GPU or the host."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    text = str(error)
+    is_sign = any(sign in text for sign in _NO_MEMORY) or _NO_PRIMITIVE.search(text) is not None
+    return is_sign and isinstance(error, RuntimeError | ImportError | OSError)

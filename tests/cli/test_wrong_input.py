@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -311,3 +312,17 @@ def test_a_full_disk_costs_no_step_that_was_saved(
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     done = run_opsin(*train())
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("kib", [400_000, 700_000, 1_300_000])
+def test_a_limit_in_which_torch_cannot_work_is_refused(tmp_path: Path, opsin_env: dict[str, str], kib: int) -> None:
+    """In so little memory libraries wait for ever when they are loaded, or abort the process in an update."""
+    command = f"ulimit -d {kib}; exec {sys.executable} -m opsin train quickstart limits.steps=2 --quiet --out little"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=opsin_env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"opsin: ulimit -d {kib}: opsin train cannot work in {kib // 1024} MiB; it needs 1536"
+    )
+    assert done.stderr.count("\n") == 1

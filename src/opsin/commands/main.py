@@ -3,13 +3,18 @@
 import argparse
 import io
 import os
+import resource
 import sys
 from collections.abc import Sequence
 
 from opsin.__version__ import __version__
 from opsin.commands import backup, checkpoints, data, recipes, runs, train, tune
 from opsin.commands import eval as evaluate
-from opsin.errors import OpsinError, TrainingError, TransientError
+from opsin.errors import ConfigError, OpsinError, TrainingError, TransientError, is_out_of_memory
+
+_LEAST_BYTES = 3 * 2**29
+"""Memory below which torch is not loaded: in 1.25 GiB its libraries abort the process in an update (measured)."""
+_WITHOUT_TORCH = ("runs", "restore", "backup")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A broken pipe is success for listings and failure for training.
     unread = 4 if arguments.command in ("train", "resume") else 0
     try:
+        _check_limits(arguments.command)
         status: int = arguments.run(arguments) or 0
         unread = status
         sys.stdout.flush()
@@ -35,13 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _fail(3, f"{str(error) or 'SIGINT'}: stopped before the end; {goes_on}")
     except BrokenPipeError:
         status = unread
-    except OSError as error:
-        status = _fail(4, str(error))
-    except Exception:
-        import traceback
-
-        traceback.print_exc()
-        status = _fail(4, "the above is a fault of opsin or of your own code, not of the recipe; saved steps are kept")
+    except Exception as error:
+        status = _fail(4, _explain(error))
     _flush_output()
     return status
 
@@ -74,6 +75,37 @@ def _mend_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def _explain(error: Exception) -> str:
+    """One line for an error that is not an `OpsinError`; the traceback comes before it if the cause is unknown."""
+    if is_out_of_memory(error):
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return (
+            f"out of memory ({reason}): raise the limit of this process (ulimit -d, -v or -u, the memory of the "
+            "container), or close other programs; saved steps are kept, and the same command goes on from them"
+        )
+    if isinstance(error, OSError):
+        return str(error)
+    import traceback
+
+    traceback.print_exception(error)
+    return "the above is a fault of opsin or of your own code, not of the recipe; saved steps are kept"
+
+
+def _check_limits(command: str) -> None:
+    """Refuse a limit on memory in which libraries of torch wait for ever when they load, or abort the process.
+
+    Raises:
+        ConfigError: the limit is below `_LEAST_BYTES`, and the command needs torch.
+    """
+    for name, flag in (("RLIMIT_DATA", "-d"), ("RLIMIT_AS", "-v")):
+        limit = resource.getrlimit(getattr(resource, name))[0]
+        if limit != resource.RLIM_INFINITY and limit < _LEAST_BYTES and command not in _WITHOUT_TORCH:
+            raise ConfigError(
+                f"ulimit {flag} {limit // 1024}: opsin {command} cannot work in {limit // 2**20} MiB; it "
+                f"needs {_LEAST_BYTES // 2**20} MiB for torch alone: raise the limit, 4 GiB if in doubt"
+            )
 
 
 def _flush_output() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from opsin.storage.records import Record
+from opsin.storage.records import RecordFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class ExcludedImage:
     """Recorded by the first training without the image; a later one learns from it whether the images have changed."""
 
 
-_RECORD = Record(list[ExcludedImage], indent=2)
+_RECORD = RecordFormat(list[ExcludedImage], indent=2)
 
 
 def read_excluded(path: Path) -> tuple[ExcludedImage, ...]:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from opsin.errors import ConfigError, TrainingError
+from opsin.errors import ConfigError, TrainingError, is_out_of_memory
 from opsin.methods.base import Method
 from opsin.nn.attention import choose_attention, set_attention
 from opsin.run.recipe import Recipe
 from opsin.storage.teller import Teller
 from opsin.training import precision
-from opsin.training.memory import is_out_of_memory
 
 _ANY_ORDER = " does not have a deterministic implementation"  # in the message of torch
 

@@ -27,6 +27,7 @@ from opsin.run.numerics import explain_torch_errors
 from opsin.run.parts import build_parts
 from opsin.run.rates import settle_rates
 from opsin.run.recipe import Recipe, read
+from opsin.settings.extensions import subclasses
 from opsin.settings.text import diff, to_yaml
 from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.elsewhere import begin_elsewhere, find_elsewhere
@@ -174,7 +175,7 @@ def open_sinks(recipe: Recipe, name: str, folder: Path, log: TextLog, teller: Te
         TextLog: True,
         Plots: recipe.log.plots,
     }
-    wanted.update((kind, True) for kind in Sink.__subclasses__() if kind.in_every_run)
+    wanted.update((kind, True) for kind in subclasses(Sink) if kind.in_every_run)
     sinks: list[Sink] = []
     for kind in (kind for kind, is_wanted in wanted.items() if is_wanted):
         if kind.package is not None and importlib.util.find_spec(kind.package) is None:

@@ -7,6 +7,7 @@ A subclass is found once it is imported: methods, networks, monitors and evaluat
 import importlib
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 from opsin.errors import ConfigError
 
@@ -30,3 +31,8 @@ def import_extensions() -> None:
                 f"{package}: its entry point {point.name} = {point.value} of the group {GROUP!r} cannot be imported: "
                 f"{type(error).__name__}: {error}; repair or uninstall {package}"
             ) from error
+
+
+def subclasses(base: type[Any]) -> list[Any]:
+    """Every imported class below `base`, however far; `base` may be abstract."""
+    return [found for child in base.__subclasses__() for found in (child, *subclasses(child))]

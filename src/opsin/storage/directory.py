@@ -32,7 +32,7 @@ from opsin.__version__ import __version__
 from opsin.errors import RunError
 from opsin.storage.files import remove_leftovers, write_atomic, writing
 from opsin.storage.lock import RunLock
-from opsin.storage.records import Record
+from opsin.storage.records import RecordFormat
 
 _PACKAGES = ("torch", "torchvision", "torchcodec", "timm", "numpy", "pillow", "pydantic", "safetensors")
 _UNWRITTEN = "choose another folder with --out, or make room for this one"
@@ -46,7 +46,7 @@ class _RunFacts:
     sessions: list[dict[str, Any]]
 
 
-_RUN_FACTS = Record(_RunFacts)
+_RUN_FACTS = RecordFormat(_RunFacts)
 
 
 class RunDirectory:

@@ -23,7 +23,7 @@ from typing import Annotated
 from pydantic import Field
 
 from opsin.errors import DataError, LockLost, RunError
-from opsin.storage.records import Record
+from opsin.storage.records import RecordFormat
 
 _RENEWED_S, _EXPIRES_S = 5.0, 60.0
 _SETTLE_S = 0.2
@@ -82,7 +82,7 @@ class Holder:
         return False
 
 
-_HOLDER = Record(Holder)
+_HOLDER = RecordFormat(Holder)
 
 
 class RunLock:

@@ -13,7 +13,7 @@ from opsin.storage.files import write_atomic
 Shape = TypeVar("Shape")
 
 
-class Record(Generic[Shape]):
+class RecordFormat(Generic[Shape]):
     """The file format of a type: a dataclass, or lists and dictionaries of them. Unknown fields are ignored."""
 
     def __init__(self, shape: type[Shape], *, indent: int | None = None) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -17,12 +16,9 @@ from opsin.errors import ConfigError
 from opsin.methods.base import Method
 from opsin.settings.family import Settings
 from opsin.storage.files import reason_of
-from opsin.storage.records import Record
+from opsin.storage.records import RecordFormat
 from opsin.storage.teller import Silence, Teller
 
-_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED")
-"""Signs in the text of a plain RuntimeError: of torch on the CPU; of the driver; of cuBLAS, cuDNN and the like, which
-allocate memory without torch."""
 Policy = Literal["split", "always", "stop"]
 """`split` requires that the update stays the same; `always` lets batch norm see smaller parts."""
 
@@ -73,7 +69,7 @@ class _Stored:
     splits: tuple[Fallback, ...]
 
 
-_FILE = Record(_Stored)
+_FILE = RecordFormat(_Stored)
 
 
 class PartFallback:
@@ -144,13 +140,6 @@ class PartFallback:
 def uses_batch_statistics(network: nn.Module) -> bool:
     """True if outputs for an image depend on the others of its part, as with batch norm."""
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if `error` reports that no memory is left, on the GPU or the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
-    )
 
 
 def _read(file: Path, asked: str) -> tuple[Fallback, ...]:

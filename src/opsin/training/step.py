@@ -13,9 +13,9 @@ from torch import Tensor
 from opsin.clock.seeding import seed_layers
 from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
+from opsin.errors import is_out_of_memory
 from opsin.methods.base import Losses
 from opsin.training.gradients import scale
-from opsin.training.memory import is_out_of_memory
 from opsin.training.precision import release_memory
 from opsin.training.state import ScheduledValues, StepPlan, StepReport, TrainState
 from opsin.training.stopwatch import Stopwatch, span

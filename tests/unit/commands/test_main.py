@@ -174,3 +174,19 @@ def test_only_a_table_may_end_because_nobody_reads_on(
 
     monkeypatch.setattr(f"opsin.commands.{arguments[0]}._{arguments[0]}", broken)
     assert main(arguments) == status
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't start new thread"), ImportError("x.so: failed to map segment from it")]
+)
+def test_a_lack_of_memory_is_not_called_a_fault_of_opsin(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("opsin.storage.listing.list_runs", run)
+    assert main(["runs"]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("opsin: out of memory (")
+    assert "ulimit -d" in line

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from opsin.settings.extensions import subclasses
 from opsin.settings.faults import did_you_mean
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class SourceKind(ABC):
 
 def own_kinds() -> dict[str, type[SourceKind]]:
     """Every imported kind of storage that does not come with opsin, by name."""
-    return {kind.name: kind for kind in SourceKind.__subclasses__()}
+    return {kind.name: kind for kind in subclasses(SourceKind)}
 
 
 def check_kind(kind: str) -> str:

@@ -23,7 +23,7 @@ from pydantic import AfterValidator
 
 from opsin.errors import RunError
 from opsin.storage.backup.store import BackupStore, Entry, ReadableStore, put_bytes, read_bytes
-from opsin.storage.records import Record, Shape
+from opsin.storage.records import RecordFormat, Shape
 
 FORMAT = 1
 """The newest format that this code reads, and the one that it writes."""
@@ -72,9 +72,9 @@ class _Format:
     format: int
 
 
-_INDEX = Record(Index, indent=1)
-_MARK = Record(_Mark, indent=1)
-_FORMAT = Record(_Format)
+_INDEX = RecordFormat(Index, indent=1)
+_MARK = RecordFormat(_Mark, indent=1)
+_FORMAT = RecordFormat(_Format)
 
 
 def step_folder(step: int) -> str:
@@ -125,7 +125,7 @@ def write_index(store: BackupStore, run: str, files: Mapping[str, tuple[Entry, .
     put_bytes(store, INDEX, _INDEX.dump(Index(run, dict(sorted(files.items())))))
 
 
-def _read(store: ReadableStore, name: str, record: Record[Shape]) -> Shape | None:
+def _read(store: ReadableStore, name: str, record: RecordFormat[Shape]) -> Shape | None:
     data = read_bytes(store, name)
     if data is None:
         return None

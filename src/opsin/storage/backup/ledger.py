@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from opsin.errors import RunError
-from opsin.storage.records import Record
+from opsin.storage.records import RecordFormat
 
 HIDDEN = ".backup"
 """The folder in the run directory with the ledger, and with files that wait to be sent."""
@@ -22,7 +22,7 @@ class _Facts:
     spared: list[int] = field(default_factory=list)
 
 
-_FACTS = Record(_Facts)
+_FACTS = RecordFormat(_Facts)
 
 
 class Ledger:

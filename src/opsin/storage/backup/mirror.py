@@ -19,7 +19,7 @@ from opsin.storage.backup.config import BackupConfig
 from opsin.storage.backup.ledger import Ledger
 from opsin.storage.backup.staging import Staging, Throttle, Unfit, outgoing
 from opsin.storage.backup.store import BackupStore, Entry, StoreError, entry_of
-from opsin.storage.records import Record
+from opsin.storage.records import RecordFormat
 
 _MANIFEST = "manifest.json"
 _RECIPE = "recipe.yaml"
@@ -48,7 +48,7 @@ class _Manifest:
     files: dict[str, Entry]
 
 
-_MANIFESTS = Record(_Manifest)
+_MANIFESTS = RecordFormat(_Manifest)
 
 
 class Mirror:

@@ -13,7 +13,7 @@ from opsin.clock.cadence import Every, StepEvery
 from opsin.errors import RunError
 from opsin.settings.family import Settings
 from opsin.storage.files import reason_of, remove_whole, rename_over, write_atomic
-from opsin.storage.records import Record
+from opsin.storage.records import RecordFormat
 from opsin.training.checkpoints.format import find_checkpoints
 
 BEST = "best.json"
@@ -73,7 +73,7 @@ class _Marks:
     others: tuple[_Other, ...] = ()
 
 
-_MARKS = Record(_Marks)
+_MARKS = RecordFormat(_Marks)
 
 
 class DamagedMarks(RunError):

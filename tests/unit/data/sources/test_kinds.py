@@ -32,12 +32,16 @@ def test_a_kind_of_ones_own_is_known_while_its_class_exists(tmp_path: Path) -> N
         def open(cls, asked: Asked) -> Opened:
             return Opened("tape", load_digits(), None, f"found a tape at {asked.path} ({asked.labels})")
 
+    class Cassette(Tape):
+        name = "cassette"
+
+    assert own_kinds() == {"tape": Tape, "cassette": Cassette}
     (tmp_path / "a.tape").touch()
     for kind in ("auto", "tape"):
         opened = open_sources(str(tmp_path / "a.tape"), kind=kind, cache=tmp_path)
         assert opened.said.startswith(f"found a tape at {tmp_path / 'a.tape'} (auto)")
         assert torch.equal(opened.train.labels, load_digits().labels)
     assert read("quickstart", ["data.kind=tape"]).data.kind == "tape"
-    del Tape
+    del Tape, Cassette
     gc.collect()
     assert own_kinds() == {}
