@@ -56,7 +56,7 @@ class HJepa(IJepa):
         )
         for layer in self.hints:
             assert isinstance(layer, nn.Linear)
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.views(facts.image_size)  # refuses an impossible size before a run begins
 

@@ -36,8 +36,8 @@ class Classifier(nn.Module):
 class Projector(nn.Module):
     """An MLP with GELU from features to unit vectors; the head of DINO before its prototypes.
 
-    Caron et al. 2021, appendix C. Weights start from a normal distribution of deviation 0.02, cut at 2 in absolute
-    value, biases at zero.
+    Caron et al. 2021, appendix C. Weights start from a normal distribution of deviation 0.02, biases at zero. The
+    published code cuts it at 2, which is 100 deviations: no cut at all.
     """
 
     def __init__(self, width: int, *, hidden: int, bottleneck: int, layers: int) -> None:
@@ -46,7 +46,7 @@ class Projector(nn.Module):
         parts: list[nn.Module] = []
         for size, following in pairwise(sizes):
             layer = nn.Linear(size, following)
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
             parts += [layer, nn.GELU()]
         self.mlp = nn.Sequential(*parts[:-1])

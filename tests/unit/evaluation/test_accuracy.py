@@ -38,7 +38,7 @@ class Lookup(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.drop = nn.Dropout(0.5)
-        self.norm = nn.BatchNorm2d(channels, eps=0.0)
+        self.norm = nn.BatchNorm2d(channels, eps=1e-12)  # 1 + eps is 1 in float32
 
     def logits(self, images: Tensor) -> Tensor:
         torch.rand(3)  # a network may draw; the training after it must not notice

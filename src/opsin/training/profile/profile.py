@@ -141,7 +141,8 @@ class StepProfile(Profile):
     def _start(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its messages are for its developers
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_device else [])]
-        recording = Recording(activities=activities)
+        # Without acc_events torch 2.11 to 2.13 drop the events before they are added up.
+        recording = Recording(activities=activities, acc_events=True)
         recording.start()
         self._recording = recording
         self._recorded = []
