@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from opsin.reporting.journal import read_rows
-from opsin.run.recipe import read
+from opsin.run.recipe import read, read_draft
 from opsin.run.session import train_recipe
 
 FILE = Path(__file__).with_name("losses.json")
@@ -61,7 +61,6 @@ _SMALL_DINO = (
     "optim.lr=0.01",
 )
 _DINO_SIZES: dict[str, tuple[str, ...]] = {
-    "dino-folder": ("data.image_size=32", "data.eval_resize=32", "model.patch=4", "method.views.local_size=16"),
     "dino-imagenet-vits16": (
         "data.image_size=32",
         "data.eval_resize=32",
@@ -86,6 +85,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cifar10-cpu-40s": (*_SMALL_CONVNET, *_WHOLE_RUN),
     "cifar10-cpu-160s": (*_SMALL_CONVNET, *_WHOLE_RUN),
     "cifar10-standard": _SMALL_CONVNET,
+    "folder": (*_SMALL_CONVNET, "model.name=convnet", "data.image_size=32"),
+    "folder-finetune": (*_SMALL_RESNET, "model.weights=null"),
     "cifar10-finetune": (*_SMALL_CONVNET, *_WHOLE_RUN, "model.weights=null"),
     "cifar10-progressive": (*_SMALL_CONVNET, *_WHOLE_RUN),
     "cifar10-hybrid": (*_SMALL_CONVNET, *_HYBRID),
@@ -97,6 +98,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "dino-cifar10": (*_SMALL_DINO, "model.name=resnet10t", "model.stem=imagenet"),
     # Muon's bf16 carries roundings on here too: at `other_lr` 0.01 they reach a thousandth of a loss.
     "dino-cifar10-cpu": (*_SMALL_DINO, "model.widths=[8,16,16]", "optim.other_lr=0.003"),
+    "dino-folder": (
+        *_SMALL_DINO,
+        *("model.name=convnet", "model.widths=[8,16,16]", "data.image_size=32", "optim.other_lr=0.003"),
+    ),
     "dino-digits": (*_SMALL_DINO, "model.widths=[8,16,16]", "optim.other_lr=0.003"),
     **{
         f"{kind}-{name}": (*_SMALL_JEPA, "model.width=16", "model.heads=2", "model.depth=2", *sizes)
@@ -110,13 +115,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "imagenet-hybrid": (*_SMALL_RESNET, *_WHOLE_RUN, *_sizes(16, 24, 32, 32)),
     "imagenet-hybrid-freeze": (*_SMALL_RESNET, *_WHOLE_RUN, *_sizes(16, 24, 32, 32)),
 }
-NEEDS_COLOUR = {name for name in VARIANTS if name.startswith("imagenet") or VARIANTS[name][:1] == _SMALL_CONVNET[:1]}
+NEEDS_COLOUR = {
+    name for name in VARIANTS if name.startswith(("imagenet", "folder")) or VARIANTS[name][:1] == _SMALL_CONVNET[:1]
+}
 """Variants trained on CIFAR-10: whitening and batch norm of grey images amplify roundings. The others scale digits."""
 
 
 def first_losses(name: str, data: Path | str) -> list[float]:
     """`train/loss` of the first updates of a variant on the images at `data`."""
-    unscored = [f"evaluators.{prefix}=null" for prefix in read(name).evaluators]
+    unscored = [f"evaluators.{prefix}=null" for prefix in read_draft(name).evaluators]
     recipe = read(name, [*_EVERYWHERE, *unscored, *VARIANTS[name], f"data.path={data}"])
     with tempfile.TemporaryDirectory(prefix="opsin-golden-") as folder:
         train_recipe(recipe, Path(folder), name=name, quiet=True)

@@ -29,16 +29,16 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from opsin.run.recipe import read
+    from opsin.run.recipe import read_draft
     from opsin.settings.text import to_yaml
 
-    print(to_yaml(read(arguments.recipe, arguments.overrides), comments=True), end="")
+    print(to_yaml(read_draft(arguments.recipe, arguments.overrides), comments=True), end="")
 
 
 def _schema(arguments: argparse.Namespace) -> None:
-    from opsin.run.recipe import Recipe
+    from opsin.run.recipe import Draft
     from opsin.settings.extensions import import_extensions
     from opsin.settings.text import json_schema
 
     import_extensions()
-    print(json.dumps(json_schema(Recipe), indent=2))
+    print(json.dumps(json_schema(Draft), indent=2))

@@ -39,10 +39,12 @@ def _train(arguments: argparse.Namespace) -> int | None:
         return _supervise(arguments, command, out, fresh=arguments.fresh)
     _train_alone(arguments)
     with signals_interrupt():
-        from opsin.run.recipe import read
+        from opsin.reporting.console import open_console
+        from opsin.run.choice import choose
         from opsin.run.session import train_recipe
 
-        recipe = read(arguments.recipe, arguments.overrides)
+        begun = None if arguments.fresh else out
+        recipe = choose(arguments.recipe, arguments.overrides, begun, open_console(quiet=arguments.quiet))
         train_recipe(recipe, out, name=name, fresh=arguments.fresh, quiet=arguments.quiet)
     return None
 

@@ -8,7 +8,7 @@ from opsin.data.sources.kinds import KINDS, check_kind
 from opsin.settings.family import Settings
 
 
-class DataConfig(Settings):
+class DataDraft(Settings):
     """The images of a run, and their path to the device."""
 
     path: str
@@ -23,8 +23,8 @@ class DataConfig(Settings):
     """Column with the labels: in parquet files null finds it, in CSV files null takes `label`."""
     cache: str = "~/.cache/opsin"
     """Folder for downloads and unpacked tables."""
-    image_size: int = Field(gt=0)
-    """Side of the training images in pixels."""
+    image_size: Annotated[int, Field(gt=0)] | Literal["auto"]
+    """Side of the training images in pixels; `auto` is chosen with the network."""
     eval_resize: int | None = Field(None, gt=0)
     """Length of the shorter side in pixels before evaluation cuts out the centre; null takes image_size."""
     holdout: float = Field(0.1, ge=0, lt=1)
@@ -43,3 +43,10 @@ class DataConfig(Settings):
     """Mean of each channel, 0 to 1; null takes the known values of `digits` and `cifar10`, else those of ImageNet."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of each channel, 0 to 1; null is chosen as for `mean`."""
+
+
+class DataConfig(DataDraft):
+    """As `DataDraft`, with a size."""
+
+    image_size: int = Field(gt=0)
+    """Side of the training images in pixels."""

@@ -15,7 +15,7 @@ from opsin.processes.world import World, join
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
 from opsin.reporting.teller import RunTeller
-from opsin.run.images import evaluation_context, training_data
+from opsin.run.images import Images, evaluation_context, training_data
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import Recipe, fingerprint
 from opsin.run.start import RunStart, card_of
@@ -82,8 +82,10 @@ def assemble(parts: Parts, directory: RunDirectory, teller: RunTeller, backup: C
 
 
 @contextmanager
-def temporary_run(recipe: Recipe, console: Console) -> Iterator[Run]:
+def temporary_run(recipe: Recipe, console: Console, images: Images | None = None) -> Iterator[Run]:
     """The run of `recipe` in a directory of its own, which is removed: to be measured, not to be kept.
+
+    `images` are as in `build_parts`.
 
     Raises:
         ConfigError: as `assemble`; so DataError and CheckpointError.
@@ -92,7 +94,7 @@ def temporary_run(recipe: Recipe, console: Console) -> Iterator[Run]:
         directory = RunDirectory(Path(folder))
         with closing(Journal(directory.path, teller=console)) as journal:
             teller = RunTeller(journal, console)
-            yield assemble(build_parts(recipe, teller), directory, teller)
+            yield assemble(build_parts(recipe, teller, images), directory, teller)
 
 
 def plan_agenda(recipe: Recipe, timeline: Timeline) -> Agenda:

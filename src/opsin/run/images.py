@@ -39,6 +39,10 @@ class Images:
     val: Source | None
     facts: DataFacts
 
+    def sized(self, side: int) -> "Images":
+        """The same images for training at another size in pixels."""
+        return replace(self, facts=replace(self.facts, image_size=side))
+
 
 def open_images(recipe: Recipe, teller: Teller) -> Images:
     """The training and validation images; without a split of their own, some are held out.

@@ -30,15 +30,17 @@ class Parts:
     numerics: Numerics
 
 
-def build_parts(recipe: Recipe, teller: Teller) -> Parts:
+def build_parts(recipe: Recipe, teller: Teller, images: Images | None = None) -> Parts:
     """The parts of `recipe`, in reading order; `teller` reports what `auto` became.
+
+    `images` are its images if they are open already; their size is that of the recipe whatever it was before.
 
     Raises:
         ConfigError: settings do not fit together, the data, or this machine.
         DataError: the images cannot be used.
     """
     device, number_format = choose_numbers(recipe, teller)
-    images = open_images(recipe, teller)
+    images = open_images(recipe, teller) if images is None else images.sized(recipe.data.image_size)
     timeline = plan_time(recipe, images.train, teller)
     method = build_method(recipe, images.facts)
     freezer = plan_stages(recipe.optim.schedule, timeline, method)

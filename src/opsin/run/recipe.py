@@ -5,11 +5,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from opsin.data.config import DataConfig
+from opsin.data.config import DataConfig, DataDraft
+from opsin.errors import ConfigError
 from opsin.evaluation.accuracy import AccuracyConfig
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.linear import LinearConfig
@@ -44,6 +45,8 @@ from opsin.training.optim import SGD, AdamW, MuonConfig, OptimConfig
 from opsin.training.profile.profile import ProfileConfig
 from opsin.training.stages import StageConfig
 
+T = TypeVar("T")
+
 _KNOWN = (
     *MODELS,
     *(SupervisedConfig, DinoConfig, IJepaConfig, HJepaConfig),
@@ -71,6 +74,9 @@ class LimitsConfig(Settings):
 
     hours: float | None = Field(None, gt=0)
     """Hours of wall-clock time of one session after which it stops with a checkpoint; null for no limit."""
+    minutes: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Minutes of training for which keys that say `auto` are chosen; `auto` is 20 on a CPU and 60 on a GPU. A run whose
+    keys are numbers does not depend on it."""
     steps: int | None = Field(None, gt=0)
     """Steps after which the run ends, with the schedules of the whole run; null for no limit."""
     cancelled_in_a_row: int = Field(20, gt=0)
@@ -90,17 +96,18 @@ class LogConfig(Settings):
     """Draw curves into plots/ while training."""
 
 
-class Recipe(Settings):
-    """The settings of a run."""
+class Draft(Settings):
+    """The settings of a run, of which some may say `auto` until the run begins: see `opsin.run.choice`."""
 
     seed: int = Field(0, ge=0)
     """The seed of every random number of the run."""
     stages: list[StageConfig] = []
     """Parts of the run with settings of their own, one after the other; an empty list is a run without stages."""
-    epochs: float | None = Field(None, gt=0, validate_default=True)
-    """Passes over the training images; null takes the sum of the stages, a number stretches them to it."""
-    batch_size: int = Field(gt=0)
-    """Images per update, over all processes and parts."""
+    epochs: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(None, validate_default=True)
+    """Passes over the training images; null takes the sum of the stages, a number stretches them to it, `auto` is what
+    `limits.minutes` allows."""
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"]
+    """Images per update, over all processes and parts; `auto` follows the number of images."""
     accumulate: int = Field(1, gt=0)
     """Number of parts in which a batch is computed, one after another, to save memory; the update stays the same."""
     device: Annotated[str, AfterValidator(_check_device)] = Field("auto", json_schema_extra={"pattern": _DEVICE})
@@ -117,10 +124,10 @@ class Recipe(Settings):
     """Compile the forward pass (needs a C++ compiler on the CPU)."""
     deterministic: bool = True
     """Use deterministic kernels, so that two runs on one machine give the same bits."""
-    data: DataConfig
+    data: DataDraft
     """The images, and their path to the device."""
     model: ModelConfig
-    """The backbone."""
+    """The backbone; its name `auto` stands for the largest one that `limits.minutes` allows to train."""
     method: MethodConfig = SupervisedConfig()
     """The learning algorithm."""
     optim: OptimConfig = AdamW()
@@ -155,20 +162,62 @@ class Recipe(Settings):
 
     @field_validator("epochs", mode="after")
     @classmethod
-    def _is_given_without_stages(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+    def _is_given_without_stages(cls, epochs: T, info: ValidationInfo) -> T:
         if epochs is None and info.data.get("stages") == []:
             raise ValueError("epochs is missing; give the passes over the images as epochs=VALUE, or stages")
         return epochs
 
+    @property
+    def open_keys(self) -> tuple[str, ...]:
+        """The keys that say `auto` and are chosen before the run begins."""
+        values = {
+            "model.name": self.model.name,
+            "data.image_size": self.data.image_size,
+            "batch_size": self.batch_size,
+            "epochs": self.epochs,
+        }
+        return tuple(key for key, value in values.items() if value == "auto")
 
-def read(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+
+class Recipe(Draft):
+    """The settings of a run; each is decided, or follows from the machine without an effect on the weights."""
+
+    epochs: float | None = Field(None, gt=0, validate_default=True)
+    """Passes over the training images; null takes the sum of the stages, a number stretches them to it."""
+    batch_size: int = Field(gt=0)
+    """Images per update, over all processes and parts."""
+    data: DataConfig
+    """The images, and their path to the device."""
+    model: ModelConfig
+    """The backbone."""
+
+
+def read(reference: str, overrides: Sequence[str] = (), chosen: Sequence[str] = ()) -> Recipe:
     """The recipe of a shipped name or a YAML path, with `key=value` overrides.
+
+    `chosen` gives values for keys that say `auto`; what a layer above such a key gives wins.
+
+    Raises:
+        ConfigError: one line per fault, all faults at once; or a key says `auto` that `chosen` does not give.
+    """
+    draft = read_draft(reference, overrides, chosen)
+    if draft.open_keys:
+        keys = ", ".join(f"{key}=auto" for key in draft.open_keys)
+        raise ConfigError(
+            f"{reference}: {keys}: only opsin train and opsin plan choose these; write a recipe with numbers by "
+            f"opsin plan {reference} --write FILE, and use that here"
+        )
+    return layers.read(reference, overrides, Recipe, shipped=shipped, chosen=chosen)
+
+
+def read_draft(reference: str, overrides: Sequence[str] = (), chosen: Sequence[str] = ()) -> Draft:
+    """As `read`; keys may say `auto`.
 
     Raises:
         ConfigError: one line per fault, all faults at once.
     """
     import_extensions()
-    return layers.read(reference, overrides, Recipe, shipped=shipped)
+    return layers.read(reference, overrides, Draft, shipped=shipped, chosen=chosen)
 
 
 def fingerprint(recipe: Recipe) -> str:

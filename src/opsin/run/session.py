@@ -23,6 +23,7 @@ from opsin.reporting.sinks import CsvTable, TensorBoard, TextLog
 from opsin.reporting.teller import RunTeller
 from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.run.assemble import assemble
+from opsin.run.choice import choose
 from opsin.run.numerics import explain_torch_errors
 from opsin.run.parts import build_parts
 from opsin.run.rates import settle_rates
@@ -59,17 +60,22 @@ def train(
     Raises:
         OpsinError: see `opsin.errors`; the command line turns each kind into an exit status.
     """
+    folder = Path("runs", "recipe" if isinstance(recipe, Recipe) else Path(recipe).stem)
+    elsewhere = None
+    if out is not None:
+        folder = Path(os.path.expanduser(out))
+        elsewhere = find_elsewhere(str(out), None)
+    if elsewhere is not None:
+        begin_elsewhere(elsewhere, open_console(quiet=False))
+        folder = elsewhere.folder
     if isinstance(recipe, Recipe):
         if overrides:
             raise ConfigError("train: overrides go with a recipe's name or path; change a Recipe with model_copy")
         name, wanted = "recipe", recipe
     else:
         texts = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
-        name, wanted = Path(recipe).stem, read(str(recipe), texts)
-    folder = Path("runs", name) if out is None else Path(os.path.expanduser(out))
-    if out is not None and (elsewhere := find_elsewhere(str(out), None)) is not None:
-        begin_elsewhere(elsewhere, open_console(quiet=False))
-        folder = elsewhere.folder
+        name, wanted = Path(recipe).stem, choose(str(recipe), texts, None if fresh else folder, open_console())
+    if elsewhere is not None:
         backup = wanted.backup or BackupConfig(path=elsewhere.url)
         wanted = wanted.model_copy(update={"backup": backup.model_copy(update={"path": elsewhere.url})})
     return train_recipe(wanted, folder, name=name, fresh=fresh)

@@ -24,10 +24,11 @@ from opsin.settings.yaml_tree import COMMAND_LINE, Node, from_plain, read_file, 
 S = TypeVar("S", bound=Settings)
 
 
-def read(reference: str, overrides: Sequence[str], model: type[S], *, shipped: Path) -> S:
+def read(reference: str, overrides: Sequence[str], model: type[S], *, shipped: Path, chosen: Sequence[str] = ()) -> S:
     """The settings that a recipe and the overrides give together.
 
-    `reference` is the name of a recipe in the folder `shipped`, or the path of a YAML file.
+    `reference` is the name of a recipe in the folder `shipped`, or the path of a YAML file. `chosen` are overrides for
+    keys that say `auto`: they lie directly over the highest layer with one, and under all that was written above it.
 
     Raises:
         ConfigError: with one line for each fault, all at once.
@@ -35,13 +36,17 @@ def read(reference: str, overrides: Sequence[str], model: type[S], *, shipped: P
     top, faults = read_overrides(overrides)
     try:
         layers = [*_recipe_layers(reference, shipped), top]
+        recipe = layers[-2]
     except ConfigError as error:
         raise ConfigError(*error.faults, *faults) from error
+    if chosen:
+        above = 1 + max(number for number, layer in enumerate(layers) if _says_auto(layer, chosen))
+        layers.insert(above, read_overrides(chosen)[0])
     tree: Node | None = None
     for layer in layers:
         tree = _lay(shape_of(model), tree, layer, None)
     assert tree is not None
-    tree = _with_required_groups(replace(tree, location=layers[-2].location))
+    tree = _with_required_groups(replace(tree, location=recipe.location))
     try:
         settings = model.model_validate_json(json.dumps(tree.plain()))
     except ValidationError as error:
@@ -49,6 +54,17 @@ def read(reference: str, overrides: Sequence[str], model: type[S], *, shipped: P
     if faults:
         raise ConfigError(*faults)
     return settings
+
+
+def _says_auto(layer: Node, keys: Sequence[str]) -> bool:
+    """True if the layer gives `auto` for one of the overrides `keys`."""
+    for key in keys:
+        node: Node | None = layer
+        for part in key.partition("=")[0].split("."):
+            node = None if node is None else node.child(part)
+        if node is not None and node.value == "auto":
+            return True
+    return False
 
 
 def _recipe_layers(reference: str, shipped: Path) -> list[Node]:

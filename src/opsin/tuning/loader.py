@@ -4,7 +4,6 @@ For every setting the data path is measured alone and together with training, th
 stays on the device. Training with the data counts; the other two rates show which side waits for the other.
 """
 
-import io
 import math
 import os
 import time
@@ -12,7 +11,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
-from typing import cast
 
 import torch
 
@@ -21,22 +19,18 @@ from opsin.data.quarantine import read_or_replace
 from opsin.data.resident import byte_limit
 from opsin.data.workers import RawBatch, Reader, Task, read_batches
 from opsin.errors import ConfigError
-from opsin.reporting.console import Console
 from opsin.run.assemble import temporary_run
 from opsin.run.images import open_images
+from opsin.run.pace import endless_stage, rate_of, silent_console, stream, train_on
 from opsin.run.parts import build_method
 from opsin.run.recipe import Recipe
 from opsin.storage.table import aligned
 from opsin.storage.teller import Silence, Teller
-from opsin.training.loop import Run
 from opsin.training.precision import choose_device
 from opsin.training.stages import plan_time
-from opsin.training.state import TrainState
-from opsin.training.step import train_step
 
 _PREFETCH = (2, 4)
 _MAX_WORKERS = 32
-_ENDLESS_EPOCHS = 1e6
 _WARM_UP = 1
 _STEPS_AT_ONCE = 2
 _EQUAL = 0.03
@@ -165,7 +159,7 @@ def tune_loader(recipe: Recipe, *, seconds: float, teller: Teller) -> LoaderRepo
     """
     if not (math.isfinite(seconds) and seconds > 0):
         raise ConfigError(f"command line: --seconds {seconds:g}: must be above 0; use --seconds 2")
-    endless = _endless(recipe)
+    endless = endless_stage(recipe)
     device = choose_device(recipe.device)
     train = open_images(endless, teller).train
     stage = plan_time(endless, train, Silence()).stages[0]
@@ -236,7 +230,7 @@ def measure_copies(recipe: Recipe, setting: Setting, seconds: float, device: tor
     )
     for _ in range(max(1, setting.workers)):
         copy(next(batches))
-    rate = _rate((sum(map(copy, islice(batches, max(1, setting.workers)))) for _ in count()), seconds)
+    rate = rate_of((sum(map(copy, islice(batches, max(1, setting.workers)))) for _ in count()), seconds)
     if isinstance(batches, Generator):
         batches.close()  # ends the workers
     return rate
@@ -249,21 +243,6 @@ def _settings(cores: int) -> Iterator[Setting]:
     while workers <= min(cores, _MAX_WORKERS):
         yield from (Setting(workers, prefetch) for prefetch in _PREFETCH)
         workers *= 2
-
-
-def _endless(recipe: Recipe) -> Recipe:
-    """The first stage of the recipe, too long to end while it is measured, with nothing but training."""
-    changes: dict[str, object] = {
-        "stages": recipe.stages[:1],
-        "epochs": _ENDLESS_EPOCHS,
-        "evaluators": {},
-        "monitors": {},
-        "limits": recipe.limits.model_copy(update={"steps": None}),
-    }
-    if isinstance(recipe.optim.lr, str):
-        # A word for a rate that is found elsewhere; no time depends on it.
-        changes["optim"] = recipe.optim.model_copy(update={"lr": 1e-3})
-    return recipe.model_copy(update=changes)
 
 
 def _with(recipe: Recipe, setting: Setting) -> Recipe:
@@ -280,43 +259,34 @@ def _why_not_resident(train: Source, seed: int, device: torch.device) -> str:
     return f"the images take about {num_bytes / 2**30:.1f} GiB decoded, {limit / 2**30:.1f} GiB may be used"
 
 
-def _silent() -> Console:
-    return Console(io.StringIO(), quiet=True)
-
-
 def _measure_step(recipe: Recipe, seconds: float) -> float:
     """Images per second of the step on one batch that is on the device already."""
-    with temporary_run(_with(recipe, Setting(0, 1)), _silent()) as run:
+    with temporary_run(_with(recipe, Setting(0, 1)), silent_console()) as run:
         state = run.start.fresh()
-        with closing(_batches(run)) as batches:
+        with closing(stream(run)) as batches:
             batch = next(batches)
-        _train(state, run, [batch] * _WARM_UP)
-        return _rate((_train(state, run, [batch] * _STEPS_AT_ONCE) for _ in count()), seconds)
+        train_on(state, run, [batch] * _WARM_UP)
+        return rate_of((train_on(state, run, [batch] * _STEPS_AT_ONCE) for _ in count()), seconds)
 
 
 def _measure(recipe: Recipe, setting: Setting, seconds: float, device: torch.device) -> Rate:
     # Batches arrive in rounds, one from each worker: whole rounds are counted.
     together = max(1, setting.workers)
-    with temporary_run(_with(recipe, setting), _silent()) as run:
+    with temporary_run(_with(recipe, setting), silent_console()) as run:
         started = time.perf_counter()
         state = run.start.fresh()
-        with closing(_batches(run)) as batches:
+        with closing(stream(run)) as batches:
             _take(batches, 1)
             start_s = time.perf_counter() - started
             _take(batches, together)
-            data = _rate((_take(batches, together) for _ in count()), seconds)
-        with closing(_batches(run)) as batches:
-            _train(state, run, [next(batches) for _ in range(together)])
-            _train(state, run, [next(batches) for _ in range(_WARM_UP)])
+            data = rate_of((_take(batches, together) for _ in count()), seconds)
+        with closing(stream(run)) as batches:
+            train_on(state, run, [next(batches) for _ in range(together)])
+            train_on(state, run, [next(batches) for _ in range(_WARM_UP)])
             number = max(together, _STEPS_AT_ONCE)
-            training = _rate((_train(state, run, islice(batches, number)) for _ in count()), seconds)
+            training = rate_of((train_on(state, run, islice(batches, number)) for _ in count()), seconds)
     pinned = device.type == "cuda" and setting.workers > 0
     return Rate(setting, pinned, data, training, start_s)
-
-
-def _batches(run: Run) -> Generator[Batch]:
-    # A generator, whose end is the end of its workers.
-    return cast("Generator[Batch]", run.data.batches(0, run.agenda.last_step))
 
 
 def _take(batches: Iterator[Batch], number: int) -> int:
@@ -324,19 +294,3 @@ def _take(batches: Iterator[Batch], number: int) -> int:
     taken = [next(batches) for _ in range(number)]
     float(next(iter(taken[-1].views.values()))[0, 0, 0, 0, 0])
     return sum(map(len, taken))
-
-
-def _train(state: TrainState, run: Run, batches: Iterator[Batch] | Sequence[Batch]) -> int:
-    """Train on the batches to the end of their updates; return the number of their images."""
-    reports = [train_step(state, batch, run.plan) for batch in batches]
-    float(reports[-1].values["train/loss"])
-    return sum(report.images for report in reports)
-
-
-def _rate(work: Iterator[int], seconds: float) -> float:
-    """Images per second of `work`, whose items are done when they are taken and give their images."""
-    started = time.perf_counter()
-    images = next(work)
-    while (passed := time.perf_counter() - started) < seconds:
-        images += next(work)
-    return images / passed

@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from opsin.errors import ConfigError
-from opsin.run.recipe import Recipe, read, shipped
+from opsin.run.recipe import Draft, read, read_draft, shipped
 from opsin.settings.text import json_schema, to_yaml
 
 SHIPPED = sorted(path.stem for path in shipped.glob("*.yaml"))
@@ -17,23 +17,23 @@ each_recipe = pytest.mark.parametrize("name", SHIPPED)
 
 @each_recipe
 def test_a_shipped_recipe_is_valid_and_survives_being_written(name: str, tmp_path: Path) -> None:
-    recipe = read(name)
+    recipe = read_draft(name)
     for comments in (True, False):
         path = tmp_path / f"{comments}.yaml"
         path.write_text(to_yaml(recipe, comments=comments))
-        assert read(str(path)) == recipe
+        assert read_draft(str(path)) == recipe
 
 
 @each_recipe
 def test_the_schema_accepts_a_shipped_recipe_as_it_is_written(name: str) -> None:
     document = YAML(typ="safe").load((shipped / f"{name}.yaml").read_text())
-    assert misfits(json_schema(Recipe), document) == []
+    assert misfits(json_schema(Draft), document) == []
 
 
 @each_recipe
 def test_the_schema_accepts_the_whole_effective_recipe(name: str) -> None:
-    document = YAML(typ="safe").load(to_yaml(read(name), comments=False))
-    assert misfits(json_schema(Recipe), document) == []
+    document = YAML(typ="safe").load(to_yaml(read_draft(name), comments=False))
+    assert misfits(json_schema(Draft), document) == []
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,11 @@ def test_the_schema_accepts_the_whole_effective_recipe(name: str) -> None:
     ],
 )
 def test_the_schema_refuses_what_a_recipe_cannot_hold(document: dict[str, Any], place: str) -> None:
-    assert [fault.partition(":")[0] for fault in misfits(json_schema(Recipe), document)] == [place]
+    assert [fault.partition(":")[0] for fault in misfits(json_schema(Draft), document)] == [place]
 
 
 def test_every_key_of_the_schema_is_explained() -> None:
-    schema = json_schema(Recipe)
+    schema = json_schema(Draft)
     groups: dict[str, Any] = schema["$defs"]  # type: ignore[assignment]
     silent = [
         f"{group}.{key}"
@@ -67,7 +67,7 @@ def test_every_key_of_the_schema_is_explained() -> None:
 
 def test_a_recipe_that_extends_another_may_give_any_part_of_a_group() -> None:
     document = {"extends": "cifar10-vit", "data": {"workers": 0}, "optim": {"schedule": {"warmup_epochs": 2}}}
-    assert misfits(json_schema(Recipe), document) == []
+    assert misfits(json_schema(Draft), document) == []
 
 
 def test_a_recipe_cannot_be_changed() -> None:
@@ -152,3 +152,24 @@ def _inner_faults(schema: Any, value: Any, place: str, root: Any) -> list[str]:
         for index, (rule, item) in enumerate(zip(rules, value, strict=False)):
             faults += misfits(rule, item, f"{place}.{index}", root) if isinstance(rule, dict) else []
     return faults
+
+
+def test_a_recipe_with_numbers_is_no_draft() -> None:
+    assert read_draft("quickstart").open_keys == ()
+    assert read_draft("folder").open_keys == ("model.name", "data.image_size", "batch_size", "epochs")
+    assert read_draft("folder", ["batch_size=8", "model.name=resnet18"]).open_keys == ("data.image_size", "epochs")
+
+
+def test_a_command_that_needs_numbers_refuses_a_draft() -> None:
+    with pytest.raises(ConfigError, match=r"data.image_size=auto, batch_size=auto: .* plan folder --write"):
+        read("folder", ["epochs=3", "model.name=convnet"])
+
+
+def test_chosen_keys_lie_under_what_was_written_above_the_word_auto(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: folder\noptim.lr: 0.5\n")
+    chosen = ["model.name=convnet", "data.image_size=32", "batch_size=8", "epochs=2", "optim.lr=0.25"]
+    assert read(str(own), ["epochs=7"], chosen).optim.lr == 0.5
+    assert read(str(own), ["epochs=7"], chosen).epochs == 7
+    # The command line gives a word again: what was chosen lies over it.
+    assert read(str(own), ["epochs=auto"], chosen).epochs == 2
