@@ -131,13 +131,19 @@ def training_data(
     )
 
 
+def num_workers(recipe: Recipe) -> int:
+    """The processes that read the images of a recipe; 0 if the training process reads them."""
+    wanted = recipe.data.workers
+    return min(os.cpu_count() or 1, 8) if wanted == "auto" else wanted
+
+
 def _loading_plan(recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics) -> LoadingPlan:
     wanted = recipe.data
     return LoadingPlan(
         source=source,
         facts=facts,
         device=numerics.device,
-        workers=min(os.cpu_count() or 1, 8) if wanted.workers == "auto" else wanted.workers,
+        workers=num_workers(recipe),
         prefetch=wanted.prefetch,
         resident=wanted.resident,
         channels_last=numerics.channels_last,

@@ -56,6 +56,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def gpu_room(device: torch.device) -> int | None:
+    """The bytes that tensors may hold on a GPU, with those that they hold already; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
 def release_memory(device: torch.device) -> None:
     """Release memory that is reserved and unused, for tensors of other sizes."""
     gc.collect()
