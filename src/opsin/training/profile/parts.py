@@ -4,8 +4,9 @@ All times are nanoseconds of one clock. The time of a part excludes the parts in
 `other`, so that the parts of a step add up to it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in torch's stubs
@@ -18,7 +19,24 @@ OTHER = "other"
 STEP = "step"
 """The name of the span around all of them."""
 _LAUNCHES = ("cuda", "cu", "hip")
-"""Prefixes of the names of calls that launch work on a GPU."""
+"""Prefixes of the names of calls that launch work on a GPU, after underscores: CUDA 13 has `__cudaLaunchKernel`."""
+
+
+class Event(Protocol):
+    """An event of torch's profiler."""
+
+    def name(self) -> str: ...
+
+    def start_ns(self) -> int: ...
+
+    def end_ns(self) -> int: ...
+
+    def correlation_id(self) -> int:
+        """The same number for work of a GPU and for the call that launched it."""
+
+    def device_type(self) -> DeviceType: ...
+
+    def is_user_annotation(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +67,30 @@ class StepTimes:
     """The time in which the GPU did nothing."""
 
 
-def times_in(recording: Recording, *, on_device: bool) -> list[StepTimes]:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The steps of a recording, and how much of the work of a GPU is missing in them."""
+
+    steps: list[StepTimes]
+    kernels: int = 0
+    """Kernels, copies and fills of a GPU."""
+    lost: int = 0
+    """Those among them that no recorded call of the host has launched: they belong to no part."""
+
+
+def read_recording(recording: Recording, *, on_device: bool) -> Recorded:
     """The times of the steps of a recording."""
+    assert recording.profiler is not None, "it was started"
+    assert recording.profiler.kineto_results is not None, "and stopped"
+    return read_events(recording.profiler.kineto_results.events(), on_device=on_device)
+
+
+def read_events(events: Iterable[Event], *, on_device: bool) -> Recorded:
+    """The times of the steps among `events`."""
     spans: list[Span] = []
     launched: dict[int, int] = {}
     work: list[tuple[int, int, int]] = []
-    assert recording.profiler is not None, "it was started"
-    assert recording.profiler.kineto_results is not None, "and stopped"
-    for event in recording.profiler.kineto_results.events():
+    for event in events:
         name, start, end = event.name(), event.start_ns(), event.end_ns()
         on_host = event.device_type() == DeviceType.CPU
         if event.is_user_annotation():
@@ -65,11 +99,12 @@ def times_in(recording: Recording, *, on_device: bool) -> list[StepTimes]:
                 spans.append(Span(name, start, end))
         elif not on_host:
             work.append((event.correlation_id(), start, end))
-        elif name.startswith(_LAUNCHES):
+        elif name.lstrip("_").startswith(_LAUNCHES):
             launched[event.correlation_id()] = start
     if not on_device:
-        return host_times(spans)
-    return device_times(spans, [Kernel(launched[key], start, end) for key, start, end in work if key in launched])
+        return Recorded(host_times(spans))
+    kernels = [Kernel(launched[key], start, end) for key, start, end in work if key in launched]
+    return Recorded(device_times(spans, kernels), len(work), len(work) - len(kernels))
 
 
 def host_times(spans: Sequence[Span]) -> list[StepTimes]:

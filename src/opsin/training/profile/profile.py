@@ -25,7 +25,7 @@ from opsin.storage.files import reason_of
 from opsin.storage.teller import Teller
 from opsin.training.agenda import Agenda
 from opsin.training.loop import Profile
-from opsin.training.profile.parts import DATA, STEP, Spread, StepTimes, summarise, times_in
+from opsin.training.profile.parts import DATA, STEP, Spread, StepTimes, read_recording, summarise
 from opsin.training.profile.report import Operator, TimeBreakdown, top_operators, write_trace
 from opsin.training.state import TrainState
 
@@ -33,6 +33,8 @@ _TRACED = 3
 """Steps in the trace, and in the list of operators."""
 _AT_ONCE = 10
 """Later steps that are recorded before they are added up."""
+_LOST = 0.01
+"""Share of kernels that may lack a launch before a warning."""
 
 
 class ProfileConfig(Settings):
@@ -160,7 +162,8 @@ class StepProfile(Profile):
     def _add_up(self, recording: Recording) -> None:
         """Add the times of the recording; the first one also gives the trace and the operators."""
         recording.stop()
-        times = times_in(recording, on_device=self._on_device)
+        recorded = read_recording(recording, on_device=self._on_device)
+        times = recorded.steps
         if len(times) != len(self._recorded) or any(step.idle == step.total for step in times):
             raise RunError("torch's profiler has not seen every step, or no work of the GPU")
         steps = [_Measured(*known, found) for known, found in zip(self._recorded, times, strict=True)]
@@ -169,6 +172,11 @@ class StepProfile(Profile):
             self._operators = top_operators(recording, len(steps), on_device=self._on_device)
             if self._config.trace:
                 write_trace(recording, self._folder / "trace.json")
+            if recorded.lost > _LOST * recorded.kernels:
+                self._teller.warning(
+                    f"profile: no launch was recorded for {recorded.lost:,} of {recorded.kernels:,} kernels of the "
+                    "GPU: their time counts as idle, so the parts are too short"
+                )
         self._done += measured
 
     def _give_up(self) -> None:

@@ -6,18 +6,19 @@ import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from PIL import Image
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # not in torch's stubs
 from torch.profiler import profile
 
 from opsin.data.base import Batch
 from opsin.reporting.console import Console
 from opsin.run.session import resume_run
 from opsin.training.agenda import Agenda
-from opsin.training.profile.parts import OTHER, STEP, Kernel, Span, device_times, host_times
+from opsin.training.profile.parts import OTHER, STEP, Kernel, Span, device_times, host_times, read_events
 from opsin.training.profile.profile import ProfileConfig, StepProfile
 from opsin.training.profile.report import write_trace
 from opsin.training.stopwatch import span
@@ -243,3 +244,64 @@ def test_on_a_gpu_a_kernel_counts_for_the_part_that_launched_it() -> None:
     assert second.total == 9, "from the end of the work before it"
     assert second.parts == {"data": 5, OTHER: 1, "forward": 3}
     assert second.idle == 6
+
+
+class Event(NamedTuple):
+    """An event as torch's profiler hands it out, in milliseconds."""
+
+    called: str
+    start: int
+    end: int
+    number: int = 0
+    of_host: bool = True
+    annotates: bool = False
+
+    def name(self) -> str:
+        return self.called
+
+    def start_ns(self) -> int:
+        return self.start * 1_000_000
+
+    def end_ns(self) -> int:
+        return self.end * 1_000_000
+
+    def correlation_id(self) -> int:
+        return self.number
+
+    def device_type(self) -> DeviceType:
+        return DeviceType.CPU if self.of_host else DeviceType.CUDA
+
+    def is_user_annotation(self) -> bool:
+        return self.annotates
+
+
+@pytest.mark.parametrize(
+    "launch",
+    ["cudaLaunchKernel", "__cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaMemcpyAsync", "hipMalloc"],
+)
+def test_work_is_found_whatever_the_call_that_launched_it(launch: str) -> None:
+    """Code that is compiled for CUDA 13 launches through `__cudaLaunchKernel`."""
+    events = [
+        Event(STEP, 0, 5, annotates=True),
+        Event("forward", 1, 4, annotates=True),
+        Event("aten::mul", 1, 3),
+        Event(launch, 2, 3, number=7),
+        Event("a kernel", 4, 9, number=7, of_host=False),
+    ]
+    recorded = read_events(events, on_device=True)
+    assert (recorded.kernels, recorded.lost) == (1, 0)
+    (step,) = recorded.steps
+    assert step.parts == {"data": 0, OTHER: 4, "forward": 5}
+    assert recorded == read_events(reversed(events), on_device=True)
+
+
+def test_work_that_nothing_launched_is_counted_as_lost() -> None:
+    events = [
+        Event(STEP, 0, 5, annotates=True),
+        Event("cudaLaunchKernel", 1, 2, number=1),
+        Event("found", 2, 3, number=1, of_host=False),
+        Event("launched by a graph", 3, 4, number=2, of_host=False),
+    ]
+    recorded = read_events(events, on_device=True)
+    assert (recorded.kernels, recorded.lost) == (2, 1)
+    assert recorded.steps[0].parts == {"data": 0, OTHER: 3}
