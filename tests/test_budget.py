@@ -22,7 +22,7 @@ MAX_FIT_LINES = 25
 
 MAX_PARAMETERS = 8
 MAX_TOP_NAMES = 17
-MAX_LOOP_LINES = 6_000
+MAX_LOOP_LINES = 6_200
 MAX_METHOD_FILES = 20
 MAX_LINES = 32_000
 MAX_PART_LINES = {"storage/backup": 1_700, "data/curation": 1_700, "tuning": 1_700, "export": 1_700, "monitors": 1_700}
@@ -34,7 +34,7 @@ OF_FUNCTIONS = {"methods", "nn", "evaluation"}
 TAKES_FUNCTIONS = {
     "training/optim.py _times": "a factor on a learning rate is a number or a function of the clock",
     "run/sweep.py _rising": "the rates of a sweep are the schedule of a step plan, which is a function of the clock",
-    "data/views/colour.py _where": "mathematics: an operation on the chosen images of a batch",
+    "data/views/colour.py change_chosen": "mathematics: an operation on the chosen images of a batch",
     "data/views/randaugment.py _change_in_place": "mathematics: an operation on the chosen images of a batch",
     **dict.fromkeys(
         ("reporting/lines.py __init__", "reporting/lines.py read_lines", "reporting/lines.py parse_line"),

@@ -7,6 +7,7 @@ Shapes: B samples, N samples of a data set.
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -27,13 +28,22 @@ def uniform(seed: int, epoch: int, ids: Tensor, stream: str, count: int) -> Tens
     `ids` is int64 [B]. `stream` names the use, so that two uses never share numbers.
     The values have 24 random bits, hence are exact in float32 and equal on every device.
     """
-    key = fold_in(seed, epoch, stream)
-    low, high = key & _MASK_32, key >> 32
-    columns = torch.arange(count, device=ids.device, dtype=torch.int64)
-    mixed = _mix((ids & _MASK_32) ^ low)
-    mixed = _mix(mixed ^ high ^ (ids >> 32))
-    mixed = _mix(mixed[:, None] ^ _mix(columns * 0x9E3779B9 & _MASK_32)[None, :])
-    return (mixed >> 8).to(torch.float32) * (1.0 / (1 << 24))
+    return uniforms(seed, epoch, ids, {stream: count})[stream]
+
+
+def uniforms(seed: int, epoch: int, ids: Tensor, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """`uniform` for each stream of `counts`, in as many operations as for one."""
+    if not counts:
+        return {}
+    keys = torch.tensor([fold_in(seed, epoch, stream) for stream in counts], device=ids.device)
+    sizes = list(counts.values())
+    stream = torch.repeat_interleave(torch.tensor(sizes)).to(ids.device)  # of each column
+    column = torch.cat([torch.arange(size) for size in sizes]).to(ids.device)
+    mixed = _mix((ids & _MASK_32)[:, None] ^ (keys & _MASK_32))
+    mixed = _mix(mixed ^ (keys >> 32) ^ (ids >> 32)[:, None])  # [B, streams]
+    mixed = _mix(mixed[:, stream] ^ _mix(column * 0x9E3779B9 & _MASK_32))
+    numbers = (mixed >> 8).to(torch.float32) * (1.0 / (1 << 24))
+    return dict(zip(counts, numbers.split(sizes, dim=1), strict=True))
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:

@@ -76,7 +76,10 @@ class Source(Protocol):
 
 
 class Augment(Protocol):
-    """An operation on a batch on the device; every image has its own random numbers."""
+    """An operation on a batch on the device; every image has its own random numbers.
+
+    The numbers are on the CPU, where the operation sees which images it changes; `send` brings them to the device.
+    """
 
     @property
     def num_draws(self) -> int:
@@ -84,7 +87,10 @@ class Augment(Protocol):
         ...
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Change float images [B, C, S, S] in 0..1 by draws [B, num_draws] in [0, 1); the shape stays."""
+        """Change float images [B, C, S, S] in 0..1 by draws [B, num_draws] in [0, 1); the shape stays.
+
+        `draws` is on the CPU, whatever the device of the images.
+        """
         ...
 
 

@@ -17,6 +17,7 @@ from opsin.data.base import Augment, Batch, Blend, DataFacts, Detour, Source, Vi
 from opsin.data.order import Order, share
 from opsin.data.quarantine import Failure, Quarantine
 from opsin.data.resident import Residence, Resident, byte_limit, read_everything
+from opsin.data.transfer import Courier, send
 from opsin.data.views.colour import Normalize, num_cached
 from opsin.data.views.crops import CenterCrop
 from opsin.data.views.mix import Mix
@@ -136,7 +137,7 @@ class TrainingData:
         if views.masks is None:
             return {}
         masks, own = views.masks(self._order.seed, epoch, ids), self._plan.share(len(ids))
-        return {name: mask[own].to(self._plan.device, non_blocking=True) for name, mask in masks.items()}
+        return {name: send(mask[own], self._plan.device) for name, mask in masks.items()}
 
 
 class EvaluationData:
@@ -200,42 +201,50 @@ class _Finish:
         self._device = device
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._normalize = Normalize(facts.mean, facts.std, device=device)
+        self._courier = Courier(device)
 
     def __call__(
         self, raw: RawBatch, epoch: int, wanted: Views, masks: Mapping[str, Tensor], *, mix: Mix | None = None
     ) -> Batch:
-        ids = raw.ids.to(self._device, non_blocking=True)
-        labels = raw.labels.to(self._device, non_blocking=True)
-        views = {
-            name: self._view(name, view, wanted.augment.get(name, ()), epoch, ids) for name, view in raw.views.items()
-        }
+        drawn = self._draw(raw, epoch, wanted, mix)
+        ids, labels = send(raw.ids, self._device), send(raw.labels, self._device)
+        views = {name: self._view(name, view, wanted.augment.get(name, ()), drawn) for name, view in raw.views.items()}
         blend: Blend | None = None
         if mix is not None:
             ((name, view),) = views.items()
             (images,) = view
-            mixed = mix(images, seeding.uniform(self._seed, epoch, ids, "mix", mix.num_draws))
+            mixed = mix(images, drawn["mix"])
             views = {name: self._in_format(mixed.images[None])}
             blend = Blend(labels[mixed.partners], mixed.shares)
         return Batch(views, labels, ids, masks, blend)
 
-    def _view(self, name: str, view: Tensor, ops: Sequence[Augment], epoch: int, ids: Tensor) -> Tensor:
+    def _draw(self, raw: RawBatch, epoch: int, wanted: Views, mix: Mix | None) -> dict[str, Tensor]:
+        """All random numbers of a batch by stream, on the CPU."""
+        counts = {
+            f"{name}.{copy}.{index}": op.num_draws
+            for name, view in raw.views.items()
+            for copy in range(len(view))
+            for index, op in enumerate(wanted.augment.get(name, ()))
+        }
+        if mix is not None:
+            counts["mix"] = mix.num_draws
+        return seeding.uniforms(self._seed, epoch, raw.ids, counts)
+
+    def _view(self, name: str, view: Tensor, ops: Sequence[Augment], drawn: Mapping[str, Tensor]) -> Tensor:
         """Convert stored pixels, uint8 [count, B, C, S, S], to floats of the same shape."""
-        view = view.to(self._device, non_blocking=True)
+        view = self._courier.send(view)
         if not ops:
             return self._in_format(self._normalize.bytes(view))
         finished = self._in_format(torch.empty(view.shape, device=self._device))
-        for copy, (images, out) in enumerate(zip(view, finished, strict=True)):
-            draws = [
-                seeding.uniform(self._seed, epoch, ids, f"{name}.{copy}.{index}", op.num_draws)
-                for index, op in enumerate(ops)
-            ]
-            at_once = num_cached(images)
-            for first in range(0, len(images), at_once):
-                part = slice(first, first + at_once)
-                coloured = images[part].to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-                for op, numbers in zip(ops, draws, strict=True):
-                    coloured = op(coloured, numbers[part])
-                self._normalize(coloured, out=out[part])
+        images, out = view.flatten(0, 1), finished.flatten(0, 1)
+        draws = [torch.cat([drawn[f"{name}.{copy}.{index}"] for copy in range(len(view))]) for index in range(len(ops))]
+        at_once = num_cached(images)
+        for first in range(0, len(images), at_once):
+            part = slice(first, first + at_once)
+            coloured = images[part].to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+            for op, numbers in zip(ops, draws, strict=True):
+                coloured = op(coloured, numbers[part])
+            self._normalize(coloured, out=out[part])
         return finished
 
     def _in_format(self, view: Tensor) -> Tensor:

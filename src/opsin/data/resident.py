@@ -12,7 +12,9 @@ from torch import Tensor
 
 from opsin.data.base import Source
 from opsin.data.quarantine import Failure, Quarantine, read_or_replace
-from opsin.data.views.crops import boxes_for, cut_batch
+from opsin.data.transfer import send
+from opsin.data.views.crops import boxes_for, cut_copies
+from opsin.data.views.resample import cut_views
 from opsin.data.workers import RawBatch, Reader, Task
 from opsin.errors import ConfigError
 
@@ -81,21 +83,24 @@ class Resident:
     def read(self, task: Task) -> RawBatch:
         """Return the images of `task`, as they look in its epoch, with the views on the device."""
         ids = task.ids
-        images = self.images.index_select(0, ids.to(self.images.device, non_blocking=True))
+        images = self.images.index_select(0, send(ids, self.images.device))
         heights = torch.full_like(ids, images.shape[2])
         widths = torch.full_like(ids, images.shape[3])
-        views: dict[str, Tensor] = {}
-        for name, crop in task.crops.items():
-            copies = [
-                cut_batch(
-                    images,
-                    boxes_for(crop, heights, widths, seed=self._seed, epoch=task.epoch, ids=ids, view=name, copy=copy),
-                    crop,
-                )
-                for copy in range(crop.count)
-            ]
-            views[name] = copies[0][None] if crop.count == 1 else torch.stack(copies)
-        return RawBatch(views, self.labels[ids], ids)
+        wanted = [
+            (
+                crop,
+                [
+                    boxes_for(crop, heights, widths, seed=self._seed, epoch=task.epoch, ids=ids, view=name, copy=copy)
+                    for copy in range(crop.count)
+                ],
+            )
+            for name, crop in task.crops.items()
+        ]
+        if images.device.type == "cpu":
+            views = [cut_copies(images, boxes, crop) for crop, boxes in wanted]
+        else:
+            views = cut_views(images, wanted)
+        return RawBatch(dict(zip(task.crops, views, strict=True)), self.labels[ids], ids)
 
 
 def read_everything(reader: Reader, task: Task, device: torch.device) -> RawBatch:
@@ -112,11 +117,11 @@ def read_everything(reader: Reader, task: Task, device: torch.device) -> RawBatc
 
 
 def byte_limit(device: torch.device) -> int:
-    """Memory that `auto` gives to images: a quarter of the free memory of a GPU, or 1 GiB."""
+    """Memory that `auto` gives to images: 1 GiB, or a tenth of what a GPU has free before there are activations."""
     if device.type != "cuda":
         return 1 << 30
     free, _ = torch.cuda.mem_get_info(device)
-    return free // 4
+    return free // 10
 
 
 class _UnequalSizesError(Exception):

@@ -21,6 +21,7 @@ from torch import Tensor
 from opsin.errors import ConfigError, DataError
 from opsin.methods.base import Method
 from opsin.nn.backbone import Tokens
+from opsin.nn.exact import exact_products
 from opsin.training.evaluator import (
     EvaluationContext,
     EvaluatorConfig,
@@ -30,7 +31,6 @@ from opsin.training.evaluator import (
     StillData,
     untouched,
 )
-from opsin.training.precision import exact_products
 
 TOPS = (1, 5)
 _FEATURES_SHARE = 0.6

@@ -164,6 +164,7 @@ class Dino(Method):
     """Student and teacher with heads of their own; `backbone`, which is evaluated, is the teacher's."""
 
     center: Tensor
+    pairs: Tensor
     score_sum: Tensor
     score_count: Tensor
 
@@ -183,6 +184,9 @@ class Dino(Method):
         for part in (self.backbone, self.teacher_head, self.teacher_prototypes):
             part.requires_grad_(False)
         self.register_buffer("center", torch.zeros(config.prototypes))
+        # [V, G]: 1 for each pair of a student's and a teacher's view, 0 for the same view.
+        pairs = torch.ones(len(_GLOBAL) + config.views.local_count, len(_GLOBAL)).fill_diagonal_(0)
+        self.register_buffer("pairs", pairs, persistent=False)
         # Scores of the current update; zero between updates, hence not in a checkpoint.
         self.register_buffer("score_sum", torch.zeros(config.prototypes), persistent=False)
         self.register_buffer("score_count", torch.zeros(()), persistent=False)
@@ -214,7 +218,7 @@ class Dino(Method):
                 vectors.view(-1, len(batch), vectors.shape[1]),
                 self.prototypes,
                 lesson.targets,
-                self._pairs(batch.views).to(vectors) / (num_pairs * len(batch)),
+                self._pairs(batch.views).to(vectors.dtype) / (num_pairs * len(batch)),
                 temperature=self.config.student_temperature,
                 learn=clock.epoch >= self.config.freeze_epochs,
             )
@@ -338,9 +342,10 @@ class Dino(Method):
         }
 
     def _pairs(self, views: Mapping[str, Tensor]) -> Tensor:
-        """[V, G] for these views: 1 for each pair of a student's and a teacher's view, 0 for the same view."""
-        answers = {"global_1": [0.0, 1.0], "global_2": [1.0, 0.0], "local": [1.0, 1.0]}
-        return torch.tensor([answers[name] for name in _ordered(views) for _ in views[name]])
+        """The rows of `pairs` for these views."""
+        # All small crops have equal rows: those of a piece are as good as any.
+        first = {"global_1": 0, "global_2": 1, "local": len(_GLOBAL)}
+        return torch.cat([self.pairs[first[name] : first[name] + len(views[name])] for name in _ordered(views)])
 
     def _copy_to_teacher_heads(self) -> None:
         self.teacher_head.load_state_dict(self.student_head.state_dict())

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_CHUNK = 2048
-_KEPT_BYTES = 128 << 20
+# A CPU computes a chunk in its caches. A GPU needs as long to start each of the 50 operations of a chunk as to compute
+# it, and its peak of memory lies in the network, not here.
+_CHUNK, _KEPT_BYTES = 2048, 128 << 20
+_GPU_CHUNK, _GPU_KEPT_BYTES = 65_536, 4 << 30
 # Exponents that need not be reduced: far from the limits of the format, also when multiplied by 65,536.
 _SAFE_EXPONENT = {torch.float64: 60.0, torch.float32: 60.0, torch.bfloat16: 60.0, torch.float16: 8.0}
 
@@ -48,7 +50,7 @@ class Prototypes(nn.Module):
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Chunks of prototypes, [C, d] in `dtype`, with the lengths of their vectors, [C, 1]; without gradient."""
-        for part in _parts(len(self.weight_v)):
+        for part in _parts(self.weight_v):
             vectors = self.weight_v.detach()[part]
             norms = vectors.norm(dim=1, keepdim=True)
             yield part, (vectors * (self.weight_g.detach()[part] / norms)).to(dtype), norms
@@ -71,7 +73,7 @@ class Targets:
 
     def probabilities(self) -> Tensor:
         """[G, B, K] in one piece, for small K."""
-        parts = zip(_parts(self.exponentials.shape[-1]), self.shares, strict=True)
+        parts = zip(_parts(self.exponentials.movedim(-1, 0)), self.shares, strict=True)
         return torch.cat([self.exponentials[..., part] * share[..., None] for part, share in parts], -1)
 
 
@@ -175,7 +177,7 @@ class _Passes:
         # Unless lengths are learned, the score of a unit vector is at most 1.
         self.bounded = not prototypes.weight_g.requires_grad and 1 / temperature < _SAFE_EXPONENT[self.dtype]
         num_bytes = (len(self.flat) + len(self.teacher)) * len(prototypes.weight_v) * self.dtype.itemsize
-        self.keeps = num_bytes <= _KEPT_BYTES
+        self.keeps = num_bytes <= (_KEPT_BYTES if self.flat.device.type == "cpu" else _GPU_KEPT_BYTES)
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.norms: list[Tensor] = []
 
@@ -217,7 +219,7 @@ class _Passes:
         pushing, pulling = pushing / unit, pulling / unit
         grad_v = torch.empty_like(weight_v)
         grad_g = torch.empty_like(weight_g) if scale_learns else None
-        for index, (part, norms) in enumerate(zip(_parts(len(weight_v)), self.norms, strict=True)):
+        for index, (part, norms) in enumerate(zip(_parts(weight_v), self.norms, strict=True)):
             vectors, lengths = weight_v[part], weight_g[part]
             weights = None if self.keeps else (vectors * (lengths / norms)).to(self.dtype)
             both, high = self.kept[index] if weights is None else self._exponentials(weights, part)
@@ -246,9 +248,11 @@ class _Passes:
         return torch.cat([logits.exp_().to(self.dtype), self.teacher[:, part]]), high
 
 
-def _parts(count: int) -> Iterator[slice]:
-    for first in range(0, count, _CHUNK):
-        yield slice(first, min(first + _CHUNK, count))
+def _parts(prototypes: Tensor) -> Iterator[slice]:
+    """The chunks of `prototypes` [K, ...]."""
+    size, count = _CHUNK if prototypes.device.type == "cpu" else _GPU_CHUNK, len(prototypes)
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
 
 
 def _compute_dtype(vectors: Tensor) -> torch.dtype:

@@ -6,8 +6,8 @@ The first lines of a run state each choice with its reason.
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -113,17 +113,6 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
         return nullcontext
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return lambda: torch.autocast(device.type, dtype=dtype)
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Inside, products of float32 are never rounded to tf32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def configure(device: torch.device, precision: str, *, deterministic: bool) -> list[str]:

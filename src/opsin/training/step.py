@@ -15,6 +15,7 @@ from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
 from opsin.errors import is_out_of_memory
 from opsin.methods.base import Losses
+from opsin.training.buffers import KeptBuffers
 from opsin.training.gradients import scale
 from opsin.training.precision import release_memory
 from opsin.training.state import ScheduledValues, StepPlan, StepReport, TrainState
@@ -48,16 +49,14 @@ def _update(state: TrainState, batch: Batch, plan: StepPlan, parts: int) -> Step
     scheduled = _set_schedule(state, clock, plan)
     plan.set_layers(clock)
     times = Stopwatch(batch.ids.device)
-    buffers = list(state.method.buffers())
-    before = [buffer.clone() for buffer in buffers]
+    buffers = KeptBuffers(list(state.method.buffers()))
     try:
         values, features = _accumulate(state, batch.pieces(parts), clock, plan, times)
         with span("optimizer"):
             norm, applied = _settle_gradients(state, values["train/loss"], plan)
             plan.show_gradients(state.method, state.step + 1)
     except BaseException:
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(old)
+        buffers.restore()
         state.optimizer.zero_grad()
         raise
     with span("optimizer"):
@@ -66,8 +65,7 @@ def _update(state: TrainState, batch: Batch, plan: StepPlan, parts: int) -> Step
         state.optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]  # read by the fused kernels
         state.optimizer.step()
         state.optimizer.zero_grad()
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(torch.where(applied > 0, buffer, old))
+        buffers.restore_unless(applied)
         state.method.after_update(clock, applied)
         if state.ema is not None:
             state.ema.update(plan.ema_decay(state.step), applied)

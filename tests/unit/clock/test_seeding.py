@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.clock.seeding import fold_in, permutation, seed_layers, uniform
+from opsin.clock.seeding import fold_in, permutation, seed_layers, uniform, uniforms
 
 
 def test_a_draw_depends_on_its_address_alone() -> None:
@@ -13,6 +13,15 @@ def test_a_draw_depends_on_its_address_alone() -> None:
     for row, sample in zip(together, ids, strict=True):
         assert torch.equal(uniform(1, 2, sample[None], "crop", 4)[0], row)
     assert torch.equal(uniform(1, 2, ids, "crop", 6)[:, :4], together)
+
+
+def test_several_streams_at_once_are_those_drawn_one_by_one() -> None:
+    ids, counts = torch.tensor([5, 9, 2**40 + 3]), {"crop": 4, "none": 0, "flip": 1, "mix": 7}
+    together = uniforms(1, 2, ids, counts)
+    assert list(together) == list(counts)
+    for stream, count in counts.items():
+        assert torch.equal(together[stream], uniform(1, 2, ids, stream, count))
+    assert uniforms(1, 2, ids, {}) == {}
 
 
 def test_every_part_of_the_address_matters() -> None:

@@ -1,7 +1,8 @@
 """Colour and erasing on whole batches, with random numbers of its own for every image.
 
 Operations take and give float images [B, C, S, S] in 0..1 and are applied before normalisation. An
-image that an operation skips keeps its bits.
+image that an operation skips keeps its bits. Draws are on the CPU: there an operation knows which images
+it changes, also where they lie on a GPU that must not be waited for.
 
 Shapes: B images, C channels (colour operations need three), S side in pixels.
 """
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opsin.data.transfer import send
 from opsin.data.views.crops import rectangles
 
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, rounded as Pillow and torchvision do
@@ -42,7 +44,7 @@ class ColorJitter:
     num_draws: ClassVar[int] = 5
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        return _where(draws[:, 0] < self.p, self._jitter, images, draws)
+        return change_chosen(draws[:, 0] < self.p, self._jitter, images, draws)
 
     def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
         if self.brightness:
@@ -65,7 +67,7 @@ class Grayscale:
     num_draws: ClassVar[int] = 1
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        return _where(draws[:, 0] < self.p, self._show_grey, images, draws)
+        return change_chosen(draws[:, 0] < self.p, self._show_grey, images, draws)
 
     def _show_grey(self, images: Tensor, _: Tensor) -> Tensor:
         return grey(images).expand_as(images)
@@ -85,7 +87,7 @@ class GaussianBlur:
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         # Matrices of other sides lie in memory in ways that the order of sums may depend on.
         multiply = images.device.type == "cpu" and images.shape[-1] % _TILE == 0
-        return _where(draws[:, 0] < self.p, self._multiply if multiply else self._convolve, images, draws)
+        return change_chosen(draws[:, 0] < self.p, self._multiply if multiply else self._convolve, images, draws)
 
     def radius(self, side: int) -> int:
         """Reach of the kernel in pixels, in an image of `side` pixels."""
@@ -131,7 +133,7 @@ class Solarize:
     num_draws: ClassVar[int] = 1
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        return _where(draws[:, 0] < self.p, self._solarize, images, draws)
+        return change_chosen(draws[:, 0] < self.p, self._solarize, images, draws)
 
     def _solarize(self, images: Tensor, _: Tensor) -> Tensor:
         # |1 - x| and |0 - x|: the bits of torch.where, which a CPU computes slowly.
@@ -153,7 +155,7 @@ class RandomErasing:
     num_draws: ClassVar[int] = 23
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        sides = torch.full((len(images),), images.shape[-1], device=images.device)
+        sides = torch.full((len(images),), images.shape[-1])
         height, width = rectangles(sides, sides, draws[:, 3:], scale=self.scale, ratio=self.ratio)
         top = (draws[:, 1] * (sides - height + 1)).long()
         left = (draws[:, 2] * (sides - width + 1)).long()
@@ -202,17 +204,29 @@ def num_cached(images: Tensor) -> int:
     return max(1, _CACHED_VALUES // images[0].numel()) if images.device.type == "cpu" else len(images)
 
 
-def _where(chosen: Tensor, change: Change, images: Tensor, draws: Tensor) -> Tensor:
-    """Return `change(images, draws)` for the chosen images [B], and the others as they are."""
-    if images.device.type != "cpu":
-        # Counting the chosen would wait for the device; there, computing all of them is cheaper.
-        return torch.where(chosen[:, None, None, None], change(images, draws), images)
-    index = chosen.nonzero()[:, 0]
-    if len(index) == len(images):
-        return change(images, draws)
+def change_chosen(chosen: Tensor, change: Change, images: Tensor, draws: Tensor) -> Tensor:
+    """Return `change(images, draws)` for the chosen images, bool [B] on the CPU, and the others as they are.
+
+    `change` gets the draws on the device of the images.
+    """
+    index, device = chosen.nonzero()[:, 0], images.device
     if len(index) == 0:
         return images
-    return images.index_copy(0, index, change(images.index_select(0, index), draws.index_select(0, index)))
+    if len(index) == len(images):
+        return change(images, send(draws, device))
+    numbers = send(draws.index_select(0, index), device)
+    if device.type == "cpu":
+        return images.index_copy(0, index, change(images.index_select(0, index), numbers))
+    # Not by index_copy: where results must repeat, a GPU sorts the index first. It gathers without a sort.
+    taken, order = send(torch.cat([index, exchange(index, len(images))]), device).tensor_split([len(index)])
+    return torch.cat([images, change(images.index_select(0, taken), numbers)]).index_select(0, order)
+
+
+def exchange(index: Tensor, count: int) -> Tensor:
+    """Rows, int64 [count], of `count` old rows followed by new ones that replace the rows `index`."""
+    order = torch.arange(count)
+    order[index] = count + torch.arange(len(index))
+    return order
 
 
 def _factor(strength: float, draws: Tensor) -> Tensor:
@@ -274,8 +288,9 @@ def _band(kernels: Tensor, side: int, reach: int) -> Tensor:
 
 
 def _fill(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, value: float) -> Tensor:
-    """A copy with one rectangle [B] of each image set to `value`."""
+    """A copy with one rectangle of each image, int64 [B] on the CPU, set to `value`."""
+    bounds = send(torch.stack([top, top + height, left, left + width]), images.device)[..., None]  # [4, B, 1]
     pixels = torch.arange(images.shape[-1], device=images.device)
-    rows = (pixels >= top[:, None]) & (pixels < (top + height)[:, None])
-    columns = (pixels >= left[:, None]) & (pixels < (left + width)[:, None])
+    rows = (pixels >= bounds[0]) & (pixels < bounds[1])
+    columns = (pixels >= bounds[2]) & (pixels < bounds[3])
     return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], value)

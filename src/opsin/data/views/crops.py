@@ -3,14 +3,15 @@
 A crop turns random numbers into boxes (vectorised over a batch); `cut` takes one box out of one
 image, `cut_batch` a box out of each image of a batch, with equal pixels. So worker processes and
 resident images give the same views. Boxes live on the CPU whatever the device of the images is:
-their floating-point steps then give the same integers everywhere, and no check waits for a GPU.
+their floating-point steps then give the same integers everywhere, and no check waits for a GPU,
+which cuts by `resample.py`.
 
 Shapes: B images, C channels, H and W sides of the source, S side of the crop, all in pixels.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -44,10 +45,31 @@ class Boxes:
     flip: Tensor
     """bool [B]: mirror left to right after cutting."""
 
+    @classmethod
+    def of(cls, table: Tensor) -> "Boxes":
+        """The boxes of an int64 `table` [5, B]."""
+        top, left, height, width, flip = table.unbind(0)
+        return cls(top, left, height, width, flip.bool())
+
+    def table(self) -> Tensor:
+        """The boxes in one tensor, int64 [5, B]."""
+        return torch.stack([self.top, self.left, self.height, self.width, self.flip.long()])
+
     def one_by_one(self) -> Iterator[Box]:
         """Yield each box as plain numbers."""
         columns = (self.top, self.left, self.height, self.width, self.flip)
         return map(Box, *(column.tolist() for column in columns))
+
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of all boxes; None if they differ."""
+        height, width = int(self.height[0]), int(self.width[0])
+        alike = bool(((self.height == height) & (self.width == width)).all())
+        return (height, width) if alike else None
+
+    def inside(self, tall: int, wide: int) -> bool:
+        """True if no box reaches over the border of an image."""
+        rows = (self.top >= 0) & (self.top + self.height <= tall)
+        return bool((rows & (self.left >= 0) & (self.left + self.width <= wide)).all())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +220,11 @@ def cut(image: Tensor, box: Box, crop: Crop, *, interleaved: bool = False) -> Te
     if top >= 0 and left >= 0 and top + height <= image.shape[1] and left + width <= image.shape[2]:
         region = image[:, top : top + height, left : left + width]
     else:
-        rows, row_inside = _indices(torch.tensor([top]), height, image.shape[1])
-        columns, column_inside = _indices(torch.tensor([left]), width, image.shape[2])
-        region = image[:, rows[0].to(image.device)][:, :, columns[0].to(image.device)]
+        rows, row_inside = fold(torch.tensor([top]), height, image.shape[1])
+        columns, column_inside = fold(torch.tensor([left]), width, image.shape[2])
+        region = image[:, rows[0]][:, :, columns[0]]
         if crop.padding == "zero":
-            region = region * (row_inside.T & column_inside).to(image.device)
+            region = region * (row_inside.T & column_inside)
     if (height, width) != (crop.size, crop.size):
         region = region[None].contiguous(memory_format=torch.channels_last) if interleaved else region[None]
         region = _resize(region, crop.size, crop.size, crop)[0]
@@ -210,24 +232,16 @@ def cut(image: Tensor, box: Box, crop: Crop, *, interleaved: bool = False) -> Te
 
 
 def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
-    """Cut box i out of image i of `images` uint8 [B, C, H, W], for every i: uint8 [B, C, S, S].
+    """Cut box i out of image i of `images` uint8 [B, C, H, W] on the CPU, for every i: uint8 [B, C, S, S].
 
-    On the CPU equal to `cut` on each image: tests/unit/data/views/test_crops.py::test_both_executors_agree.
-    On a GPU resized boxes are computed in float: pixels may differ by one, more where bicubic filters overshoot.
+    Equal to `cut` on each image: tests/unit/data/views/test_crops.py::test_both_executors_agree.
     """
-    height, width = int(boxes.height[0]), int(boxes.width[0])
-    alike = bool(((boxes.height == height) & (boxes.width == width)).all())
-    if alike and height == width == crop.size:
-        return _windows(images, boxes, height, width, crop)
-    if images.device.type != "cpu":
-        return _resample(images, boxes, crop)
-    if alike:
-        return _resize(_windows(images, boxes, height, width, crop), crop.size, crop.size, crop)
+    size = boxes.size()
+    if size is not None:
+        windows = cut_windows(images, boxes, boxes, size, crop)
+        return windows if size == (crop.size, crop.size) else _resize(windows, crop.size, crop.size, crop)
     tall, wide = images.shape[2:]
-    inside = (
-        (boxes.top >= 0) & (boxes.top + boxes.height <= tall) & (boxes.left >= 0) & (boxes.left + boxes.width <= wide)
-    )
-    if tall * wide > _SMALL_PIXELS or not bool(inside.all()):
+    if tall * wide > _SMALL_PIXELS or not boxes.inside(tall, wide):
         return torch.stack([cut(image, box, crop) for image, box in zip(images, boxes.one_by_one(), strict=True)])
     # Columns, then rows, is what a resize of both does.
     pixels = images.permute(0, 2, 3, 1).contiguous()
@@ -237,23 +251,31 @@ def cut_batch(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
-def _windows(images: Tensor, boxes: Boxes, height: int, width: int, crop: Crop) -> Tensor:
-    """Boxes of one size [h, w] as they are, mirrored as asked: uint8 [B, C, h, w]."""
+def cut_copies(images: Tensor, copies: Sequence[Boxes], crop: Crop) -> Tensor:
+    """`cut_batch` for the boxes of each copy of a crop: uint8 [copies, B, C, S, S]."""
+    views = [cut_batch(images, boxes, crop) for boxes in copies]
+    return views[0][None] if len(views) == 1 else torch.stack(views)
+
+
+def cut_windows(images: Tensor, boxes: Boxes, there: Boxes, size: tuple[int, int], crop: Crop) -> Tensor:
+    """Boxes of one size [h, w] as they are, mirrored as asked: uint8 [B, C, h, w].
+
+    `boxes` are on the CPU, and `there` the same ones on the device of the images.
+    """
     count, channels, tall, wide = images.shape
-    device = images.device
-    rows, row_inside = _indices(boxes.top, height, tall)  # [B, h]
-    columns, column_inside = _indices(boxes.left, width, wide)
+    rows, row_inside = fold(there.top, size[0], tall)  # [B, h]
+    columns, column_inside = fold(there.left, size[1], wide)
     flat, row_starts = images.flatten(2), rows * wide
-    over = crop.padding == "zero" and not bool(row_inside.all() & column_inside.all())
+    over = crop.padding == "zero" and not boxes.inside(tall, wide)
     if over:
         flat = F.pad(flat, (0, 1))  # one black pixel behind each image, for all that lies outside
         row_starts = torch.where(row_inside, row_starts, tall * wide)
         columns = torch.where(column_inside, columns, tall * wide)
-    columns = torch.where(boxes.flip[:, None], columns.flip(1), columns)
-    pixels = row_starts.to(device)[:, :, None] + columns.to(device)[:, None, :]  # [B, h, w]
+    columns = torch.where(there.flip[:, None], columns.flip(1), columns)
+    pixels = row_starts[:, :, None] + columns[:, None, :]  # [B, h, w]
     if over:
         pixels.clamp_(max=tall * wide)
-    return flat.gather(2, pixels.view(count, 1, -1).expand(-1, channels, -1)).view(count, channels, height, width)
+    return flat.gather(2, pixels.view(count, 1, -1).expand(-1, channels, -1)).view(count, channels, *size)
 
 
 def _window_start(sides: Tensor, crop: WindowCrop, draws: Tensor) -> Tensor:
@@ -271,7 +293,7 @@ def _unflipped(top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Boxe
     return Boxes(top, left, height, width, torch.zeros(len(top), dtype=torch.bool))
 
 
-def _indices(starts: Tensor, length: int, side: int) -> tuple[Tensor, Tensor]:
+def fold(starts: Tensor, length: int, side: int) -> tuple[Tensor, Tensor]:
     """Source pixels [B, length] along one axis, mirrored at both borders, and which of them lie inside."""
     wanted = starts[:, None] + torch.arange(length, device=starts.device)
     period = max(2 * (side - 1), 1)
@@ -309,43 +331,5 @@ def _resize_pieces(
 
 def _resize(regions: Tensor, height: int, width: int, crop: Crop) -> Tensor:
     """uint8 [B, C, h, w] to [B, C, height, width]."""
-    # The uint8 kernel of the CPU computes in integers: the same pixels for any number of threads.
-    pixels = regions if regions.device.type == "cpu" else regions.float()
-    size = (height, width)
-    resized = F.interpolate(pixels, size, mode=crop.interpolation, align_corners=False, antialias=True)
-    return resized if resized.dtype == torch.uint8 else _to_bytes(resized)
-
-
-def _resample(images: Tensor, boxes: Boxes, crop: Crop) -> Tensor:
-    """`cut_batch` as products with matrices of filter weights: image after image would leave a GPU idle."""
-    rows = _filters(boxes.top.to(images.device), boxes.height, images.shape[2], crop)
-    columns = _filters(boxes.left.to(images.device), boxes.width, images.shape[3], crop)
-    columns = torch.where(boxes.flip.to(images.device)[:, None, None], columns.flip(1), columns)
-    return _to_bytes(rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3))
-
-
-def _filters(starts: Tensor, lengths: Tensor, side: int, crop: Crop) -> Tensor:
-    """Weights [B, S, side] of the source pixels along one axis, as in antialiased interpolation."""
-    longest = int(lengths.max())
-    lengths = lengths.to(starts.device)[:, None, None]
-    scale = lengths / crop.size  # source pixels per pixel of the crop
-    centers = (torch.arange(crop.size, device=starts.device)[:, None] + 0.5) * scale - 0.5  # [B, S, 1]
-    pixels = torch.arange(longest, device=starts.device)
-    away = ((pixels - centers) / scale.clamp(min=1)).abs()  # [B, S, longest]
-    if crop.interpolation == "bilinear":
-        weights = (1 - away).clamp_(min=0)
-    else:
-        # Keys' cubic with a = -0.5, as Pillow and torch use where they antialias.
-        near, far = (1.5 * away - 2.5) * away**2 + 1, ((2.5 - 0.5 * away) * away - 4) * away + 2
-        weights = torch.where(away < 1, near, torch.where(away < 2, far, 0.0))
-    weights = torch.where(pixels < lengths, weights, 0.0)
-    weights = weights / weights.sum(2, keepdim=True)
-    sources, inside = _indices(starts, longest, side)
-    if crop.padding == "zero":
-        weights = weights * inside[:, None]
-    empty = torch.zeros(len(starts), crop.size, side, device=starts.device)
-    return empty.scatter_add_(2, sources[:, None].expand(-1, crop.size, -1), weights)
-
-
-def _to_bytes(pixels: Tensor) -> Tensor:
-    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+    # The uint8 kernel computes in integers: the same pixels for any number of threads.
+    return F.interpolate(regions, (height, width), mode=crop.interpolation, align_corners=False, antialias=True)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opsin.data.transfer import send
+
 _NODES = 2049  # of the table of a beta distribution, on each axis
 
 
@@ -45,13 +47,15 @@ class Mix:
     num_draws: ClassVar[int] = 6
 
     def __call__(self, images: Tensor, draws: Tensor) -> Mixed:
-        """Float images [B, C, S, S], normalised or not, with draws [B, num_draws] in [0, 1)."""
+        """Float images [B, C, S, S], normalised or not, with draws [B, num_draws] in [0, 1) on the CPU."""
         chosen, kind, level, row, column, order = draws.unbind(1)
-        partners = torch.argsort(order, stable=True)
+        partners = send(torch.argsort(order, stable=True), images.device)
         cut = kind < (self.cutmix_share if self.mixup and self.cutmix else float(self.cutmix > 0))
         shares = torch.where(cut, beta_quantile(self.cutmix, level), beta_quantile(self.mixup, level))
         shares = torch.where(chosen < self.p, shares, 1.0)
-        outside = _outside_box(images.shape[-1], shares, row, column)  # [B, S, S]
+        sides = _box_sides(images.shape[-1], shares, row, column)
+        cut, shares, sides = (send(known, images.device) for known in (cut, shares, sides))
+        outside = _outside_box(images.shape[-1], sides)  # [B, S, S]
         weights = torch.where(cut[:, None, None], outside, shares[:, None, None])
         shares = torch.where(cut, outside.mean((1, 2)), shares)
         # A weight of 1 gives the bits of the image: tests/unit/data/views/test_mix.py.
@@ -62,12 +66,12 @@ class Mix:
 def beta_quantile(alpha: float, levels: Tensor) -> Tensor:
     """The number that a draw from Beta(alpha, alpha) stays below with probability `levels`: float32 [B].
 
-    `levels` are float32 [B] in [0, 1). From a table with errors below 1e-5 for alpha from 0.05 to 10;
-    the bits are the same on every device. 1 for alpha 0.
+    `levels` are float32 [B] in [0, 1), on the CPU. From a table with errors below 1e-5 for alpha from 0.05 to 10. 1 for
+    alpha 0.
     """
     if not alpha:
         return torch.ones_like(levels)
-    known, values = _beta_table(alpha, levels.device)
+    known, values = _beta_table(alpha)
     levels = levels.contiguous()
     above = torch.searchsorted(known, levels, right=True)
     below = above - 1
@@ -75,23 +79,26 @@ def beta_quantile(alpha: float, levels: Tensor) -> Tensor:
 
 
 @cache
-def _beta_table(alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _beta_table(alpha: float) -> tuple[Tensor, Tensor]:
     """Levels and their quantiles, both from 0 to 1: steps are short in levels and in quantiles."""
     from scipy import special
 
     nodes = np.sin(np.linspace(0, np.pi / 2, _NODES)) ** 2  # closer at both ends, where a beta distribution bends
     levels = np.union1d(nodes.astype(np.float32), special.betainc(alpha, alpha, nodes).astype(np.float32))
     values = special.betaincinv(alpha, alpha, levels.astype(np.float64))
-    return torch.from_numpy(levels).to(device), torch.from_numpy(values).float().to(device)
+    return torch.from_numpy(levels), torch.from_numpy(values).float()
 
 
-def _outside_box(side: int, shares: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """1.0 outside a box of each image that covers 1 - share of it, and 0.0 inside: float32 [B, S, S]."""
-    half = (side / 2 * torch.sqrt(1 - shares)).long()[:, None]
-    pixels = torch.arange(side, device=shares.device)
+def _box_sides(side: int, shares: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """First and last but one row, then column, of a box of each image that covers 1 - share of it: int64 [4, B]."""
+    half = (side / 2 * torch.sqrt(1 - shares)).long()
+    down, across = (row * side).long(), (column * side).long()
+    return torch.stack([down - half, down + half, across - half, across + half])
 
-    def inside(draw: Tensor) -> Tensor:
-        centre = (draw * side).long()[:, None]
-        return (pixels >= centre - half) & (pixels < centre + half)  # [B, S]
 
-    return (~(inside(row)[:, :, None] & inside(column)[:, None, :])).float()
+def _outside_box(side: int, sides: Tensor) -> Tensor:
+    """1.0 outside the box of each image and 0.0 inside: float32 [B, S, S]."""
+    pixels = torch.arange(side, device=sides.device)
+    top, bottom, left, right = sides[..., None].unbind(0)  # [B, 1]
+    rows, columns = (pixels >= top) & (pixels < bottom), (pixels >= left) & (pixels < right)
+    return (~(rows[:, :, None] & columns[:, None, :])).float()

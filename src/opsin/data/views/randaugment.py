@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsin.data.views.colour import Change, blend, grey
+from opsin.data.transfer import send
+from opsin.data.views.colour import Change, blend, change_chosen, grey
 
 OPERATIONS = (
     "identity",
@@ -68,8 +69,7 @@ class RandAugment:
                 if on_cpu:
                     _change_in_place(images, chosen, change, layer)
                 else:
-                    # Counting the chosen would wait for the device; there, computing all of them is cheaper.
-                    images = torch.where(chosen[:, None, None, None], change(images, layer), images)
+                    images = change_chosen(chosen, change, images, layer)
         return images
 
     def _changes(self, draws: Tensor) -> Iterator[tuple[Tensor, Change]]:
@@ -177,7 +177,7 @@ def _inverse_maps(magnitude: int, bins: int, side: int, device: torch.device) ->
         }
 
     maps = torch.tensor([[moves(sign).get(name, stay) for sign in (-1, 1)] for name in OPERATIONS], dtype=torch.float64)
-    return (maps.float() / (side / 2)).to(device)
+    return send(maps.float() / (side / 2), device)
 
 
 def _levels(images: Tensor) -> Tensor:

@@ -7,7 +7,17 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from opsin.data.base import Augment
-from opsin.data.views.colour import ColorJitter, Cutout, GaussianBlur, Grayscale, Normalize, RandomErasing, Solarize
+from opsin.data.views.colour import (
+    ColorJitter,
+    Cutout,
+    GaussianBlur,
+    Grayscale,
+    Normalize,
+    RandomErasing,
+    Solarize,
+    exchange,
+)
+from tests.meta_device import watched
 
 COUNT, SIDE = 24, 20
 
@@ -166,17 +176,25 @@ def test_an_image_does_not_depend_on_its_company(side: int, op: Augment) -> None
 
 
 @pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)
-def test_nothing_is_read_back_from_the_device(op: Augment) -> None:
+def test_nothing_is_read_back_from_the_device(op: Augment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values refuse every step that needs one on the host."""
     images = torch.empty(COUNT, 3, SIDE, SIDE, device="meta")
-    assert op(images, draws(op).to("meta")).shape == images.shape
+    with watched(monkeypatch) as seen:
+        assert op(images, draws(op)).shape == images.shape
+    assert not seen.waits
+    assert not seen.mixed
+
+
+def test_rows_are_exchanged_by_gathering_them() -> None:
+    old, new, index = torch.arange(9.0), -torch.arange(1.0, 4), torch.tensor([2, 3, 7])
+    assert torch.equal(torch.cat([old, new])[exchange(index, 9)], old.index_copy(0, index, new))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: type(op).__name__)
 def test_a_gpu_gives_the_same_images(images: Tensor, op: Augment) -> None:
     numbers = draws(op)
-    there = op(images.cuda(), numbers.cuda()).cpu()
+    there = op(images.cuda(), numbers).cpu()
     # A GPU may convolve in TF32, whose numbers have eleven bits.
     tolerance = 2e-3 if isinstance(op, GaussianBlur) else 1e-5
     torch.testing.assert_close(there, op(images, numbers), atol=tolerance, rtol=0)

@@ -16,11 +16,12 @@ from opsin.data.views.crops import (
     RandomResizedCrop,
     Squash,
     WindowCrop,
-    _resample,
     boxes_for,
     cut,
     cut_batch,
+    cut_copies,
 )
+from opsin.data.views.resample import cut_views, resample
 
 
 def boxes(crop: Crop, height: int, width: int, count: int = 2000, *, epoch: int = 0, copy: int = 0) -> Boxes:
@@ -90,7 +91,26 @@ def test_resampling_a_batch_as_on_a_gpu_agrees_within_one(crop: Crop, height: in
     placed = boxes(crop, height, width, 5)
     one_by_one = torch.stack([cut(image, box, crop) for image, box in zip(images, placed.one_by_one(), strict=True)])
     # The CPU rounds to whole numbers after each axis.
-    assert (_resample(images, placed, crop).int() - one_by_one.int()).abs().max() <= 1
+    resampled = resample(images, [placed], placed.table()[None], crop)[0]
+    assert (resampled.int() - one_by_one.int()).abs().max() <= 1
+
+
+def test_a_gpu_cuts_all_views_at_once_into_those_that_a_cpu_cuts() -> None:
+    images = torch.stack([picture(20, 26, seed=seed) for seed in range(5)]) // 4 + 96  # nothing overshoots 0..255
+    kinds: list[Crop] = [
+        RandomResizedCrop(size=8, count=3, interpolation="bicubic"),
+        PadCrop(size=20, padding_px=6),
+        WindowCrop(size=9, count=2, padding_px=4, padding="reflect"),
+        PadCrop(size=12, count=2, padding_px=5),
+        PadCrop(size=7, padding_px=30, padding="reflect"),
+    ]
+    wanted = [(crop, [boxes(crop, 20, 26, 5, copy=copy) for copy in range(crop.count)]) for crop in kinds]
+    for (crop, copies), views in zip(wanted, cut_views(images, wanted), strict=True):
+        expected = cut_copies(images, copies, crop)
+        assert views.shape == expected.shape == (crop.count, 5, 3, crop.size, crop.size)
+        # Windows are copied; what is resized on a CPU is rounded to whole numbers after each axis.
+        tolerance = 0 if copies[0].size() == (crop.size, crop.size) else 1
+        assert (views.int() - expected.int()).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("padding", ["zero", "reflect"])

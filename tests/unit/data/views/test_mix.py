@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 
 from opsin.clock import seeding
 from opsin.data.views.mix import Mix, beta_quantile
+from tests.meta_device import watched
 
 COUNT, SIDE, CLASSES = 40, 19, 10
 
@@ -174,9 +175,13 @@ def test_shares_of_mixup_have_the_beta_distribution(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("mix", SETTINGS, ids=repr)
-def test_nothing_is_read_back_from_the_device(images: Tensor, mix: Mix) -> None:
+def test_nothing_is_read_back_from_the_device(images: Tensor, mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values refuse every step that needs one on the host."""
-    mixed = mix(images.to("meta"), draws().to("meta"))
+    pictures = images.to("meta")
+    with watched(monkeypatch) as seen:
+        mixed = mix(pictures, draws())
+    assert not seen.waits
+    assert not seen.mixed
     assert mixed.images.shape == images.shape
     assert (mixed.partners.shape, mixed.shares.shape) == ((COUNT,), (COUNT,))
 
@@ -184,7 +189,7 @@ def test_nothing_is_read_back_from_the_device(images: Tensor, mix: Mix) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mix", SETTINGS, ids=repr)
 def test_a_gpu_mixes_the_same(images: Tensor, mix: Mix) -> None:
-    here, there = mix(images, draws()), mix(images.cuda(), draws().cuda())
+    here, there = mix(images, draws()), mix(images.cuda(), draws())
     assert torch.equal(there.partners.cpu(), here.partners)
     # A sum over pixels and a product with a sum may round once more, or once less.
     torch.testing.assert_close(there.shares.cpu(), here.shares, atol=1e-6, rtol=0)

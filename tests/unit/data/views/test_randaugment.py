@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from opsin.clock import seeding
 from opsin.data.views.randaugment import OPERATIONS, RandAugment
+from tests.meta_device import watched
 from tests.unit.data.pictures import pixels
 
 SIGNS = {-1: 0.2, 1: 0.7}  # a draw for each
@@ -175,10 +176,13 @@ def test_values_between_levels_are_lowered_to_a_level() -> None:
     assert posterized.unique().tolist() == list(range(0, 256, 2))
 
 
-def test_nothing_is_read_back_from_the_device() -> None:
+def test_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values refuse every step that needs one on the host."""
     images = floats(stored(20)).to("meta")
-    assert RandAugment()(images, torch.rand(len(images), 4).to("meta")).shape == images.shape
+    with watched(monkeypatch) as seen:
+        assert RandAugment()(images, draws(RandAugment(), len(images))).shape == images.shape
+    assert not seen.waits
+    assert not seen.mixed
 
 
 @pytest.mark.gpu
@@ -187,7 +191,7 @@ def test_a_gpu_gives_the_same_images(operation: str) -> None:
     images = floats(stored(57))
     for sign in SIGNS:
         numbers = choose(operation, sign, len(images))
-        there = RandAugment(1)(images.cuda(), numbers.cuda()).cpu()
+        there = RandAugment(1)(images.cuda(), numbers).cpu()
         torch.testing.assert_close(there, RandAugment(1)(images, numbers), atol=1e-5, rtol=0)
 
 
