@@ -74,7 +74,7 @@ def draw_levels() -> bytes:
     first, *others = figure.subplots(1, LEVELS + 1)
     first.imshow(image.permute(1, 2, 0))
     first.set_title("what the target encoder sees", fontsize=TEXT)
-    finest = Cells(masks["targets"], masks["target_valid"], 1)
+    finest = Cells.of(masks)
     for level, axes in enumerate(others):
         cells = finest if level == 0 else coarser(finest, 2**level, SIDE)
         across = SIDE // cells.side

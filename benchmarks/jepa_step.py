@@ -101,7 +101,7 @@ def ours(
         drawn = dict(masks.build(work.grid)(0, 0, ids))
     else:
         context, targets = work.masks()
-        drawn = {"context": context, "targets": targets, "target_valid": torch.ones_like(targets, dtype=torch.bool)}
+        drawn = {"context": context, "targets": targets}
     batch = Batch({"image": work.images()[None]}, torch.full_like(ids, -1), ids, drawn).to(work.device)
     optim = AdamW(lr=1e-3, weight_decay=0.04)
     return opsin_step(wanted.build(work.model, facts), optim, asked, batch, memory)

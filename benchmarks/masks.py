@@ -58,7 +58,8 @@ def show_maps(name: str, config: MaskConfig, side: int, images: int) -> None:
         seen = flags(drawn["context"], side)
         target += flags(drawn["targets"], side).sum(0)
         context += seen.sum(0)
-        lengths += torch.tensor([seen.sum() / BATCH, drawn["target_valid"].float().mean()])
+        valid = drawn.get("target_valid", torch.ones(1))
+        lengths += torch.tensor([seen.sum() / BATCH, valid.float().mean()])
     print(
         f"\n{name}: {lengths[0] / batches:.1f} patches of context, {1 - lengths[1] / batches:.1%} of targets is padding"
     )

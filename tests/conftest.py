@@ -90,7 +90,9 @@ def torch_switches() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
     yield
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
     for (owner, name), value in zip(places, before, strict=True):
         setattr(owner, name, value)
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

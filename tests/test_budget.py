@@ -60,6 +60,7 @@ EMPTY_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|misc|core|stuff|tools?)$
 
 # Where code may ask for CUDA by name; everything else is handed a device.
 CUDA_FILES = {
+    "errors.py",
     "clock/seeding.py",
     "processes/world.py",
     "data/resident.py",

@@ -14,6 +14,7 @@ Each fault is one line: where it is, the value, the rule, the way out.
 """
 
 import re
+import sys
 
 
 class OpsinError(Exception):
@@ -92,10 +93,25 @@ _NO_PRIMITIVE = re.compile(r"could not create a primitive(?! descriptor)")
 """oneDNN's words for a lack of memory; without a descriptor an operation is not supported."""
 
 
+_NO_ENGINE = "unable to find an engine to execute this computation"
+"""The words for a convolution after each engine of cuDNN has failed, for whatever reason: a lack of memory is one."""
+_FULL = 0.05
+"""Free share of a GPU below which such an engine lacks memory."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True if `error` reports that no memory is left, on the GPU or the host."""
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     text = str(error)
     is_sign = any(sign in text for sign in _NO_MEMORY) or _NO_PRIMITIVE.search(text) is not None
+    is_sign = is_sign or (_NO_ENGINE in text and _is_gpu_full())
     return is_sign and isinstance(error, RuntimeError | ImportError | OSError)
+
+
+def _is_gpu_full() -> bool:
+    torch = sys.modules.get("torch")  # whose error this is; these classes are needed where torch is not
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return bool(free < _FULL * total)

@@ -205,7 +205,8 @@ def covering_masks(sampler: MaskSampler, repeats: int) -> Iterator[Mapping[str, 
     without_use = 0
     for number in count():
         masks = sampler(0, 0, torch.tensor([number]))
-        patches = masks["targets"][masks["target_valid"]].tolist()
+        targets = masks["targets"]
+        patches = targets[masks.get("target_valid", torch.ones_like(targets, dtype=torch.bool))].tolist()
         if any(hidden[patch] < repeats for patch in patches):
             hidden.update(patches)
             without_use = 0

@@ -97,7 +97,7 @@ class HJepa(IJepa):
 
     def predict_levels(self, images: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, list[Level]]:
         kept, grid = masks["context"], images.shape[-1] // self.encoder.patch
-        finest = Cells(masks["targets"], masks["target_valid"], 1)
+        finest = Cells.of(masks)
         cells = [finest, *(coarser(finest, 2**level, grid) for level in range(1, self.levels))]
         depths = sorted(set(self.depths))
         tokens = dict(zip(depths, self.target_tokens(images, depths), strict=True))
@@ -132,7 +132,7 @@ def coarser(cells: Cells, side: int, grid: int) -> Cells:
     count = cells.indices.shape[-1] // side**2
     order = torch.argsort((~corner).to(torch.uint8), dim=-1, stable=True)[..., :count]
     found = rows // side * (grid // side) + columns // side
-    return Cells(found.gather(-1, order), corner.gather(-1, order), side)
+    return Cells(found.gather(-1, order), corner.gather(-1, order), side, cells.padded)
 
 
 def value_above(values: Tensor, cells: Cells, above: Cells, grid: int) -> Tensor:

@@ -84,6 +84,16 @@ class Cells:
     valid: Tensor
     """bool [B, T, C]: false for the padding of a block with fewer cells."""
     side: int
+    padded: bool = True
+    """False if all cells are valid: attention without a mask is faster."""
+
+    @classmethod
+    def of(cls, masks: Mapping[str, Tensor]) -> "Cells":
+        """The patches of the target blocks in `masks`."""
+        targets, valid = masks["targets"], masks.get("target_valid")
+        if valid is None:
+            return cls(targets, torch.ones_like(targets, dtype=torch.bool), 1, padded=False)
+        return cls(targets, valid, 1)
 
     def positions(self, patches: int, width: int) -> Tensor:
         """Position embeddings [B, T, C, width] of the centres; the image is `patches` wide."""
@@ -176,7 +186,7 @@ class IJepa(Method):
 
     def predict_levels(self, images: Tensor, masks: Mapping[str, Tensor]) -> tuple[Tensor, list[Level]]:
         """The tokens [B, Kc, D] of the context, and the levels predicted from them, the finest first."""
-        cells = Cells(masks["targets"], masks["target_valid"], 1)
+        cells = Cells.of(masks)
         (raw,) = self.target_tokens(images, [len(self.backbone.blocks)])
         context = self.encode_context(images, masks["context"])
         predictions = self.predict(0, context, masks["context"], cells, images)
@@ -211,7 +221,8 @@ class IJepa(Method):
             positions = grid.to(context.dtype)[kept]
             queries = cells.positions(patches, predictor.width).to(context.dtype)
             queries = queries if hints is None else queries + hints
-            predicted = predictor(context, positions, queries.flatten(0, 1), cells.valid.flatten(0, 1))
+            valid = cells.valid.flatten(0, 1) if cells.padded else None
+            predicted = predictor(context, positions, queries.flatten(0, 1), valid)
             return torch.unflatten(predicted, 0, cells.indices.shape[:2])
 
     def compare(self, level: Level) -> Tensor:

@@ -39,10 +39,7 @@ class Predictor(nn.Module):
         context = (self.embed(tokens) + positions).repeat_interleave(len(queries) // len(tokens), 0)  # [M, Kc, P]
         # Queries stand first, so that the last block can leave out the rest.
         x = torch.cat([(self.mask_token + queries).to(context.dtype), context], dim=1)
-        seen = None
-        # Only the host asks whether all are valid: a GPU would have to be waited for.
-        if valid is not None and not (valid.device.type == "cpu" and valid.all()):
-            seen = torch.cat([valid, valid.new_ones(context.shape[:2])], dim=1)
+        seen = None if valid is None else torch.cat([valid, valid.new_ones(context.shape[:2])], dim=1)
         *first, last = self.blocks
         for block in first:
             x = block(x, None, seen)

@@ -29,6 +29,14 @@ def join() -> World:
     return World()
 
 
+def least_over_processes(tensor: Tensor) -> Tensor:
+    """The least value of all processes; `tensor` itself in a single one."""
+    if dist.is_available() and dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return tensor
+
+
 def add_over_processes(*tensors: Tensor) -> None:
     """Replace each tensor by the sum of those of all processes; nothing to do in a single one."""
     if dist.is_available() and dist.is_initialized():

@@ -127,7 +127,10 @@ def configure(device: torch.device, precision: str, *, deterministic: bool) -> l
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's stubs
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    # Its attention makes a plan for each new shape, and masks of patches change theirs with every batch.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # else page-locked memory takes a context, 500 MB, on the first GPU
         torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif _keep_freed_memory():

@@ -15,6 +15,7 @@ from opsin.clock.timeline import Clock
 from opsin.data.base import Batch
 from opsin.errors import is_out_of_memory
 from opsin.methods.base import Losses
+from opsin.processes.world import least_over_processes
 from opsin.training.buffers import KeptBuffers
 from opsin.training.gradients import scale
 from opsin.training.precision import release_memory
@@ -148,5 +149,5 @@ def _settle_gradients(state: TrainState, loss: Tensor, plan: StepPlan) -> tuple[
         factor = shrink if factor is None else factor * shrink
     if factor is not None:
         scale(grads, factor)
-    applied = (torch.isfinite(loss) & torch.isfinite(norm)).float()
-    return norm, applied
+    # Each process has a loss of its own: what one of them cancels, no other may apply.
+    return norm, least_over_processes((torch.isfinite(loss) & torch.isfinite(norm)).float())

@@ -52,7 +52,7 @@ class Places:
         return Views({}, masks=MaskConfig(coarsest=4).build(GRID * 2))
 
     def explain(self, images: Tensor, masks: Mapping[str, Tensor]) -> Sequence[LevelErrors]:
-        finest = Cells(masks["targets"], masks["target_valid"], 1)
+        finest = Cells.of(masks)
         found = [finest, coarser(finest, 2, GRID * 2), coarser(finest, 4, GRID * 2)]
         shift = 1000.0 * torch.arange(len(images))[:, None, None]
         # A number that must not be counted stands wherever there is only padding.

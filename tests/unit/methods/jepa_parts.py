@@ -155,7 +155,7 @@ class PlainRun:
     def level_losses(self, batch: Batch) -> list[Tensor]:
         """The mean over images of the mean over an image's valid cells."""
         images, masks = batch.views["image"][0], batch.masks
-        valid = None if masks["target_valid"].all() else masks["target_valid"].double()
+        valid = masks["target_valid"].double() if "target_valid" in masks else None
         if isinstance(self.network, PlainIJepa):
             weights = None if valid is None else valid / valid.sum((1, 2), keepdim=True)
             return [self.network.loss(images, masks["context"], masks["targets"], weights)]

@@ -42,7 +42,7 @@ HALVES = (1.0, 0.5, 0.25)
 
 
 def cells_of(batch: Batch, level: int) -> Cells:
-    finest = Cells(batch.masks["targets"], batch.masks["target_valid"], 1)
+    finest = Cells.of(batch.masks)
     return finest if level == 0 else coarser(finest, 2**level, GRID)
 
 
@@ -106,7 +106,7 @@ def test_the_comparison_has_images_with_more_cells_than_others() -> None:
     batch = batch_of(build_hjepa())
     for level in range(3):
         assert len(cells_of(batch, level).valid.sum((1, 2)).unique()) > 1
-    assert batch_of(build_hjepa("equal cells")).masks["target_valid"].all()
+    assert "target_valid" not in batch_of(build_hjepa("equal cells")).masks
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -174,8 +174,9 @@ def test_targets_of_a_level_are_normalised_means_of_its_cells(level: int) -> Non
 @pytest.mark.parametrize("level", [1, 2])
 def test_cells_of_a_level_are_those_that_the_blocks_fill(level: int, masks: str) -> None:
     method = build_hjepa(masks)
-    targets, valid = (batch_of(method, size=16).masks[name] for name in ("targets", "target_valid"))
-    found = coarser(Cells(targets, valid, 1), 2**level, GRID)
+    finest = Cells.of(batch_of(method, size=16).masks)
+    targets, valid = finest.indices, finest.valid
+    found = coarser(finest, 2**level, GRID)
     plain = block_cells(targets, valid.double(), level, (GRID, GRID))
     assert plain.weights is not None
     for b, t in torch.cartesian_prod(torch.arange(16), torch.arange(2)).tolist():

@@ -125,6 +125,25 @@ def test_other_errors_are_not_mistaken_for_a_lack_of_memory(tmp_path: Path, text
     assert not (tmp_path / "splits.json").exists()
 
 
+@pytest.mark.parametrize("free", [0.01, 0.5])
+@pytest.mark.parametrize("kind", ["GET was", "FIND was"])
+def test_a_convolution_without_an_engine_lacks_memory_if_the_gpu_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, free: float
+) -> None:
+    """cuDNN hides the lack of memory of each engine that it tries."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**34), 2**34))
+    method = Cramped(8, error=RuntimeError(f"{kind} unable to find an engine to execute this computation"))
+    state = TrainState(method, build_optimizer(CONFIG, method))
+    plan = plan_for(method, CONFIG, fallback=PartFallback(tmp_path / "splits.json"))
+    if free > 0.05:
+        with pytest.raises(RuntimeError, match="unable to find an engine"):
+            train_step(state, batch_of(32), plan)
+    else:
+        assert train_step(state, batch_of(32), plan).applied == 1
+    assert (tmp_path / "splits.json").exists() == (free <= 0.05)
+
+
 def test_what_cannot_be_written_down_is_told_once_and_written_later(tmp_path: Path) -> None:
     record = Record()
     file = tmp_path / "run" / "splits.json"

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import pytest
+from torch import Tensor
+from torch.nn import functional
 
 from opsin.training.step import train_step
 from tests.meta_device import allow_meta, training_of, watched
@@ -33,6 +35,28 @@ def test_batch_and_step_never_wait_for_the_device(kind: str, resident: bool, mon
         train_step(training.state, batch, training.plan)
     assert not seen.waits
     assert not seen.mixed
+
+
+@pytest.mark.parametrize(("changes", "masked"), [((), True), (("method.masks.parity=published",), False)])
+def test_attention_gets_a_mask_only_where_blocks_are_padded(
+    changes: tuple[str, ...], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask, a GPU computes attention by a slower kernel."""
+    allow_meta(monkeypatch)
+    training = training_of("ijepa-cifar10", *SMALL_JEPA, *changes, batch_size=4, resident=True)
+    masks: list[bool] = []
+    attention = functional.scaled_dot_product_attention
+
+    def watched_attention(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, dropout_p: float) -> Tensor:
+        masks.append(attn_mask is not None)
+        return attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched_attention)
+    with watched(monkeypatch):
+        (batch,) = training.data.batches(0, 1)
+        train_step(training.state, batch, training.plan)
+    assert len(masks) == 6, "teacher, student and predictor with two blocks each"
+    assert any(masks) == masked
 
 
 # Kernels of a batch and its update, at the true size of the network. Counted on a GPU that computes nothing, in the

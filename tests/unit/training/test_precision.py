@@ -114,6 +114,27 @@ def test_deterministic_kernels_are_switched_on_and_off(deterministic: bool) -> N
 
 
 @pytest.mark.usefixtures("torch_switches")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_attention_never_makes_a_plan_for_each_shape(deterministic: bool) -> None:
+    """cuDNN's would be the first choice on newer GPUs; what is left is flash, then memory-efficient."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    precision.configure(CPU, "bf16", deterministic=deterministic)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.usefixtures("torch_switches")
+def test_the_gpu_of_a_run_is_the_current_one_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    precision.configure(CPU, "fp32", deterministic=True)
+    assert not chosen
+    precision.configure(torch.device("cuda:1"), "bf16", deterministic=True)
+    assert chosen == [torch.device("cuda:1")]
+
+
+@pytest.mark.usefixtures("torch_switches")
 def test_every_line_told_is_one_line() -> None:
     assert all("\n" not in line for line in precision.configure(CPU, "fp32", deterministic=True))
     assert precision.describe_device(CPU).endswith("threads")

@@ -84,7 +84,7 @@ class BlockMasks:
 
     context         [B, K]     patches of the context block outside all targets; K is the same for every batch
     targets         [B, T, M]  patches of each target block, M those of the largest
-    target_valid    bool, as `targets`: false where the block's last patch is repeated to reach M
+    target_valid    bool, as `targets`: false where the block's last patch is repeated to reach M; absent if none is
 
     A context with more than K patches is thinned evenly at random, whatever their position; one with fewer repeats the
     first of them. The patches of a cell stand together, quarter by quarter: any `level` x `level` group, where level
@@ -145,11 +145,13 @@ class BlockMasks:
         begin, size = begin[:, :-1], (end - begin)[:, :-1]  # the targets
         block = self._blocks.number[size[..., 0], size[..., 1]]  # [B, T]
         origin = self._origins[begin[..., 0] * self.cells + begin[..., 1]]
-        return {
+        masks = {
             "context": kept if self.config.coarsest == 1 else self._patches[kept].flatten(1),
             "targets": origin[..., None] + self._blocks.offsets[block],
-            "target_valid": self._blocks.is_new[block],
         }
+        # Asked here and not where it matters: there a GPU would have to be waited for.
+        valid = self._blocks.is_new[block]
+        return masks if valid.all() else {**masks, "target_valid": valid}
 
     @property
     def _num_draws(self) -> int:
@@ -198,7 +200,7 @@ class PublishedMasks:
     area and shape of all target blocks of a batch. Contexts are cut, in raster order, to the shortest of
     the batch, here that of all processes together; so masks depend on the batch, and the first image decides
     on the sizes. Where 20 positions of the context block leave no more than `min_context` patches, the
-    last target no longer counts, then the one before. Names and shapes as in `BlockMasks`; all is valid.
+    last target no longer counts, then the one before. Names and shapes as in `BlockMasks`; no block is padded.
     """
 
     def __init__(self, config: MaskConfig, side: int) -> None:
@@ -230,11 +232,7 @@ class PublishedMasks:
         context = (visible & (visible.cumsum(1) <= shortest)).nonzero()[:, 1].view(len(ids), shortest)
         offsets = (torch.arange(int(size[0]))[:, None] * self.cells + torch.arange(int(size[1]))).flatten()
         targets = (begin[..., 0] * self.cells + begin[..., 1])[..., None] + offsets
-        return {
-            "context": context,
-            "targets": targets,
-            "target_valid": torch.ones_like(targets, dtype=torch.bool),
-        }
+        return {"context": context, "targets": targets}
 
     def _size(self, kind: _Kind, draw: float) -> tuple[int, int]:
         scale, ratio = (
