@@ -84,8 +84,8 @@ def open_labelled(path: str, size: int, choice: LabelledChoice) -> Labelled:
 
     def still(source: Source) -> EvaluationData:
         facts = DataFacts(source.classes, len(source), size, 3, MEAN, STD)
-        plan = LoadingPlan(source=source, facts=facts, device=torch.device("cpu"))
-        return EvaluationData(plan, resize=size, teller=CommandTeller())
+        plan = LoadingPlan(source=source, facts=facts, device=torch.device("cpu"), teller=CommandTeller())
+        return EvaluationData(plan, resize=size)
 
     images = LabelledImages(opened.train, opened.val, open_path=lambda path: opened, still=still)
     return images(choice, "data")

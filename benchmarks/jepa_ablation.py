@@ -198,8 +198,8 @@ def score_pixels(recipe: Recipe) -> Scores:
     def still(source: Source) -> EvaluationData:
         facts = images.facts
         own = replace(facts, classes=source.classes, samples=len(source), unlabelled=0)
-        plan = LoadingPlan(source=source, facts=own, device=torch.device("cpu"))
-        return EvaluationData(plan, resize=facts.image_size, teller=CommandTeller())
+        plan = LoadingPlan(source=source, facts=own, device=torch.device("cpu"), teller=CommandTeller())
+        return EvaluationData(plan, resize=facts.image_size)
 
     def open_path(path: str) -> Opened:
         return open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))

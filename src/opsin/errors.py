@@ -61,6 +61,17 @@ class Stopped(OpsinError):
     exit_status = 3
 
 
+class StoppedWaiting(Stopped):
+    """A stop was requested while images were awaited. `reason` is that of the request."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}: stopped while waiting for images; the same command begins again, from the newest checkpoint "
+            "where there is one"
+        )
+        self.reason = reason
+
+
 class TrainingError(OpsinError):
     """Training cannot go on, for a reason that the message states."""
 

@@ -32,9 +32,9 @@ class DataDraft(Settings):
     drop_last: bool = True
     """Skip the images after the last full batch of an epoch; false makes a short batch of them."""
     workers: int | Literal["auto"] = Field("auto")
-    """Number of processes that decode images; `auto` is one per core, up to 8. 0 decodes in the training process."""
+    """Number of processes that decode images; `auto` is one for each core. 0 decodes in the training process."""
     prefetch: int = Field(4, ge=1)
-    """Number of batches that each worker prepares ahead."""
+    """Number of batches that each worker prepares ahead; if it is above 1, all of them take at most 1 GiB."""
     resident: bool | Literal["auto"] = "auto"
     """Keep all images decoded in memory, on the GPU if there is one; `auto` does so if they are small."""
     max_unreadable: float = Field(0.01, ge=0, le=1)

@@ -7,7 +7,7 @@ Shapes: B images of a batch, C channels, S side of a crop in pixels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,14 +17,18 @@ from opsin.data.base import Augment, Batch, Blend, DataFacts, Detour, Source, Vi
 from opsin.data.order import Order, share
 from opsin.data.quarantine import Failure, Quarantine
 from opsin.data.resident import Residence, Resident, byte_limit, read_everything
+from opsin.data.shared_memory import available_bytes, describe_fitted, fit
 from opsin.data.transfer import Courier, send
 from opsin.data.views.colour import Normalize, num_cached
-from opsin.data.views.crops import CenterCrop
+from opsin.data.views.crops import CenterCrop, Crop
 from opsin.data.views.mix import Mix
-from opsin.data.workers import RawBatch, Reader, Task, read_batches
+from opsin.data.waiting import StopRequest
+from opsin.data.workers import Crew, RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError
 from opsin.processes.trail import Trail
-from opsin.storage.teller import Teller
+from opsin.storage.teller import Silence, Teller
+
+_PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +47,25 @@ class LoadingPlan:
     rank: int = 0
     world: int = 1
     """Processes that share the images of every batch; this one is number `rank`."""
+    teller: Teller = field(default_factory=Silence)
+    stop: StopRequest | None = None
+    """Ends a wait for images."""
+    reported: set[int] = field(default_factory=set)
+    """Sizes of batches for which `teller` has had a notice, from this plan or from one that was made from it."""
 
     def share(self, count: int) -> slice:
         """The part of `count` images that this process computes."""
         return share(count, rank=self.rank, world=self.world)
 
-    def read(self, reader: Reader, tasks: Iterable[Task]) -> Iterator[RawBatch]:
-        """The batches of `tasks`, not kept in memory."""
+    def read(self, reader: Reader, tasks: Iterable[Task], *, batch_bytes: int) -> Iterator[RawBatch]:
+        """The batches of `tasks`, of at most `batch_bytes`, not kept in memory."""
+        fitted = fit(self.workers, self.prefetch, batch_bytes, available_bytes())
+        if fitted.reason is not None and batch_bytes not in self.reported:
+            self.reported.add(batch_bytes)
+            asked = (self.workers, self.prefetch)
+            self.teller.notice(describe_fitted(fitted, asked=asked, batch_bytes=batch_bytes))
         pin = self.device.type == "cuda"
-        return read_batches(reader, tasks, workers=self.workers, prefetch=self.prefetch, pin_memory=pin)
+        return read_batches(reader, tasks, Crew(fitted.workers, fitted.prefetch, pin, batch_bytes), self.stop)
 
     def finish(self, seed: int) -> "_Finish":
         """The last part of the path: from stored pixels to a batch for the network."""
@@ -93,7 +107,9 @@ class TrainingData:
         """
         self._trail.at_step(start)
         tasks = (self._task(step, detours) for step in range(start, stop))
-        for step, raw in enumerate(self._read(tasks), start):
+        reading = self._read(tasks)
+        for step in range(start, stop):
+            raw = next(reading)
             for failure in raw.failures:
                 self._quarantine.add(*failure)
             position, ids = self._order.ids(step, detours)
@@ -101,12 +117,20 @@ class TrainingData:
             views, clock = self._views[position.stage], self._order.timeline.clock(step)
             masks = self._masks(views, position.epoch, ids)
             mixes = clock.stage.mix and clock.epoch < views.mix_until * clock.total_epochs
-            yield self._finish(raw, position.epoch, views, masks, mix=views.mix if mixes else None)
+            batch = self._finish(raw, position.epoch, views, masks, mix=views.mix if mixes else None)
+            del raw  # its shared memory
+            yield batch
             self._trail.at_step(step + 1)
 
     def _task(self, step: int, detours: Sequence[Detour]) -> Task:
         position, ids = self._order.ids(step, detours)
         return Task(self._views[position.stage].crops, position.epoch, ids[self._plan.share(len(ids))])
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of the largest batch of this process, as it is stored."""
+        sizes = (len(range(10**9)[self._plan.share(stage.batch_size)]) for stage in self._order.timeline.stages)
+        return max(stored_bytes(views.crops, size) for views, size in zip(self._views, sizes, strict=True))
 
     def load(self) -> None:
         """Decode resident images now instead of with the first batch.
@@ -122,6 +146,7 @@ class TrainingData:
                 device=self._plan.device,
                 quarantine=self._quarantine,
                 residence=self._residence,
+                stop=self._plan.stop,
             )
             if self._resident is None:
                 self._residence = False  # found too large or of several sizes: not tried again
@@ -131,7 +156,8 @@ class TrainingData:
         if self._resident is not None:
             return map(self._resident.read, tasks)
         interleaved = self._plan.device.type != "cpu"
-        return self._plan.read(Reader(self._plan.source, self._order.seed, interleaved=interleaved), tasks)
+        reader = Reader(self._plan.source, self._order.seed, interleaved=interleaved)
+        return self._plan.read(reader, tasks, batch_bytes=self.batch_bytes)
 
     def _masks(self, views: Views, epoch: int, ids: Tensor) -> dict[str, Tensor]:
         if views.masks is None:
@@ -147,12 +173,12 @@ class EvaluationData:
     Unreadable images are left out, with one warning. Small sets stay decoded between evaluations.
     """
 
-    def __init__(self, plan: LoadingPlan, *, resize: int, teller: Teller) -> None:
+    def __init__(self, plan: LoadingPlan, *, resize: int) -> None:
         self.facts = plan.facts
         self._plan = plan
         self._views = Views({"image": CenterCrop(size=plan.facts.image_size, resize=resize, flip="none")})
         self._reader = Reader(plan.source, 0, unreadable="leave out", interleaved=plan.device.type != "cpu")
-        self._teller: Teller | None = teller
+        self._teller: Teller | None = plan.teller
         self._finish = plan.finish(seed=0)
         self._kept: RawBatch | None = None
 
@@ -183,14 +209,21 @@ class EvaluationData:
         cut_bytes = len(ids) * plan.facts.channels * plan.facts.image_size**2
         if plan.resident is True or (plan.resident == "auto" and cut_bytes <= byte_limit(plan.device)):
             if self._kept is None:
-                self._kept = read_everything(self._reader, Task(self._views.crops, 0, ids), plan.device)
+                self._kept = read_everything(self._reader, Task(self._views.crops, 0, ids), plan.device, plan.stop)
             return self._kept.pieces(batch_size)
-        return plan.read(self._reader, (Task(self._views.crops, 0, part) for part in torch.split(ids, batch_size)))
+        tasks = (Task(self._views.crops, 0, part) for part in torch.split(ids, batch_size))
+        return plan.read(self._reader, tasks, batch_bytes=stored_bytes(self._views.crops, batch_size))
 
     def _describe(self, failures: Sequence[Failure]) -> str:
         listed = ", ".join(f"{failure.location} ({failure.reason})" for failure in failures[:3])
         more = ", ..." if len(failures) > 3 else ""
         return f"{len(failures)} of {len(self._plan.source)} evaluation images are unreadable: {listed}{more}"
+
+
+def stored_bytes(crops: Mapping[str, Crop], images: int) -> int:
+    """Bytes of a batch of `images` before it is coloured, with its labels and ids, in whole pages of memory."""
+    views = (crop.count * images * 3 * crop.size**2 for crop in crops.values())
+    return sum(-(-count // _PAGE) * _PAGE for count in (*views, 8 * images, 8 * images))
 
 
 class _Finish:

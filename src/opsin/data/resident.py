@@ -3,8 +3,7 @@
 Shapes: N images of a source, B of a batch, C channels, H and W sides in pixels.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,8 +14,10 @@ from opsin.data.quarantine import Failure, Quarantine, read_or_replace
 from opsin.data.transfer import send
 from opsin.data.views.crops import boxes_for, cut_copies
 from opsin.data.views.resample import cut_views
+from opsin.data.waiting import StopRequest, read_in_threads
 from opsin.data.workers import RawBatch, Reader, Task
 from opsin.errors import ConfigError
+from opsin.processes.cores import num_cores
 
 _CHUNK = 64
 
@@ -41,6 +42,7 @@ class Resident:
         device: torch.device,
         quarantine: Quarantine,
         residence: Residence = "auto",
+        stop: StopRequest | None = None,
     ) -> "Resident | None":
         """Decode all images if `residence` is true, or if it is `auto` and they have one size and fit `byte_limit`.
 
@@ -58,26 +60,16 @@ class Resident:
         images = torch.empty(len(source), *first.shape, dtype=torch.uint8)
         labels = torch.empty(len(source), dtype=torch.int64)
 
-        def fill(chunk: Tensor) -> list[Failure]:
-            failures: list[Failure] = []
-            for index in chunk.tolist():
-                read = read_or_replace(source, index, seed)
-                failures += read.failures
-                if read.image.shape != first.shape:
-                    raise _UnequalSizesError(source.location(read.index), read.image, first)
-                images[index], labels[index] = read.image, read.label
-            return failures
-
-        with _threads() as pool:
-            try:
-                for failures in pool.map(fill, torch.split(torch.arange(len(source)), _CHUNK)):
-                    for failure in failures:
-                        quarantine.add(*failure)
-            except _UnequalSizesError as error:
-                pool.shutdown(cancel_futures=True)
-                if residence is True:
-                    raise ConfigError(f"data.resident=true: {error}; use data.resident=auto") from error
-                return None
+        filler = _Filler(source, seed, images, labels)
+        chunks = torch.split(torch.arange(len(source)), _CHUNK)
+        try:
+            for failures in read_in_threads(filler, chunks, threads=_num_threads(), stop=stop):
+                for failure in failures:
+                    quarantine.add(*failure)
+        except _UnequalSizesError as error:
+            if residence is True:
+                raise ConfigError(f"data.resident=true: {error}; use data.resident=auto") from error
+            return None
         return cls(images.to(device), labels, seed=seed)
 
     def read(self, task: Task) -> RawBatch:
@@ -103,11 +95,10 @@ class Resident:
         return RawBatch(dict(zip(task.crops, views, strict=True)), self.labels[ids], ids)
 
 
-def read_everything(reader: Reader, task: Task, device: torch.device) -> RawBatch:
+def read_everything(reader: Reader, task: Task, device: torch.device, stop: StopRequest | None = None) -> RawBatch:
     """Return the images of a `task` of any size as one batch, with the views on `device`."""
-    with _threads() as pool:
-        chunks = [Task(task.crops, task.epoch, ids) for ids in torch.split(task.ids, _CHUNK)]
-        parts = list(pool.map(reader.read, chunks))
+    chunks = [Task(task.crops, task.epoch, ids) for ids in torch.split(task.ids, _CHUNK)]
+    parts = list(read_in_threads(reader, chunks, threads=_num_threads(), stop=stop))
     return RawBatch(
         {name: torch.cat([part.views[name] for part in parts], dim=1).to(device) for name in task.crops},
         torch.cat([part.labels for part in parts]),
@@ -133,6 +124,27 @@ class _UnequalSizesError(Exception):
         )
 
 
-def _threads() -> ThreadPoolExecutor:
+@dataclass(frozen=True, slots=True)
+class _Filler:
+    """Fills `images` and `labels`, chunk by chunk."""
+
+    source: Source
+    seed: int
+    images: Tensor
+    labels: Tensor
+
+    def read(self, chunk: Tensor) -> list[Failure]:
+        """Read the images of `chunk`, int64 [b]; return the unreadable ones."""
+        failures: list[Failure] = []
+        for index in chunk.tolist():
+            read = read_or_replace(self.source, index, self.seed)
+            failures += read.failures
+            if read.image.shape != self.images.shape[1:]:
+                raise _UnequalSizesError(self.source.location(read.index), read.image, self.images[0])
+            self.images[index], self.labels[index] = read.image, read.label
+        return failures
+
+
+def _num_threads() -> int:
     # Decoders release the interpreter lock.
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    return min(8, num_cores())

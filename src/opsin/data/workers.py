@@ -25,10 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from opsin.data.base import Source, UnreadableImage
 from opsin.data.quarantine import Failure, Read, read_or_replace
+from opsin.data.shared_memory import describe_no_room, reserved
 from opsin.data.views.crops import Crop, boxes_for, cut
-from opsin.errors import OpsinError, TransientError, WorkerEnded
+from opsin.data.waiting import POLL_S, Patience, StopRequest, read_in_threads
+from opsin.errors import OpsinError, StoppedWaiting, TransientError, WorkerEnded
 
 _GROUP_BYTES = 64 << 20
+_TIMED_OUT = "DataLoader timed out"
+"""The beginning of what a loader says that can be asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,20 @@ class RawBatch:
             part = slice(first, first + batch_size)
             views = {name: view[:, part] for name, view in self.views.items()}
             yield RawBatch(views, self.labels[part], self.ids[part], () if first else self.failures)
+
+    def share_memory(self) -> None:
+        """Move the batch into shared memory, where another process finds it.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        for tensor in (*self.views.values(), self.labels, self.ids):
+            tensor.share_memory_()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in (*self.views.values(), self.labels, self.ids))
 
     def pin_memory(self) -> "RawBatch":
         """Return the batch in pinned memory, which a GPU copies without waiting."""
@@ -125,22 +143,35 @@ class Reader:
                     shown.copy_(cut(read.image, box, crop, interleaved=self.interleaved))
 
 
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """The processes that read, and how far ahead."""
+
+    workers: int = 0
+    """0 reads in a thread of this process, nothing ahead."""
+    prefetch: int = 1
+    """Batches that each worker prepares ahead."""
+    pin_memory: bool = False
+    batch_bytes: int = 0
+    """Bytes of the largest batch, for the account of shared memory."""
+
+
 def read_batches(
-    reader: Reader, tasks: Iterable[Task], *, workers: int, prefetch: int, pin_memory: bool = False
+    reader: Reader, tasks: Iterable[Task], crew: Crew, stop: StopRequest | None = None
 ) -> Iterator[RawBatch]:
     """Yield the batches of `tasks` in their order; they are the same for any number of workers.
 
-    0 workers reads in this process. Each worker prepares `prefetch` batches ahead. Workers leave SIGINT, SIGTERM and
-    SIGUSR1 to this process, and end when it ends for any reason.
+    Workers leave SIGINT, SIGTERM and SIGUSR1 to this process, and end when it ends for any reason.
 
     Raises:
         OpsinError: a worker raised it.
-        TransientError: a worker raised another exception.
+        TransientError: a worker raised another exception, or has no shared memory for a batch.
         WorkerEnded: a worker ended by itself.
+        StoppedWaiting: a stop was requested while waiting.
     """
-    if workers == 0:
-        return map(reader.read, tasks)
-    batches = _from_workers(reader, tasks, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+    if crew.workers == 0:
+        return read_in_threads(reader, tasks, stop=stop)
+    batches = _from_workers(reader, tasks, crew, stop)
     _close_at_exit(batches)
     return batches
 
@@ -173,46 +204,63 @@ class _Tasks(Dataset[RawBatch | _Fault]):
     def __getitem__(self, task: tuple[Mapping[str, Crop], int, list[int]]) -> RawBatch | _Fault:
         crops, epoch, ids = task
         try:
-            return self.reader.read(Task(crops, epoch, _int64(ids)))
+            batch = self.reader.read(Task(crops, epoch, _int64(ids)))
         except OpsinError as error:
             return _Fault(type(error), error.faults)
         except Exception as error:
             text = f"data.workers: reading failed in a worker with {type(error).__name__}: {error}"
             return _Fault(TransientError, (f"{text}; data.workers=0 shows where",))
+        try:
+            # Here and not where the loader does it, in a thread that drops the batch if there is no room.
+            batch.share_memory()
+        except RuntimeError as error:
+            return _Fault(TransientError, (describe_no_room(batch.nbytes, error),))
+        return batch
 
 
 def _from_workers(
-    reader: Reader, tasks: Iterable[Task], *, workers: int, prefetch: int, pin_memory: bool
+    reader: Reader, tasks: Iterable[Task], crew: Crew, stop: StopRequest | None
 ) -> Generator[RawBatch, None, None]:
     # Workers live as long as this end of the pipe is open, and the end of this process closes it too. The loader's
     # own watch looks at the parent of a worker, which is the fork server here and outlives training.
     ended, alive = _context().Pipe(duplex=False)
-    with ended, alive:
+    with reserved(crew.workers, crew.prefetch, crew.batch_bytes), ended, alive:
         batches = None
         try:
-            batches = _start(reader, tasks, workers=workers, prefetch=prefetch, pin_memory=pin_memory, ended=ended)
-            while (batch := next(batches, None)) is not None:
+            batches = _start(reader, tasks, crew, ended)
+            while (batch := _next(batches, stop)) is not None:
                 if isinstance(batch, _Fault):
                     raise batch.kind(*batch.faults)
-                yield batch
+                # Not held here while it is used: the shared memory of one batch.
+                handed = [batch]
+                del batch
+                yield handed.pop()
+        except (StoppedWaiting, KeyboardInterrupt):
+            # A worker that hangs in a read ends at once by this, and would not in order.
+            alive.close()
+            raise
         except (RuntimeError, OSError, EOFError) as error:
             # The last two: a worker died between announcing a batch and handing over its memory, or the fork server
             # died while it started a worker.
-            raise WorkerEnded(_describe_end(error, workers)) from error
+            raise WorkerEnded(_describe_end(error, crew.workers)) from error
         finally:
             # Ends the workers in order. The garbage collector would let the loader wait for its own dead threads.
             del batches
 
 
-def _start(
-    reader: Reader,
-    tasks: Iterable[Task],
-    *,
-    workers: int,
-    prefetch: int,
-    pin_memory: bool,
-    ended: Connection,
-) -> Iterator[RawBatch | _Fault]:
+def _next(batches: Iterator[RawBatch | _Fault], stop: StopRequest | None) -> RawBatch | _Fault | None:
+    """Return the next batch; None after the last."""
+    patience = Patience(stop)
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if not str(error).startswith(_TIMED_OUT):
+                raise
+        patience.check()
+
+
+def _start(reader: Reader, tasks: Iterable[Task], crew: Crew, ended: Connection) -> Iterator[RawBatch | _Fault]:
     with warnings.catch_warnings():
         # More workers than cores is the user's decision.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -220,13 +268,14 @@ def _start(
             _Tasks(reader),
             batch_size=None,
             sampler=((task.crops, task.epoch, task.ids.tolist()) for task in tasks),
-            num_workers=workers,
-            prefetch_factor=prefetch,
-            pin_memory=pin_memory,
+            num_workers=crew.workers,
+            prefetch_factor=crew.prefetch,
+            pin_memory=crew.pin_memory,
             collate_fn=_unchanged,
             worker_init_fn=partial(_begin_work, ended),
             multiprocessing_context=_context(),
             generator=torch.Generator(),  # the loader draws a seed for workers: not from the global generator
+            timeout=POLL_S,
         )
         return iter(loader)
 

@@ -15,7 +15,7 @@ from opsin.processes.world import World, join
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
 from opsin.reporting.teller import RunTeller
-from opsin.run.images import Images, evaluation_context, training_data
+from opsin.run.images import Images, evaluation_context, loading_plan, training_data
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import Recipe, fingerprint
 from opsin.run.start import RunStart, card_of
@@ -49,7 +49,9 @@ def assemble(parts: Parts, directory: RunDirectory, teller: RunTeller, backup: C
     world = join()
     agenda = plan_agenda(recipe, timeline)
     card = card_of(parts)
-    data = training_data(parts.recipe, parts.images, timeline, method, parts.numerics, directory, world)
+    stop = Stop(hours=recipe.limits.hours)
+    loading = loading_plan(recipe, parts.images, parts.numerics, teller, stop)
+    data = training_data(recipe, loading, timeline, method, directory, world)
     fallback = _part_fallback(recipe, method, directory, teller)
     monitors = {name: wanted.build(timeline) for name, wanted in recipe.monitors.items()}
     plan = _step_plan(parts, fallback, monitors.values(), world)
@@ -64,7 +66,7 @@ def assemble(parts: Parts, directory: RunDirectory, teller: RunTeller, backup: C
         freezer=parts.freezer,
         alerts=alerts if recipe.guard.cancelled == "rollback" else None,
     )
-    context = evaluation_context(recipe, parts.images, parts.numerics, teller, directory.path)
+    context = evaluation_context(recipe, parts.images, parts.numerics, loading, directory.path)
     evaluations = Evaluations(
         teller,
         agenda,
@@ -75,7 +77,6 @@ def assemble(parts: Parts, directory: RunDirectory, teller: RunTeller, backup: C
     )
     start = RunStart(parts, data, directory, teller, card, agenda.last_step)
     guard = Guard(recipe.guard, agenda, checkpoints, teller, start)
-    stop = Stop(hours=recipe.limits.hours)
     profile = _profile(parts, directory, teller, agenda, observations)
     watchers = (checkpoints, observations, evaluations, alerts, guard)
     return Run(start, data, plan, agenda, *watchers, stop, directory, profile)

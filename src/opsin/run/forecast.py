@@ -17,6 +17,7 @@ from opsin.clock.timeline import Stage
 from opsin.data.base import Source
 from opsin.data.quarantine import read_or_replace
 from opsin.data.resident import byte_limit
+from opsin.data.shared_memory import available_bytes, bytes_in_flight, fit
 from opsin.evaluation.features import FeatureScoreConfig
 from opsin.processes.headroom import Owner, Room, find_rooms, held_bytes
 from opsin.run.images import num_workers
@@ -248,12 +249,13 @@ def _feature_bytes(parts: Parts) -> int:
 
 def _workers(parts: Parts, stored: int) -> list[MemoryPart]:
     """The processes that read images, and their finished batches of `stored` bytes."""
-    count = num_workers(parts.recipe)
+    fitted = fit(num_workers(parts.recipe), parts.recipe.data.prefetch, stored, available_bytes())
+    count = fitted.workers
     if count == 0:
         return []
     return [
         MemoryPart(f"{count} data workers", _FORK_SERVER + count * _WORKER, "machine"),
-        MemoryPart("their finished batches", count * parts.recipe.data.prefetch * stored, "machine"),
+        MemoryPart("their finished batches", bytes_in_flight(count, fitted.prefetch, stored), "machine"),
     ]
 
 

@@ -12,8 +12,10 @@ from opsin.data.order import Order
 from opsin.data.quarantine import Quarantine, watch
 from opsin.data.sources.labels import Opened
 from opsin.data.sources.open import open_sources
+from opsin.data.waiting import StopRequest
 from opsin.evaluation.labelled import LabelledImages, spread_evenly
 from opsin.methods.base import Method
+from opsin.processes.cores import num_cores
 from opsin.processes.trail import Trail
 from opsin.processes.world import World
 from opsin.reporting.outlets import write_if_possible
@@ -79,12 +81,13 @@ def open_images(recipe: Recipe, teller: Teller) -> Images:
 
 
 def evaluation_context(
-    recipe: Recipe, images: Images, numerics: Numerics, teller: Teller, folder: Path
+    recipe: Recipe, images: Images, numerics: Numerics, plan: LoadingPlan, folder: Path
 ) -> EvaluationContext:
     """The context of the evaluators of a recipe; `folder` is the run directory."""
+    teller = plan.teller
 
     def still(source: Source) -> EvaluationData:
-        return still_data(recipe, source, images.facts, numerics, teller)
+        return _still_data(recipe, source, plan)
 
     def open_path(path: str) -> Opened:
         opened = open_sources(path, cache=Path(os.path.expanduser(recipe.data.cache)))
@@ -102,31 +105,26 @@ def evaluation_context(
     )
 
 
-def still_data(recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics, teller: Teller) -> EvaluationData:
-    """The images of a source as evaluators see them, normalised as `facts` says."""
-    facts = replace(facts, classes=source.classes, samples=len(source), unlabelled=int((source.labels < 0).sum()))
+def _still_data(recipe: Recipe, source: Source, plan: LoadingPlan) -> EvaluationData:
+    """The images of a source as evaluators see them, normalised as the training images."""
+    unlabelled = int((source.labels < 0).sum())
+    facts = replace(plan.facts, classes=source.classes, samples=len(source), unlabelled=unlabelled)
     resize = recipe.data.eval_resize or recipe.data.image_size
-    return EvaluationData(_loading_plan(recipe, source, facts, numerics), resize=resize, teller=teller)
+    return EvaluationData(replace(plan, source=source, facts=facts), resize=resize)
 
 
 def training_data(
-    recipe: Recipe,
-    images: Images,
-    timeline: Timeline,
-    method: Method,
-    numerics: Numerics,
-    directory: RunDirectory,
-    world: World,
+    recipe: Recipe, plan: LoadingPlan, timeline: Timeline, method: Method, directory: RunDirectory, world: World
 ) -> TrainingData:
     """The training images as the loop sees them: this process's part of every batch."""
     trail = Trail.from_environment()
-    source = watch(images.train, trail, directory.excluded)
-    plan = _loading_plan(recipe, source, images.facts, numerics)
+    images = plan.source
+    source = watch(images, trail, directory.excluded)
     return TrainingData(
-        replace(plan, rank=world.rank, world=world.size),
+        replace(plan, source=source, rank=world.rank, world=world.size),
         [method.views(stage.image_size) for stage in timeline.stages],
-        Order(seed=recipe.seed, labels=images.train.labels, timeline=timeline, drop_last=recipe.data.drop_last),
-        Quarantine(directory.quarantine, total=len(images.train), limit=recipe.data.max_unreadable),
+        Order(seed=recipe.seed, labels=images.labels, timeline=timeline, drop_last=recipe.data.drop_last),
+        Quarantine(directory.quarantine, total=len(images), limit=recipe.data.max_unreadable),
         trail,
     )
 
@@ -134,17 +132,22 @@ def training_data(
 def num_workers(recipe: Recipe) -> int:
     """The processes that read the images of a recipe; 0 if the training process reads them."""
     wanted = recipe.data.workers
-    return min(os.cpu_count() or 1, 8) if wanted == "auto" else wanted
+    return num_cores() if wanted == "auto" else wanted
 
 
-def _loading_plan(recipe: Recipe, source: Source, facts: DataFacts, numerics: Numerics) -> LoadingPlan:
+def loading_plan(
+    recipe: Recipe, images: Images, numerics: Numerics, teller: Teller, stop: StopRequest | None = None
+) -> LoadingPlan:
+    """The path of the training images to the device; that of others differs in `source` and `facts`."""
     wanted = recipe.data
     return LoadingPlan(
-        source=source,
-        facts=facts,
+        source=images.train,
+        facts=images.facts,
         device=numerics.device,
         workers=num_workers(recipe),
         prefetch=wanted.prefetch,
         resident=wanted.resident,
         channels_last=numerics.channels_last,
+        teller=teller,
+        stop=stop,
     )

@@ -33,7 +33,7 @@ from opsin.export.encoder import (
 from opsin.methods.base import Method
 from opsin.reporting.console import Console, open_console
 from opsin.run.assemble import temporary_run
-from opsin.run.images import Images, evaluation_context
+from opsin.run.images import Images, evaluation_context, loading_plan
 from opsin.run.parts import build_parts
 from opsin.run.recipe import Recipe, read
 from opsin.storage.directory import RunDirectory
@@ -113,7 +113,7 @@ def evaluate_run(
     _take(method, state, "", source)
     if data is not None:
         images = _with_queries(images, data, recipe)
-    context = evaluation_context(recipe, images, numerics, teller, run.path)
+    context = evaluation_context(recipe, images, numerics, loading_plan(recipe, images, numerics, teller), run.path)
     features: tuple[ScoreName, ...] = ("knn", "linear")
     names = scores or (("accuracy",) if isinstance(method, Classifier) else features)
     if blocks is not None and not set(names) & set(features):

@@ -16,6 +16,7 @@ import torch
 
 from opsin.errors import ConfigError, RunError, Stopped
 from opsin.export.encoder import write_model
+from opsin.processes.cores import num_cores
 from opsin.reporting.console import Console, describe, duration, open_console
 from opsin.reporting.journal import Journal, Sink
 from opsin.reporting.painter import Plots
@@ -153,7 +154,7 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     sinks = open_sinks(recipe, name, directory.path, log, console)
     journal = Journal(directory.path, sinks, teller=console, owner=directory)
     device = choose_device(recipe.device)
-    hardware = {"device": str(device), "chip": describe_device(device), "cores": os.cpu_count()}
+    hardware = {"device": str(device), "chip": describe_device(device), "cores": num_cores()}
     resuming = bool(find_checkpoints(directory.checkpoints))
     teller = RunTeller(journal, console)
     backup = open_backup(recipe.backup, directory.path, resuming=resuming, teller=teller)

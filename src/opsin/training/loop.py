@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from opsin.data.base import Batch, Data
-from opsin.errors import Stopped
+from opsin.errors import Stopped, StoppedWaiting
 from opsin.training.agenda import Agenda
 from opsin.training.alerts import Alerts
 from opsin.training.checkpoints.checkpoints import Checkpoints, Home
@@ -72,20 +72,32 @@ def fit(run: Run) -> TrainState:
 def _train(run: Run, state: TrainState) -> TrainState:
     """Train `state` to `run.agenda.last_step`."""
     with run.alerts.watch(state), run.observations.watch(state):
+        try:
+            _take_steps(run, state)
+        except StoppedWaiting as stopped:
+            run.checkpoints.save_if_due(state, stopping=True)
+            raise _stopped(run, state, f"{stopped.reason}, while waiting for images") from stopped
+    return state
+
+
+def _take_steps(run: Run, state: TrainState) -> None:
+    run.evaluations.run_if_due(state)
+    run.alerts.judge(state)
+    batches = run.observations.waiting(run.data.batches(state.step, run.agenda.last_step, state.detours))
+    for batch in run.profile.over(batches, state):
+        report = train_step(state, batch, run.plan)
+        run.profile.end_step(state)
+        stop = run.stop.requested if state.step < run.agenda.last_step else None
+        run.observations.take(state, report, ends=stop is not None)
+        run.checkpoints.save_if_due(state, stopping=stop is not None)
+        if stop is not None:
+            raise _stopped(run, state, stop)
         run.evaluations.run_if_due(state)
         run.alerts.judge(state)
-        batches = run.observations.waiting(run.data.batches(state.step, run.agenda.last_step, state.detours))
-        for batch in run.profile.over(batches, state):
-            report = train_step(state, batch, run.plan)
-            run.profile.end_step(state)
-            stop = run.stop.requested if state.step < run.agenda.last_step else None
-            run.observations.take(state, report, ends=stop is not None)
-            run.checkpoints.save_if_due(state, stopping=stop is not None)
-            if stop is not None:
-                raise Stopped(
-                    f"{stop}: stopped after step {state.step} of {run.agenda.last_step}, which is saved; "
-                    f"opsin resume {run.directory.path} goes on"
-                )
-            run.evaluations.run_if_due(state)
-            run.alerts.judge(state)
-    return state
+
+
+def _stopped(run: Run, state: TrainState, reason: str) -> Stopped:
+    return Stopped(
+        f"{reason}: stopped after step {state.step} of {run.agenda.last_step}, which is saved; "
+        f"opsin resume {run.directory.path} goes on"
+    )

@@ -5,7 +5,6 @@ stays on the device. Training with the data counts; the other two rates show whi
 """
 
 import math
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -17,8 +16,9 @@ import torch
 from opsin.data.base import Batch, Source
 from opsin.data.quarantine import read_or_replace
 from opsin.data.resident import byte_limit
-from opsin.data.workers import RawBatch, Reader, Task, read_batches
+from opsin.data.workers import Crew, RawBatch, Reader, Task, read_batches
 from opsin.errors import ConfigError
+from opsin.processes.cores import num_cores
 from opsin.run.assemble import temporary_run
 from opsin.run.images import open_images
 from opsin.run.pace import endless_stage, rate_of, silent_console, stream, train_on
@@ -164,7 +164,7 @@ def tune_loader(recipe: Recipe, *, seconds: float, teller: Teller) -> LoaderRepo
     train = open_images(endless, teller).train
     stage = plan_time(endless, train, Silence()).stages[0]
     not_resident = _why_not_resident(train, recipe.seed, device)
-    settings = list(_settings(os.cpu_count() or 1))
+    settings = list(_settings(num_cores()))
     if not not_resident:
         settings.append(Setting(0, 1, resident=True))
     before = _measure_step(endless, seconds)
@@ -224,9 +224,7 @@ def measure_copies(recipe: Recipe, setting: Setting, seconds: float, device: tor
     batches = read_batches(
         Reader(images.train, recipe.seed, interleaved=device.type != "cpu"),
         tasks(),
-        workers=setting.workers,
-        prefetch=setting.prefetch,
-        pin_memory=pin,
+        Crew(setting.workers, setting.prefetch, pin),
     )
     for _ in range(max(1, setting.workers)):
         copy(next(batches))

@@ -212,8 +212,9 @@ def evaluation(
         channels_last=True,
         rank=rank,
         world=world,
+        teller=story or Story(),
     )
-    return EvaluationData(plan, resize=10, teller=story or Story())
+    return EvaluationData(plan, resize=10)
 
 
 @pytest.mark.parametrize(("workers", "resident"), [(0, False), (2, False), (0, True)])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opsin.data.base import UnreadableImage
 from opsin.data.views.crops import RandomResizedCrop
-from opsin.data.workers import RawBatch, Reader, Task, read_batches
+from opsin.data.workers import Crew, RawBatch, Reader, Task, read_batches
 from opsin.errors import DataError, TransientError
 
 SAMPLES = 40
@@ -87,10 +87,10 @@ def batches(source: Plain, workers: int) -> Iterator[RawBatch]:
     tasks = [
         Task(CROPS, epoch, torch.arange(first, first + 10)) for epoch in range(2) for first in range(0, SAMPLES, 10)
     ]
-    return read_batches(reader(source), tasks, workers=workers, prefetch=2)
+    return read_batches(reader(source), tasks, Crew(workers, prefetch=2))
 
 
-def wait_until(happened: Callable[[], bool], *, timeout_s: float = 15) -> None:
+def wait_until(happened: Callable[[], bool], *, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < deadline, "waited in vain"
@@ -165,6 +165,9 @@ class HalfSent:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
+    def share_memory(self) -> None:
+        pass
+
     def __reduce__(self) -> tuple[Callable[..., object], tuple[Exception]]:
         return hang_up, (self.error,)
 
@@ -183,7 +186,7 @@ class HangsUp(Reader):
 def test_a_worker_killed_while_it_hands_over_a_batch_is_reported(tmp_path: Path, reason: str) -> None:
     task = Task({}, int(reason != "EOFError"), torch.arange(2))
     with pytest.raises(TransientError, match=rf"data.workers=1: a worker process ended by itself .*{reason}.*fewer"):
-        list(read_batches(HangsUp(Plain(tmp_path), seed=0), [task], workers=1, prefetch=1))
+        list(read_batches(HangsUp(Plain(tmp_path), seed=0), [task], Crew(workers=1)))
 
 
 def test_a_fork_server_killed_while_it_is_asked_for_a_worker_is_reported_and_replaced(tmp_path: Path) -> None:
@@ -243,7 +246,7 @@ def start_script(tmp_path: Path, env: dict[str, str], *, then: str, guarded: boo
 
 
 def test_workers_end_when_the_training_process_is_killed(tmp_path: Path, opsin_env: dict[str, str]) -> None:
-    with start_script(tmp_path, opsin_env, then="time.sleep(60)") as script:
+    with start_script(tmp_path, opsin_env, then="time.sleep(600)") as script:
         assert script.stdout is not None
         assert script.stdout.readline() == "10\n"
         wait_until(lambda: len(list((tmp_path / "processes").iterdir())) == 2)
@@ -254,12 +257,12 @@ def test_workers_end_when_the_training_process_is_killed(tmp_path: Path, opsin_e
 
 def test_a_process_with_waiting_workers_can_exit(tmp_path: Path, opsin_env: dict[str, str]) -> None:
     with start_script(tmp_path, opsin_env, then="globals()['kept'] = reading") as script:
-        _, errors = script.communicate(timeout=30)
+        _, errors = script.communicate(timeout=180)
     assert (script.returncode, errors) == (0, "")
 
 
 def test_a_script_without_a_guard_is_told_so(tmp_path: Path, opsin_env: dict[str, str]) -> None:
     with start_script(tmp_path, opsin_env, then="pass", guarded=False) as script:
-        _, errors = script.communicate(timeout=60)
+        _, errors = script.communicate(timeout=180)
     assert script.returncode == 1
     assert "must start training below `if __name__ == '__main__':`" in errors

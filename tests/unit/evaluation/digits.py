@@ -15,7 +15,6 @@ from opsin.evaluation.features import Features, FeatureScore, Score, extract
 from opsin.evaluation.knn import KnnConfig
 from opsin.evaluation.labelled import LabelledImages
 from opsin.nn.backbone import Tokens
-from opsin.storage.teller import Silence
 from opsin.training.evaluator import EvaluationContext, Labelled, LabelledChoice, StillData
 
 CPU = torch.device("cpu")
@@ -67,7 +66,7 @@ class Pair:
 def still(source: Source) -> EvaluationData:
     """The images of a source, in its order."""
     facts = DataFacts(source.classes, len(source), 8, 3, (0.3,) * 3, (0.4,) * 3)
-    return EvaluationData(LoadingPlan(source=source, facts=facts, device=CPU), resize=8, teller=Silence())
+    return EvaluationData(LoadingPlan(source=source, facts=facts, device=CPU), resize=8)
 
 
 def images_of(train: Source, val: Source | None) -> LabelledImages:

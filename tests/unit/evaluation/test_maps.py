@@ -25,7 +25,6 @@ from opsin.nn.convnet import ConvNetConfig
 from opsin.nn.vit import Block
 from opsin.reporting.journal import read_rows
 from opsin.run.results import evaluate_run
-from opsin.storage.teller import Silence
 from tests.digits_run import train_digits
 from tests.unit.evaluation.digits import CPU, context_of
 from tests.unit.methods.jepa_parts import FACTS, GRID, SMALL, VIT, batch_of, build_hjepa, build_ijepa
@@ -74,7 +73,7 @@ def maps_in(folder: Path, images: int = 3) -> Maps:
     """The evaluator on some of the digits, made as large as the images of `jepa_parts`."""
     source = spread_evenly(load_digits(), images)
     plan = LoadingPlan(source=source, facts=replace(FACTS, samples=images), device=CPU)
-    data = EvaluationData(plan, resize=32, teller=Silence())
+    data = EvaluationData(plan, resize=32)
     return Maps(MapsConfig(repeats=2), context_of(data, folder))
 
 

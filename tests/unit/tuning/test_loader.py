@@ -1,7 +1,6 @@
 """Settings of the data path are measured, the best is chosen by what training does with it, and nothing is left."""
 
 import multiprocessing
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def test_a_busy_machine_is_told() -> None:
 
 @pytest.mark.usefixtures("torch_switches")
 def test_every_setting_is_measured_and_no_worker_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("opsin.tuning.loader.num_cores", lambda: 2)
     record = Record()
     # A run that would end after two steps, with a score that nobody asks for here.
     report = tune_loader(recipe("limits.steps=2"), seconds=0.05, teller=record)
@@ -111,18 +110,18 @@ def test_every_setting_is_measured_and_no_worker_is_left(monkeypatch: pytest.Mon
 def test_images_of_several_sizes_cannot_be_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 0)
+    monkeypatch.setattr("opsin.tuning.loader.num_cores", lambda: 1)
     folder = fill(tmp_path, *(f"{name}/{number}.png" for name in "ab" for number in range(6)))
     Image.new("RGB", (30, 20)).save(folder / "b" / "other.png")
     keys = (f"data.path={folder}", "batch_size=4", "data.holdout=0", "evaluators.val=null", "optim.lr=0.01")
     report = tune_loader(recipe(*keys), seconds=0.01, teller=Silence())
-    assert len(report.rates) == 3  # no cores at all still means one worker is tried
+    assert len(report.rates) == 3
     assert report.verdict()[-1] == "data.resident=true is not possible: the images have several sizes"
 
 
 @pytest.mark.usefixtures("torch_switches")
 def test_the_first_stage_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 0)
+    monkeypatch.setattr("opsin.tuning.loader.num_cores", lambda: 1)
     stages = "stages=[{name: small, epochs: 1, batch_size: 32}, {name: large, epochs: 1, batch_size: 128}]"
     report = tune_loader(recipe("epochs=null", stages), seconds=0.01, teller=Silence())
     assert (report.stage, report.batch_size) == ("small", 32)
@@ -138,7 +137,7 @@ def test_copies_are_measured_with_and_without_workers() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("torch_switches")
 def test_pinning_is_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("opsin.tuning.loader.num_cores", lambda: 1)
     report = tune_loader(recipe("device=cuda"), seconds=0.05, teller=Silence())
     assert report.pinned is not None
     assert report.unpinned is not None

@@ -5,7 +5,6 @@ An image takes 34 bytes, so that a million of them fit into little memory.
 Shapes: N images of a collection, H, W of an image in pixels.
 """
 
-import os
 import time
 import warnings
 from collections import Counter, deque
@@ -22,6 +21,7 @@ from opsin.data.curation.encoding import Encoding, find_encoding
 from opsin.data.curation.fingerprint import MIN_DETAIL, Fingerprint, fingerprint
 from opsin.data.quarantine import Failure
 from opsin.errors import DataError
+from opsin.processes.cores import num_cores
 from opsin.reporting.console import duration
 from opsin.storage.teller import Teller
 
@@ -131,7 +131,7 @@ def scan(collection: Collection, teller: Teller) -> Scan:
 
 def _in_threads(collection: Collection) -> Iterator[Sequence[_Look | Failure]]:
     """Yield the facts of all images in their order; only a few chunks wait at any time."""
-    threads = min(32, os.cpu_count() or 1)
+    threads = min(32, num_cores())
     waiting: deque[Future[list[_Look | Failure]]] = deque()
     # Decoders release the interpreter lock. Their warnings are not shown: modes are counted instead.
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
