@@ -93,8 +93,14 @@ def class_share(labels: Tensor, fraction: float, seed: int) -> Tensor:
     classes = labels[by_class] + 1
     sizes = torch.bincount(classes)
     rank_in_class = ids - (sizes.cumsum(0) - sizes)[classes]
-    kept = rank_in_class < torch.floor(sizes * fraction + 0.5)[classes]
+    kept = rank_in_class < _kept(sizes, fraction)[classes]
     return by_class[kept].sort().values
+
+
+def _kept(sizes: Tensor, fraction: float) -> Tensor:
+    """The rounded `fraction` of int64 `sizes`, halves upwards."""
+    # 0.29 * 50 is 14.499999999999998: a half that the fraction means must not depend on how it is stored.
+    return torch.floor(sizes.double() * fraction + 0.5 + 1e-9).long()
 
 
 def check_share(labels: Tensor, fraction: float, classes: Sequence[str], *, key: str) -> None:
@@ -107,7 +113,7 @@ def check_share(labels: Tensor, fraction: float, classes: Sequence[str], *, key:
     sizes = torch.where(sizes > 0, sizes, len(labels) + 1)
     smallest = int(sizes.argmin())
     count = int(sizes[smallest])
-    if count * fraction + 0.5 < 1:
+    if _kept(sizes[smallest], fraction) < 1:
         name = repr(classes[smallest - 1]) if smallest else "without a label"
         least = math.ceil(0.5 / count * 1e4) / 1e4
         raise ConfigError(

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from opsin.errors import ConfigError, DataError
-from opsin.evaluation.features import kept_tops
+from opsin.evaluation.features import count_hits, kept_tops
 from opsin.methods.base import Method
 from opsin.training.evaluator import EvaluationContext, EvaluatorConfig, Network, untouched
 
@@ -156,10 +156,8 @@ class Accuracy:
                         "evaluate on data with the classes it was trained on"
                     )
                 known = batch.labels >= 0
-                guesses = logits.topk(max(tops, default=1), dim=1).indices  # [B, max(tops)]
-                right = guesses == batch.labels[:, None]
-                hits += torch.stack([right[:, :k].sum() for k in tops]) if tops else 0
-                cells = batch.labels.clamp(min=0) * len(classes) + guesses[:, 0]
+                hits += count_hits(logits, batch.labels)
+                cells = batch.labels.clamp(min=0) * len(classes) + logits.argmax(1)  # of equals the first
                 confusion.index_add_(0, cells, known.to(torch.int64))
                 loss += F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
         images = int(confusion.sum())

@@ -264,12 +264,17 @@ def _pooled(network: FeatureNetwork, images: Tensor, blocks: int) -> Tensor:
 def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
     """Number of images whose true class is among the best: int64, one for each of `kept_tops`.
 
-    `scores` is [N, K]. A score that is not finite counts as wrong.
+    `scores` is [N, K]. Of equal scores the first classes count as better, on every device. A score that is not finite
+    and a label -1 count as wrong.
     """
     tops = kept_tops(scores.shape[1])
-    best = scores.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).topk(max(tops), dim=1)  # [N, max(tops)]
-    right = (best.indices == labels[:, None]) & best.values.isfinite()
-    return torch.stack([right[:, :k].sum() for k in tops])
+    scores = scores.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    own = scores.gather(1, labels.clamp(min=0)[:, None])  # [N, 1]
+    is_before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]  # [N, K]
+    rank = ((scores > own) | (is_before & (scores == own))).sum(1)
+    may_count = own[:, 0].isfinite() & (labels >= 0)
+    hits = [((rank < k) & may_count).sum() for k in tops]
+    return torch.stack(hits) if hits else labels.new_empty(0)
 
 
 def kept_tops(num_classes: int) -> tuple[int, ...]:

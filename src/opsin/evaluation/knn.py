@@ -66,20 +66,40 @@ def score_neighbours(
 def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines and indices, both [Q, k], of the k nearest in the bank, the nearest first; fewer if the bank is smaller.
 
-    Both sets are normalised, [Q, D] and [N, D]. In one line, if [Q, N] were small:
+    Both sets are normalised, [Q, D] and [N, D]. Of equally near ones the first count, on every device. In one line, if
+    [Q, N] were small:
 
-        (queries @ bank.T).topk(k)
+        (queries @ bank.T).sort(dim=1, descending=True, stable=True)
     """
     best = queries.new_empty(len(queries), 0)
     indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), _BANK_CHUNK):
         cosines = queries @ bank[start : start + _BANK_CHUNK].T  # [q, b]
-        found = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        best = torch.cat([best, found.values], 1)  # the earlier ones first: of equals they stay
-        indices = torch.cat([indices, found.indices + start], 1)
-        best, kept = best.topk(min(k, best.shape[1]), dim=1)
+        nearest, found = _largest(cosines, k)
+        best = torch.cat([best, nearest], 1)  # the earlier ones first: of equals they stay
+        indices = torch.cat([indices, found + start], 1)
+        best, kept = _largest(best, k)
         indices = indices.gather(1, kept)
     return best, indices
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their columns, the largest first, and of equals the first column."""
+    k = min(k, values.shape[1])
+    found = values.topk(min(k + 1, values.shape[1]), dim=1)
+    columns = found.indices[:, :k]
+    if found.values.shape[1] > k:
+        # Which of equals topk takes is another thing on each device; it matters where they stand on both sides of k.
+        tied = (found.values[:, k - 1] == found.values[:, k]).nonzero()[:, 0]
+        if len(tied):
+            rows, least = values[tied], found.values[tied, k - 1 : k]
+            above, equal = ~(rows <= least), rows == least
+            room = k - above.sum(1, keepdim=True)
+            kept = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+            columns = columns.index_copy(0, tied, kept.nonzero()[:, 1].view(-1, k))
+    columns = columns.sort(dim=1).values
+    best, order = values.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return best, columns.gather(1, order)
 
 
 def count_votes(cosines: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:

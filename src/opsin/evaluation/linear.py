@@ -28,6 +28,8 @@ _CHOICE_PARTS = 10
 _CHUNK = 16384
 _SCORES_CHUNK = 1 << 24
 """Class scores in memory at a time: 64 MiB of them."""
+_GAIN = 1e-3
+"""Share by which a weaker penalty must lower the loss: the fits are no more exact than that."""
 _STRIDE = 10
 """Iterations between two checks of the clock and of the gain."""
 
@@ -101,7 +103,8 @@ def choose_decay(bank: Features, decays: Sequence[float], *, iterations: int, un
     """The penalty with which a fit to the rest of the bank has the smallest loss on its first tenth.
 
     The loss decides, since accuracies on few images are often equal. From the strongest penalty on, each fit starts
-    at the one before, until the loss rises. The bank is in an order whose every beginning is stratified.
+    at the one before, until the loss falls no more than the fits are exact. The bank is in an order whose every
+    beginning is stratified.
     """
     held = max(1, len(bank.labels) // _CHOICE_PARTS)
     first, rest = _rows(bank, slice(held)), _rows(bank, slice(held, None))
@@ -113,7 +116,7 @@ def choose_decay(bank: Features, decays: Sequence[float], *, iterations: int, un
         fit = fit_logistic(rest, decay=decay, start=weights, iterations=iterations, until_s=until_s)
         weights, is_complete = fit.weights, fit.is_complete
         loss = F.cross_entropy(class_scores(weights, first.values), first.labels).item()
-        if best is not None and not loss < best_loss:
+        if best is not None and not loss < best_loss * (1 - _GAIN):
             break
         best, best_loss = Choice(decay, weights, is_complete), loss
         if not is_complete:

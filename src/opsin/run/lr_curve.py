@@ -42,6 +42,8 @@ _RISEN = 0.25
 _DISTANCE = 3.0
 # A rise within this factor of the first rate means that the sweep began too high.
 _EARLY = 30.0
+# Losses of two chips differ by this share of their size: what differs less is equal, and the first of equals counts.
+_ROUNDING = 1e-6
 _GREY = "#8A8A8A"
 
 
@@ -111,7 +113,7 @@ def read_curve(rates: Sequence[float], losses: Sequence[float], *, stopped: bool
     start = float(loss[:beginning].mean())
     # What comes after the loss has doubled says only that it rises: it must not bend the curve before.
     smoothed, slope = smooth(np.log10(lr), np.minimum(loss, start + abs(start)))
-    lowest = int(smoothed.argmin())
+    lowest = _first_lowest(smoothed)
     fall = start - float(smoothed[lowest])
     noise = _spread((loss - smoothed)[: max(lowest, beginning) + 1])
     ends = "it ran away" if stopped else "the sweep ended"
@@ -119,7 +121,7 @@ def read_curve(rates: Sequence[float], losses: Sequence[float], *, stopped: bool
     def unusable(reason: str) -> Reading:
         return Reading(tuple(smoothed.tolist()), noise, fall, None, None, None, None, None, reason)
 
-    if fall < _CLEAR_FALL * noise:
+    if fall < max(_CLEAR_FALL * noise, _ROUNDING * abs(start)):
         above = np.flatnonzero(smoothed > start + _CLEAR_FALL * noise)
         if len(above) and lr[above[0]] < _EARLY * lr[0]:
             return unusable(f"the loss only rises, clearly from {lr[above[0]]:.2g} on: begin lower with --from")
@@ -201,14 +203,19 @@ def _descent(smoothed: Floats, slope: Floats, start: float, fall: float) -> tupl
 
     Networks with batch norm may fall a second time far above any useful rate; the first descent counts.
     """
-    lowest = int(smoothed.argmin())
+    lowest = _first_lowest(smoothed)
     steepest = 0
     for step in range(lowest + 1):
-        if slope[step] < slope[steepest]:
+        if slope[step] < slope[steepest] - _ROUNDING * abs(slope[steepest]):
             steepest = step
         if start - smoothed[step] >= _MOST * fall and slope[step] > _FLAT * slope[steepest]:
             return steepest, step
     return steepest, lowest
+
+
+def _first_lowest(smoothed: Floats) -> int:
+    low = float(smoothed.min())
+    return int(np.flatnonzero(smoothed <= low + _ROUNDING * abs(low))[0])
 
 
 def _spread(rest: Floats) -> float:

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.clock.timeline import Stage, Timeline
+from opsin.data import order as order_module
 from opsin.data.order import Order, check_share, class_share, share, steps_per_epoch
 from opsin.errors import ConfigError
 from opsin.training.state import Detour
@@ -93,6 +94,23 @@ def test_a_share_takes_its_part_of_every_class() -> None:
 def test_a_smaller_share_is_part_of_a_larger_one(one: float, other: float) -> None:
     small, large = (set(class_share(LABELS, share, seed=3).tolist()) for share in sorted((one, other)))
     assert small <= large
+
+
+@pytest.mark.parametrize(("count", "fraction", "kept"), [(50, 0.29, 15), (50, 0.57, 29), (40_000_001, 0.5, 20_000_001)])
+def test_a_share_is_rounded_as_it_is_written(count: int, fraction: float, kept: int) -> None:
+    """Half an image counts as one, although 0.29 * 50 is 14.499999999999998 and float32 has 24 bits."""
+    assert order_module._kept(torch.tensor([count]), fraction).tolist() == [kept]
+
+
+@pytest.mark.parametrize("fraction", [0.49999999, 0.5, 0.009999999, 0.01])
+def test_the_check_of_a_share_counts_like_the_share_itself(fraction: float) -> None:
+    labels = torch.zeros(round(0.5 / fraction), dtype=torch.int64)
+    kept = len(class_share(labels, fraction, seed=0))
+    if kept:
+        check_share(labels, fraction, ["cat"], key="data_fraction")
+    else:
+        with pytest.raises(ConfigError, match="none would be left"):
+            check_share(labels, fraction, ["cat"], key="data_fraction")
 
 
 def test_a_stage_shows_its_share_of_the_images_once_an_epoch() -> None:

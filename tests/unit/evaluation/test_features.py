@@ -186,6 +186,16 @@ def test_hits_are_counted_among_the_best_and_what_is_not_finite_is_no_answer() -
     assert count_hits(scores[:, :5], torch.tensor([0, 0, 0, 0, 0])).tolist() == [1]
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_of_equal_scores_the_first_classes_count_on_every_device(classes: int) -> None:
+    labels = torch.tensor([0, 1, 4, 5, classes - 1, -1])
+    assert count_hits(torch.zeros(6, classes), labels).tolist() == [1, 3]
+    scores = torch.zeros(6, classes)
+    scores[:, 2] = scores[:, 7] = 1
+    # Best are 2, 7, 0, 1, 3.
+    assert count_hits(scores, torch.tensor([7, 2, 0, 1, 3, 4])).tolist() == [1, 5]
+
+
 def test_a_report_is_one_line_and_plain_values() -> None:
     report = feature_score(SCORES["linear"]).report(Pixels())
     (line,) = report.lines()

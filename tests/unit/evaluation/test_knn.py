@@ -58,6 +58,28 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert score_neighbours(pair.bank, pair.queries) == whole
 
 
+@pytest.mark.parametrize("chunk", [7, 16384])
+def test_of_equally_near_images_the_first_count(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of a bank may be equal: a plain stable sort says which of them vote."""
+    monkeypatch.setattr(knn, "_BANK_CHUNK", chunk)
+    bank = torch.eye(4)[torch.randint(4, (60,), generator=torch.Generator().manual_seed(0))]
+    queries = torch.cat([torch.eye(4), torch.full((1, 4), 0.5), torch.zeros(1, 4)])
+    for k in (1, 5, 20, 60):
+        cosines, indices = neighbours(queries, bank, k)
+        order = (queries @ bank.T).sort(dim=1, descending=True, stable=True)
+        assert torch.equal(indices, order.indices[:, :k])
+        assert torch.equal(cosines, order.values[:, :k])
+
+
+def test_features_that_are_not_finite_have_neighbours_all_the_same() -> None:
+    bank = torch.full((30, 4), 0.5)
+    bank[3] = math.nan
+    queries = torch.stack([torch.full((4,), 0.5), torch.full((4,), math.nan)])
+    _, indices = neighbours(queries, bank, 5)
+    assert sorted(indices[0].tolist()) == [0, 1, 2, 3, 4]
+    assert indices.shape == (2, 5)
+
+
 def test_one_neighbour_is_the_nearest_and_finds_itself() -> None:
     bank = digits_features(Pixels()).bank
     assert score_neighbours(bank, bank, k=1).right[1] == len(bank.labels)

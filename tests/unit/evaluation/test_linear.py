@@ -57,6 +57,14 @@ def test_the_score_is_within_a_point_of_scikit_learn(network: str) -> None:
     assert found > 0.9
 
 
+def test_a_penalty_that_changes_nothing_is_not_chosen_by_roundings() -> None:
+    """Features that say next to nothing: the losses differ by some 1e-6, and the strongest penalty is chosen."""
+    labels = torch.randint(3, (60,), generator=torch.Generator().manual_seed(2))
+    for size in (0.0, 1e-5, 3e-4, 1e-3):
+        values = size * torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
+        assert choose_decay(Features(values, labels, 3), [1e-3, 1e-1, 1e-2], iterations=50).decay == 1e-1
+
+
 def test_the_gradient_is_that_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     data = small_problem()
     weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))

@@ -124,6 +124,27 @@ def test_a_curve_without_a_usable_slope_says_why() -> None:
         assert words in found.reason
 
 
+def test_a_loss_that_stays_where_it_is_never_falls() -> None:
+    """Smoothing leaves roundings of 1e-16, which must not look like a descent."""
+    for constant in (2.302585, 0.1, 7.0):
+        assert "never falls clearly" in reading(lambda _, loss=constant: loss, noise=0.0).reason  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_roundings_of_another_chip_change_no_reading(seed: int) -> None:
+    """A straight descent to a floor: every step is the steepest, and every step of the floor the lowest."""
+    rates = sweep_rates(1e-6, 1.0, 200)
+    losses = [max(2.0 - 0.5 * (math.log10(rate) + 6), 0.5) for rate in rates]
+    other = np.array(losses) * (1 + 1e-8 * np.random.default_rng(seed).standard_normal(200))
+    one, two = (read_curve(rates, values, stopped=False) for values in (losses, other.tolist()))
+    assert (one.steepest, one.valley, one.suggestion, one.reason) == (
+        two.steepest,
+        two.valley,
+        two.suggestion,
+        two.reason,
+    )
+
+
 def test_a_sweep_that_rises_only_has_no_suggestion() -> None:
     found = read_curve(RATES[:60], [2.3 + 0.1 * step for step in range(60)], stopped=True)
     assert found.suggestion is None

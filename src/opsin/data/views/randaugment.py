@@ -126,7 +126,8 @@ class RandAugment:
 
     def _solarize(self, images: Tensor, _: Tensor) -> Tensor:
         # |1 - x| and |0 - x|: the bits of torch.where, which a CPU computes slowly.
-        threshold = _amount(1.0, 0.0, self.magnitude, self.bins)
+        # A little lower, since stored values may equal the threshold, and float32 rounds the two apart.
+        threshold = 1 - self.magnitude / (self.bins - 1) - 1e-6
         return torch.ge(images, threshold, out=torch.empty_like(images)).sub_(images).abs_()
 
     def _factor(self, draws: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def _sign(draws: Tensor) -> Tensor:
 
 
 def _amount(first: float, last: float, magnitude: int, bins: int) -> float:
-    # In float32, as torchvision: stored values may equal a threshold of solarize.
+    # In float32, as torchvision.
     return float(torch.linspace(first, last, bins)[magnitude])
 
 
@@ -162,7 +163,7 @@ def _inverse_maps(magnitude: int, bins: int, side: int, device: torch.device) ->
     `grid_sample`; operations that move nothing keep them. Shears leave the first row or column where it is.
     """
     slope = _amount(0.0, 0.3, magnitude, bins)
-    shift = int(_amount(0.0, 150 / 331 * side, magnitude, bins))
+    shift = 150 * side * magnitude // (331 * (bins - 1))  # in whole numbers: it may be one exactly
     angle = math.radians(_amount(0.0, 30.0, magnitude, bins))
     cos, sin = math.cos(angle), math.sin(angle)
     stay = [[1, 0, 0], [0, 1, 0]]

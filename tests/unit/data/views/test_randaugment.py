@@ -125,6 +125,15 @@ def test_every_operation_has_an_equal_share_of_the_draws() -> None:
             assert torch.equal(RandAugment(1)(images, edge), middle)
 
 
+@pytest.mark.parametrize("magnitude", range(31))
+def test_a_stored_value_at_the_threshold_is_solarized(magnitude: int) -> None:
+    """The threshold is 1 - magnitude / 30: for 10, 12 and others one of the 256 stored values exactly."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    changed = (RandAugment(1, magnitude)(floats(levels), choose("solarize", 1, 1)) * 255).round().long()
+    expected = [255 - level if 30 * level >= 255 * (30 - magnitude) else level for level in range(256)]
+    assert changed[0, 0].flatten().tolist() == expected
+
+
 def test_layers_are_applied_in_turn() -> None:
     images = floats(stored(20))
     numbers = draws(RandAugment(3), len(images))
