@@ -91,12 +91,14 @@ def our_step(
     set_attention(method, choose_attention(work.device, asked)[0])
     if channels_last:
         method = method.to(memory_format=torch.channels_last)
+    if compiled:
+        method.compile_networks()
     optim = AdamW()
     state = TrainState(method, build_optimizer(optim, method))
     if asked == "fp16":
         state.loss_scale = LossScale.start(work.device)
     plan = StepPlan(
-        forward=torch.compile(method) if compiled else method,
+        forward=method,
         clock=Timeline([Stage(epochs=100, batch_size=work.batch, steps_per_epoch=1000)]).clock,
         set_schedule=schedule_setter(optim, method),
         autocast=precision.autocast(work.device, asked),

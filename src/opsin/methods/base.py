@@ -65,7 +65,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, clock: Clock) -> Losses:
-        """The losses of a batch. Called through DDP, FSDP or compile; changes no parameter."""
+        """The losses of a batch. Called through DDP or FSDP; changes no parameter."""
 
     @abstractmethod
     def param_groups(self) -> Sequence[ParamGroup]:
@@ -79,6 +79,16 @@ class Method(nn.Module, ABC):
     def checkpoint_blocks(self) -> bool:
         """Compute each block that learns once more in the backward pass, from now on; False without blocks."""
         return self.trained_backbone.checkpoint_blocks()
+
+    def compile_networks(self, backend: str = "inductor") -> None:
+        """Compile the networks from their next call on.
+
+        What follows from the clock (temperatures, layers at rest) is computed outside of them: compiled code would be
+        made again with each new value.
+        """
+        for part in self.modules():
+            if isinstance(part, Backbone):
+                part.compile_layers(backend)
 
     def schedules(self) -> Mapping[str, Schedule]:
         """The schedules in the settings, by their keys."""

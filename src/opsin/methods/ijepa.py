@@ -26,7 +26,7 @@ from opsin.nn.backbone import Backbone, ModelConfig
 from opsin.nn.ema import ema_decay, follow
 from opsin.nn.position import grid_positions
 from opsin.nn.predictor import Predictor
-from opsin.nn.vit import VisionTransformer, ViTConfig, checkpoint_blocks
+from opsin.nn.vit import VisionTransformer, ViTConfig, checkpoint_blocks, compile_blocks
 from opsin.settings.family import Range, Settings
 
 
@@ -161,6 +161,10 @@ class IJepa(Method):
     def checkpoint_blocks(self) -> bool:
         checkpoint_blocks(self.predictors)
         return super().checkpoint_blocks()
+
+    def compile_networks(self, backend: str = "inductor") -> None:
+        super().compile_networks(backend)
+        compile_blocks(self.predictors, backend)
 
     def views(self, image_size: int) -> Views:
         masks = self.masks().build(image_size // self.encoder.patch)

@@ -62,6 +62,10 @@ class Backbone(nn.Module, ABC):
         """Compute each block once more in the backward pass, from now on; False if the network has no blocks."""
         return False
 
+    def compile_layers(self, backend: str) -> None:
+        """Compile the network from its next call on: as a whole, unless it has blocks that share their code."""
+        self.compile(backend=backend)
+
     def layers(self) -> Mapping[str, int]:
         """The layer of each parameter by its name, 0 next to the image, without gaps."""
         return {name: 0 for name, _ in self.named_parameters()}

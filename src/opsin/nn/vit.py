@@ -20,6 +20,9 @@ from opsin.nn.attention import Attention, Sizes, unpack
 from opsin.nn.backbone import Backbone, ModelConfig, Tokens
 from opsin.nn.position import grid_positions, resize_grid
 
+_COMPILED = 64
+"""Forms of a block that are compiled before others are computed as they are written."""
+
 
 class ViTConfig(ModelConfig):
     """A vision transformer of any size; the defaults are ViT-Tiny/16."""
@@ -123,6 +126,9 @@ class VisionTransformer(Backbone):
     def checkpoint_blocks(self) -> bool:
         checkpoint_blocks(self)
         return True
+
+    def compile_layers(self, backend: str) -> None:
+        compile_blocks(self, backend)
 
     def layers(self) -> dict[str, int]:
         """Embeddings are layer 0, block i is layer i + 1, the last norm belongs to the last block."""
@@ -257,6 +263,9 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, *, drop_path: float) -> None:
         super().__init__()
         self.drop_path = drop_path
+        # The same for compiled code, in which a number would be a constant: each block would be compiled by itself.
+        self.kept: Tensor | None
+        self.register_buffer("kept", torch.tensor(1 - drop_path) if drop_path else None, persistent=False)
         self.checkpointing = False
         self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
         self.attn = Attention(
@@ -285,13 +294,19 @@ class Block(nn.Module):
 
     def _skip(self, branch: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Drop the whole branch for some images, and scale it for the others to preserve its mean."""
-        if self.drop_path == 0.0 or not self.training:
+        if self.kept is None or not self.training:
             return branch
-        kept = 1.0 - self.drop_path
         if sizes is None:
-            return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(kept).div_(kept)
-        factors = [branch.new_empty(images, 1).bernoulli_(kept).div_(kept).expand(-1, t) for images, t in sizes]
+            return branch * self._draw(branch.new_empty(len(branch), 1, 1), self.kept)
+        factors = [self._draw(branch.new_empty(images, 1), self.kept).expand(-1, t) for images, t in sizes]
         return branch * torch.cat([part.reshape(-1, 1) for part in factors])
+
+    def _draw(self, empty: Tensor, share: Tensor) -> Tensor:
+        """Fill with 0 or, for a `share` of the values, with its inverse."""
+        if torch.compiler.is_compiling():
+            return (torch.rand_like(empty, dtype=share.dtype) < share).div(share).to(empty.dtype)
+        kept = 1.0 - self.drop_path
+        return empty.bernoulli_(kept).div_(kept)
 
 
 def checkpoint_blocks(module: nn.Module) -> None:
@@ -299,6 +314,17 @@ def checkpoint_blocks(module: nn.Module) -> None:
     for block in module.modules():
         if isinstance(block, Block):
             block.checkpointing = True
+
+
+def compile_blocks(module: nn.Module, backend: str) -> None:
+    """Compile each `Block` inside `module` from its next call on; blocks of one shape share their code."""
+    import torch._dynamo
+
+    # All blocks of a method count together: widths, sizes of images, with and without gradients.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compile(backend=backend)
 
 
 class Mlp(nn.Module):

@@ -6,8 +6,6 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from opsin.clock.timeline import Timeline
 from opsin.methods.base import Method
 from opsin.nn.ema import EmaConfig, ema_decay
@@ -140,6 +138,8 @@ def _part_fallback(recipe: Recipe, method: Method, directory: RunDirectory, tell
 def _step_plan(parts: Parts, fallback: PartFallback, monitors: Iterable[Monitor], world: World) -> StepPlan:
     recipe, method, numerics = parts.recipe, parts.method, parts.numerics
     ema = recipe.ema or EmaConfig()
+    if recipe.compile:
+        method.compile_networks()
     viewers = [monitor for monitor in monitors if isinstance(monitor, GradientViewer)]
 
     def show_gradients(method: Method, step: int) -> None:
@@ -147,7 +147,7 @@ def _step_plan(parts: Parts, fallback: PartFallback, monitors: Iterable[Monitor]
             viewer.view_gradients(method, step)
 
     return StepPlan(
-        forward=torch.compile(method) if recipe.compile else method,
+        forward=method,
         clock=parts.timeline.clock,
         set_schedule=schedule_setter(recipe.optim, method),
         set_layers=parts.freezer,

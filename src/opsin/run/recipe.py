@@ -121,7 +121,7 @@ class Draft(Settings):
     memory: MemoryConfig = MemoryConfig()
     """Ways to train with less memory, each at the price of some time."""
     compile: bool = False
-    """Compile the forward pass (needs a C++ compiler on the CPU)."""
+    """Compile the networks for training (needs a C++ compiler on the CPU)."""
     deterministic: bool = True
     """Use deterministic kernels, so that two runs on one machine give the same bits."""
     data: DataDraft

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -114,10 +114,18 @@ class Network(Protocol):
 
 @contextmanager
 def untouched(network: Network, device: torch.device) -> Iterator[None]:
-    """Inside, `network` is in eval mode and without gradients; after, modes and random numbers are as before."""
+    """Inside, `network` is in eval mode and without gradients; after, modes and random numbers are as before.
+
+    Compiled code is not used inside: scores do not depend on the compiler, and no form of the last batch is compiled.
+    """
     modes = [(module, module.training) for module in network.modules()]
-    # Not inference_mode: a tensor that a module keeps from inside it could not be used in training.
-    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type), torch.no_grad():
+    is_compiled = any(module._compiled_call_impl is not None for module, _ in modes)
+    with ExitStack() as inside:
+        if is_compiled:
+            inside.enter_context(torch.compiler.set_stance("force_eager"))
+        inside.enter_context(torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type))
+        # Not inference_mode: a tensor that a module keeps from inside it could not be used in training.
+        inside.enter_context(torch.no_grad())
         network.eval()
         try:
             yield

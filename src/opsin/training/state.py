@@ -146,7 +146,7 @@ class StepPlan:
     """The execution of an update; it is never saved, and may differ after a resume."""
 
     forward: Callable[[Batch, Clock], Losses]
-    """The method, compiled or wrapped for several processes."""
+    """The method, or its wrapper for several processes."""
     clock: Callable[[int], Clock]
     set_schedule: Callable[[Optimizer, Clock], ScheduledValues]
     """Sets the scheduled values of every group."""

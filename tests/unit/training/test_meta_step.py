@@ -64,6 +64,7 @@ def test_attention_gets_a_mask_only_where_blocks_are_padded(
 BUDGETS = {
     "dino-imagenet-vits16": 2_200,
     "imagenet-resnet50": 700,
+    "hjepa-cifar10": 3_500,
 }
 
 
