@@ -1,0 +1,145 @@
+"""Checks of the machine: memory, disk, shared memory, threads, clock, and the data path beside the step."""
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from opsin.reporting.console import duration
+from opsin.run.assemble import plan_agenda, temporary_run
+from opsin.run.checks.verdict import Verdict
+from opsin.run.forecast import forecast_memory
+from opsin.run.images import evaluation_context
+from opsin.run.pace import endless_stage, rate_of, silent_console, stream, train_on
+from opsin.run.parts import Parts
+from opsin.run.recipe import Recipe
+from opsin.storage.directory import RunDirectory
+from opsin.storage.teller import Silence
+from opsin.training.optim import AdamW
+
+_MIB = 2**20
+_RELEASED = 1_760_000_000
+"""Seconds since 1970 before which this code did not exist."""
+_SKEW_S = 120.0
+_IMAGES = 32
+_SECONDS = 1.5
+
+
+def check_memory(parts: Parts) -> Verdict:
+    """Compare the forecast with what is free."""
+    forecast = forecast_memory(parts)
+    short = forecast.shortages()
+    text = f"{forecast.peak_bytes / _MIB:,.0f} MiB at the worst moment"
+    if not short:
+        return Verdict("memory", "fine", text)
+    room = short[0]
+    way_out = "accumulate, memory.checkpoint_blocks or a smaller batch_size take less"
+    return Verdict("memory", "fault", f"{text}, {room.limit} leaves {room.num_bytes / _MIB:,.0f} MiB: {way_out}")
+
+
+def check_scores(recipe: Recipe, parts: Parts) -> Verdict:
+    """Build the evaluators, which refuse images without labels and networks that they cannot score.
+
+    Raises:
+        ConfigError: one cannot work.
+    """
+    with tempfile.TemporaryDirectory(prefix="opsin-check-") as folder:
+        context = evaluation_context(recipe, parts.images, parts.numerics, Silence(), Path(folder))
+        for prefix, wanted in recipe.evaluators.items():
+            wanted.check(parts.method, prefix)
+            wanted.build(context, prefix)
+    return Verdict("scores", "fine", ", ".join(recipe.evaluators) or "none")
+
+
+def check_disk(parts: Parts, out: Path) -> Verdict:
+    """Compare the checkpoints to come with the free space at `out`."""
+    wanted, agenda = parts.recipe.checkpoints, plan_agenda(parts.recipe, parts.timeline)
+    steps = range(1, agenda.last_step + 1) if wanted.milestones else ()
+    kept = wanted.keep + (wanted.best_keep if wanted.best else 0) + sum(map(agenda.is_milestone, steps)) + 1
+    moments = 2 if isinstance(parts.recipe.optim, AdamW) else 1
+    weights = sum(value.nbytes for value in parts.method.state_dict().values())
+    learning = sum(param.nbytes for param in parts.method.parameters() if param.requires_grad)
+    one = weights * (1 if parts.recipe.ema is None else 2) + moments * learning
+    needed, free = kept * one + weights, shutil.disk_usage(nearest(out)).free
+    text = f"{kept} checkpoints and the weights take {needed / _MIB:,.0f} MiB, {free / _MIB:,.0f} MiB are free at {out}"
+    if needed > free:
+        return Verdict("disk", "fault", f"{text}: make room, choose another --out, or lower checkpoints.keep")
+    return Verdict("disk", "fine", text)
+
+
+def check_directory(out: Path) -> Verdict:
+    """Look for an earlier run in `out`, and for the right to write there."""
+    above = nearest(out)
+    if not os.access(above, os.W_OK):
+        return Verdict("directory", "fault", f"{above}: cannot be written; choose another --out")
+    if RunDirectory(out).exists():
+        text = f"{out}: holds a run already: opsin train goes on with it if the recipe is the same; --fresh starts over"
+        return Verdict("directory", "look", text)
+    if out.is_dir() and any(out.iterdir()):
+        return Verdict("directory", "fault", f"{out}: holds other files than a run; choose another --out")
+    return Verdict("directory", "fine", f"{out} is free")
+
+
+def check_clock(out: Path) -> Verdict:
+    """Compare the clock of this machine with the age of this code and with the clock of the disk."""
+    now = time.time()
+    if now < _RELEASED:
+        shown = time.strftime("%Y-%m-%d", time.gmtime(now))
+        return Verdict("clock", "fault", f"says {shown}: locks, events and backups depend on it; set it")
+    probe = nearest(out) / f".opsin-check-{os.getpid()}"
+    try:
+        probe.touch()
+        skew = probe.stat().st_mtime - now
+        probe.unlink()
+    except OSError:
+        return Verdict("clock", "fine", "plausible")
+    if abs(skew) > _SKEW_S:
+        text = (
+            f"differs by {duration(abs(skew))} from that of the disk at {nearest(out)}: locks may be taken for old ones"
+        )
+        return Verdict("clock", "look", text)
+    return Verdict("clock", "fine", "plausible, and that of the disk agrees")
+
+
+def check_loading(recipe: Recipe, parts: Parts) -> Verdict:
+    """Compare the data path with the update, each alone, on small batches."""
+    endless = endless_stage(recipe)
+    changes = {
+        "batch_size": min(_IMAGES, recipe.batch_size, len(parts.images.train)),
+        "stages": [stage.model_copy(update={"batch_size": None}) for stage in endless.stages],
+        "accumulate": 1,
+        "compile": False,
+    }
+    with temporary_run(endless.model_copy(update=changes), silent_console(), parts.images) as run:
+        state = run.start.fresh()
+        with closing(stream(run)) as batches:
+            batch = next(batches)
+            rate_of((len(next(batches)) for _ in range(4)), 0.0)  # workers have started
+            data = rate_of(map(len, batches), _SECONDS)
+        train_on(state, run, [batch])
+        updates = rate_of((train_on(state, run, [batch]) for _ in iter(int, 1)), _SECONDS)
+    text = f"{data:,.0f} images/s from the disk to the batch, {updates:,.0f} images/s of updates"
+    if data < updates:
+        text += ": training waits for its data"
+        return Verdict("loading", "look", f"{text}; opsin tune loader measures settings, smaller files load faster")
+    return Verdict("loading", "fine", text)
+
+
+def check_threads() -> Verdict:
+    """Compare the threads of torch with the cores that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    text = f"{threads} for {usable} usable cores of {os.cpu_count()}"
+    if threads > usable:
+        return Verdict("threads", "look", f"{text}: they take turns; unset OMP_NUM_THREADS, or set it to {usable}")
+    return Verdict("threads", "fine", text)
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(above for above in (path, *path.parents) if above.is_dir())
