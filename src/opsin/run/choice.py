@@ -5,7 +5,6 @@ are found once, before a run begins, and written into its recipe: a resume takes
 """
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from opsin.data.base import Source
 from opsin.data.holdout import Subset
 from opsin.data.quarantine import read_or_replace
 from opsin.errors import ConfigError
+from opsin.processes.cores import num_cores
 from opsin.reporting.console import duration
 from opsin.run.images import Images, open_images
 from opsin.run.pace import measure_pace
@@ -113,7 +113,7 @@ def choose(reference: str, overrides: Sequence[str], out: Path | None, teller: T
         else _epochs(_bounds(draft, len(images.train)), epoch_s, score_s, left)
     )
     seconds = pace.start_s + epochs * epoch_s + min(_SCORES, epochs) * score_s
-    machine = f"{len(os.sched_getaffinity(0))} cores" if device.type == "cpu" else str(device)
+    machine = f"{num_cores()} cores" if device.type == "cpu" else str(device)
     teller.notice(
         f"auto: {machine}, {minutes:g} minutes: {size}, batches of {batch_size}, {epochs:g} epochs at "
         f"{pace.images_per_s:,.0f} images/s; about {duration(seconds)}{_offer(draft)}"

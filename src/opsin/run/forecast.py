@@ -204,6 +204,11 @@ def _batch_bytes(parts: Parts, stage: Stage) -> tuple[int, int]:
     return 4 * values, values
 
 
+def stored_bytes(parts: Parts) -> int:
+    """The bytes of the largest batch on its way from the workers; 0 if the images stay in memory."""
+    return 0 if _trains_resident(parts) else _batch_bytes(parts, heaviest(parts))[1]
+
+
 def _trains_resident(parts: Parts) -> int:
     """The bytes of the training images if they will stay decoded, else 0. Of their sizes only three are looked at."""
     wanted, source = parts.recipe.data.resident, parts.images.train

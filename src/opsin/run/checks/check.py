@@ -16,6 +16,7 @@ from opsin.run.checks.machine import (
     check_loading,
     check_memory,
     check_scores,
+    check_shared_memory,
     check_threads,
     nearest,
 )
@@ -80,7 +81,7 @@ def _look(recipe: Recipe, parts: Parts, out: Path, teller: Teller) -> list[Verdi
     with _explained("scores", verdicts):
         verdicts.append(check_scores(recipe, parts))
     with _explained("memory", verdicts):
-        verdicts.append(check_memory(parts))
+        verdicts += [check_memory(parts), check_shared_memory(parts)]
     if any(verdict.name == "memory" and verdict.level == "fault" for verdict in verdicts):
         return verdicts  # a step would end this process
     teller.notice("checking: updates on one batch, then the data path")

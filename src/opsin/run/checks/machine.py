@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from opsin.data.shared_memory import available_bytes, describe_fitted, fit
+from opsin.processes.cores import num_cores
 from opsin.reporting.console import duration
 from opsin.run.assemble import plan_agenda, temporary_run
 from opsin.run.checks.verdict import Verdict
-from opsin.run.forecast import forecast_memory
-from opsin.run.images import evaluation_context
+from opsin.run.forecast import forecast_memory, stored_bytes
+from opsin.run.images import evaluation_context, loading_plan, num_workers
 from opsin.run.pace import endless_stage, rate_of, silent_console, stream, train_on
 from opsin.run.parts import Parts
 from opsin.run.recipe import Recipe
@@ -48,7 +50,8 @@ def check_scores(recipe: Recipe, parts: Parts) -> Verdict:
         ConfigError: one cannot work.
     """
     with tempfile.TemporaryDirectory(prefix="opsin-check-") as folder:
-        context = evaluation_context(recipe, parts.images, parts.numerics, Silence(), Path(folder))
+        plan = loading_plan(recipe, parts.images, parts.numerics, Silence())
+        context = evaluation_context(recipe, parts.images, parts.numerics, plan, Path(folder))
         for prefix, wanted in recipe.evaluators.items():
             wanted.check(parts.method, prefix)
             wanted.build(context, prefix)
@@ -129,10 +132,22 @@ def check_loading(recipe: Recipe, parts: Parts) -> Verdict:
     return Verdict("loading", "fine", text)
 
 
+def check_shared_memory(parts: Parts) -> Verdict:
+    """Compare /dev/shm with the batches of the workers."""
+    asked = num_workers(parts.recipe), parts.recipe.data.prefetch
+    batch_bytes = stored_bytes(parts)
+    available = available_bytes()
+    if available is None or batch_bytes == 0:
+        return Verdict("shared memory", "fine", "not needed")
+    fitted = fit(*asked, batch_bytes, available)
+    if fitted.reason is not None:
+        return Verdict("shared memory", "look", describe_fitted(fitted, asked=asked, batch_bytes=batch_bytes))
+    return Verdict("shared memory", "fine", f"{available / _MIB:,.0f} MiB for batches of {batch_bytes / _MIB:,.1f} MiB")
+
+
 def check_threads() -> Verdict:
     """Compare the threads of torch with the cores that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
+    usable, threads = num_cores(), torch.get_num_threads()
     text = f"{threads} for {usable} usable cores of {os.cpu_count()}"
     if threads > usable:
         return Verdict("threads", "look", f"{text}: they take turns; unset OMP_NUM_THREADS, or set it to {usable}")

@@ -22,6 +22,7 @@ from opsin.run.checks.machine import (
     check_disk,
     check_loading,
     check_memory,
+    check_shared_memory,
     check_threads,
 )
 from opsin.run.checks.pictures import check_pictures
@@ -172,6 +173,14 @@ def test_a_run_that_does_not_fit_the_machine_is_found(tmp_path: Path, monkeypatc
     small = parts_of()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
     expect(check_disk(small, tmp_path), "fault", "0 MiB are free .* lower checkpoints.keep")
+
+
+def test_a_small_shared_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_of("quickstart", "data.workers=4", "data.resident=false", "batch_size=1024", "data.image_size=64")
+    expect(check_shared_memory(parts), "fine", r"MiB for batches of 12\.0 MiB")
+    monkeypatch.setattr("opsin.run.checks.machine.available_bytes", lambda: 48 * 2**20)
+    expect(check_shared_memory(parts), "look", "data.workers=2 data.prefetch=1 instead of 4 and 4: .*48.* /dev/shm")
+    expect(check_shared_memory(parts_of()), "fine", "not needed")
 
 
 def test_the_disk_that_a_run_takes_is_foreseen(tmp_path: Path) -> None:
