@@ -2,13 +2,18 @@
 
 import argparse
 import json
+import math
+from pathlib import Path
 
 from opsin.commands.arguments import Commands, path, signals_interrupt, take_recipe
+from opsin.errors import ConfigError
 
 
 def add_commands(commands: Commands) -> None:
     """Add `tune`."""
-    tune = commands.add_parser("tune", help="measure good settings: `tune lr` for the learning rate")
+    tune = commands.add_parser(
+        "tune", help="measure good settings: learning rate, batch, loader, or all that changes the speed"
+    )
     subjects = tune.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     lr = subjects.add_parser("lr", help="sweep the learning rate; write its curve and a recipe with the best one")
     take_recipe(lr)
@@ -25,6 +30,25 @@ def add_commands(commands: Commands) -> None:
     loader.add_argument("--seconds", type=float, default=2.0, help="time for each measurement (default: 2)")
     loader.add_argument("--json", action="store_true", help="print one JSON object")
     loader.set_defaults(run=_loader)
+
+    batch = subjects.add_parser("batch", help="find the number of images computed at a time that trains fastest")
+    take_recipe(batch)
+    _take_measuring(batch, folder="runs/RECIPE-batch", minutes=5)
+    rule = "keep: batch_size stays (default); linear, sqrt: it changes, and the learning rate by this rule"
+    batch.add_argument("--rule", choices=("keep", "linear", "sqrt"), default="keep", help=rule)
+    batch.set_defaults(run=_batch)
+
+
+def _take_measuring(command: argparse.ArgumentParser, *, folder: str, minutes: float) -> None:
+    command.add_argument("--out", type=path, metavar="DIR", help=f"where to write (default: {folder})")
+    command.add_argument(
+        "--minutes", type=float, default=minutes, help=f"time for all measurements (default: {minutes:g})"
+    )
+    memory = "share of the free memory that each variant may take (default: 0.8)"
+    command.add_argument("--memory", type=float, default=0.8, metavar="SHARE", help=memory)
+    inexact = "also take what changes the mathematics of training, not its rounding alone"
+    command.add_argument("--inexact", action="store_true", help=inexact)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 @signals_interrupt()
@@ -44,3 +68,33 @@ def _loader(arguments: argparse.Namespace) -> None:
     recipe = read(arguments.recipe, arguments.overrides)
     report = tune_loader(recipe, seconds=arguments.seconds, teller=CommandTeller())
     print(json.dumps(report.as_dict()) if arguments.json else "\n".join(report.lines()))
+
+
+@signals_interrupt()
+def _batch(arguments: argparse.Namespace) -> None:
+    from opsin.reporting.teller import CommandTeller
+    from opsin.run.tuned import TUNED, clear_results
+    from opsin.tuning.batch import FILES, plan_tuning, tune_batch, write_tuning
+
+    seconds = _seconds(arguments)
+    folder = arguments.out or Path("runs", f"{Path(arguments.recipe).stem}-batch")
+    asked = {"rule": arguments.rule, "inexact": arguments.inexact}
+    tuning, parts = plan_tuning(arguments.recipe, arguments.overrides, **asked)
+    clear_results(folder, FILES)
+    is_found = False
+    try:
+        tune_batch(tuning, parts, fraction=arguments.memory, seconds=seconds, teller=CommandTeller())
+    finally:  # also what was measured before an interruption
+        is_found = write_tuning(folder, tuning)
+        print(json.dumps(tuning.as_dict()) if arguments.json else "\n".join(tuning.lines()))
+    if is_found and not arguments.json:
+        print(f"wrote {folder / TUNED} (train it with: opsin train {folder / TUNED})")
+
+
+def _seconds(arguments: argparse.Namespace) -> float:
+    """The time for all measurements, once these arguments are checked."""
+    if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
+        raise ConfigError(f"command line: --minutes {arguments.minutes:g}: must be above 0; use --minutes 5")
+    if not 0 < arguments.memory <= 1:
+        raise ConfigError(f"command line: --memory {arguments.memory:g}: must be above 0 and at most 1; use 0.8")
+    return float(60 * arguments.minutes)

@@ -12,7 +12,7 @@ FOLDER/
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from torch.optim import Optimizer
 
 from opsin.clock.schedule import Constant
 from opsin.clock.timeline import Clock
-from opsin.errors import ConfigError, RunError, TrainingError
+from opsin.errors import ConfigError, TrainingError
 from opsin.reporting.console import Console
 from opsin.run.assemble import temporary_run
 from opsin.run.lr_curve import FEWEST_STEPS, Divergence, Reading, draw_curve, read_curve, sweep_rates
 from opsin.run.numerics import explain_torch_errors
-from opsin.run.recipe import Recipe, read, shipped
-from opsin.settings.text import flatten, shipped_recipes
-from opsin.settings.yaml_tree import read_overrides
+from opsin.run.recipe import Recipe, read
+from opsin.run.tuned import TUNED, WAY_OUT, clear_results, tuned_recipe
+from opsin.settings.text import flatten
 from opsin.storage.files import write_atomic, writing
 from opsin.training.loop import Run
 from opsin.training.optim import AdamW
@@ -36,12 +36,11 @@ from opsin.training.state import ScheduledValues
 from opsin.training.step import train_step
 
 STEPS = 200
-CURVE, PICTURE, TUNED, RESULT = "lr.csv", "lr.png", "tuned.yaml", "lr.json"
+CURVE, PICTURE, RESULT = "lr.csv", "lr.png", "lr.json"
 
 _ADAPTIVE_RANGE = (1e-5, 1.0)
 _PLAIN_RANGE = (1e-4, 10.0)
 _OVERFLOWS = 20
-_WAY_OUT = "choose another folder with --out, or make room for it"
 # Keys that a sweep does not depend on: it has its own rate, keeps nothing and scores nothing.
 _UNSEEN = (
     "optim.lr",
@@ -88,7 +87,7 @@ def sweep_into(
         TrainingError: the curve has no usable slope; all but tuned.yaml is written.
     """
     recipe, name = read(reference, overrides), Path(reference).stem
-    _clear(folder)
+    clear_results(folder, frozenset((CURVE, PICTURE, TUNED, RESULT)))
     console.notice(f"sweep: {asked.steps} updates, learning rate {asked.first:g} to {asked.last:g}")
     batches = {stage.batch_size or recipe.batch_size for stage in recipe.stages}
     if len(batches) > 1 or recipe.optim.lr == "linear":
@@ -111,11 +110,13 @@ def sweep_into(
         "stopped": sweep.stopped,
     }
     picture = draw_curve(name, sweep.rates, sweep.losses, reading)
-    with writing(folder, _WAY_OUT):
+    with writing(folder, WAY_OUT):
         write_atomic(folder / CURVE, _csv(sweep, reading).encode())
         write_atomic(folder / PICTURE, picture)
         if rates:
-            write_atomic(folder / TUNED, _tuned(reference, overrides, rates, reading).encode())
+            found = {f"optim.{key}": rate for key, rate in rates.items()}
+            text = tuned_recipe(reference, overrides, found, f"optim.lr by opsin tune lr: {reading.reason}")
+            write_atomic(folder / TUNED, text.encode())
         # Last: a folder with the result has the other files too.
         write_atomic(folder / RESULT, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
     if reading.suggestion is None:
@@ -200,21 +201,6 @@ def scaled_rates(recipe: Recipe, lr: float) -> dict[str, float]:
     return {"lr": lr, **{name: float(f"{rate * ratio:.2g}") for name, rate in others.items()}}
 
 
-def _clear(folder: Path) -> None:
-    """Make the folder, and remove the results of an earlier sweep, which could be taken for those of this one."""
-    ours = {CURVE, PICTURE, TUNED, RESULT}
-    with writing(folder, _WAY_OUT):
-        folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(item.name for item in folder.iterdir() if item.name not in ours and item.name[0] != ".")
-        if others:
-            raise RunError(
-                f"{folder}: holds other files ({others[0]}{', ...' if len(others) > 1 else ''}); "
-                "choose an empty or a new folder with --out"
-            )
-        for name in ours:
-            (folder / name).unlink(missing_ok=True)
-
-
 def _swept_recipe(recipe: Recipe, steps: int) -> tuple[Recipe, float]:
     """Return the recipe that is trained, whose schedule is a constant rate, and this rate.
 
@@ -255,24 +241,3 @@ def _csv(sweep: Sweep, reading: Reading) -> str:
     rows = zip(sweep.rates, sweep.losses, reading.smoothed, strict=True)
     lines = [f"{step},{rate:.6g},{loss:.6g},{smoothed:.6g}" for step, (rate, loss, smoothed) in enumerate(rows)]
     return "\n".join(["step,lr,loss,smoothed", *lines]) + "\n"
-
-
-def _tuned(reference: str, overrides: Sequence[str], rates: Mapping[str, float], reading: Reading) -> str:
-    """A recipe that is the swept one with the rates that were found."""
-    base = reference if reference in shipped_recipes(shipped) else str(Path(reference).expanduser().resolve())
-    tree, _ = read_overrides([*overrides, *(f"optim.{name}={rate!r}" for name, rate in rates.items())])
-    lines = [f"# optim.lr by opsin tune lr: {reading.reason}", f"extends: {_yaml(base)}"]
-    return "\n".join([*lines, *(f"{key}: {_yaml(value)}" for key, value in _leaves(tree.plain(), ""))]) + "\n"
-
-
-def _leaves(value: object, prefix: str) -> Iterator[tuple[str, object]]:
-    if not isinstance(value, dict) or not value:
-        yield prefix, value
-        return
-    for key, item in value.items():
-        yield from _leaves(item, f"{prefix}.{key}" if prefix else key)
-
-
-def _yaml(value: object) -> str:
-    # JSON is YAML too.
-    return json.dumps(value, ensure_ascii=False)

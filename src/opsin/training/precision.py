@@ -63,6 +63,14 @@ def gpu_room(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+def limit_gpu(device: torch.device, fraction: float) -> None:
+    """Let tensors on a GPU take a fraction of the memory that is free there; on the CPU nothing changes."""
+    room = gpu_room(device)
+    if room is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction * room / total), device)
+
+
 def release_memory(device: torch.device) -> None:
     """Release memory that is reserved and unused, for tensors of other sizes."""
     gc.collect()

@@ -6,7 +6,8 @@ from pathlib import Path
 from opsin.reporting.console import open_console
 from opsin.run.lr_curve import Reading
 from opsin.run.recipe import read
-from opsin.run.sweep import CURVE, PICTURE, RESULT, STEPS, TUNED, choose_range, sweep_into
+from opsin.run.sweep import CURVE, PICTURE, RESULT, STEPS, choose_range, sweep_into
+from opsin.run.tuned import TUNED
 
 
 def tune_lr(
