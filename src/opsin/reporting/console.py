@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _SHOWN = ("train/loss", "train/top1", "train/images_per_s", "train/lr", "gpu/peak_memory_gib")
 _BAR_EVERY_S = 0.25
+_WARM_UP, _FORESEEN_AFTER_S = 3, 5.0
+"""Steps that do not count in the forecast of the time, and the seconds that it is measured for."""
+_WORTH_SAYING_S = 60.0
 
 
 class Log(Protocol):
@@ -63,14 +66,33 @@ class Console(Teller):
         self._total_epochs = total_epochs
         self._started = self._shown_at = time.monotonic()
         self._values: dict[str, float] = {}
+        self._foreseen_from: tuple[int, float] | None = None
+        self._is_foreseen = False
 
     def progress(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Show that `step` updates are done; cheap enough for every step. Values that are missing stay as they were."""
         self._values.update(values)
         now = time.monotonic()
+        if not self._is_foreseen:
+            self._foresee(step, now)
         if now - self._shown_at >= self._every_s:
             self._shown_at = now
             self._show_progress(step, epoch)
+
+    def _foresee(self, step: int, now: float) -> None:
+        """Once, after a few steps, print how long the rest takes; the first ones are slower and do not count."""
+        if self._foreseen_from is None:
+            if step >= self._first_step + _WARM_UP:
+                self._foreseen_from = step, now
+            return
+        begun, started = self._foreseen_from
+        if step - begun < _WARM_UP or now - started < _FORESEEN_AFTER_S:
+            return
+        self._is_foreseen = True
+        left = self._total_steps - step
+        seconds = (now - started) * left / (step - begun)
+        if seconds >= _WORTH_SAYING_S:
+            self.notice(f"about {duration(seconds)} for {left:,} more steps at this pace")
 
     def epoch(
         self, epoch: float, values: Mapping[str, float], *, seconds: float, best: Mapping[str, float] | None = None

@@ -48,6 +48,21 @@ def test_progress_without_a_terminal_is_rare() -> None:
     assert len(stream.getvalue().splitlines()) == 4
 
 
+@pytest.mark.parametrize(("a_step", "said"), [(2.0, ["about 3 min 8 s for 94 more steps at this pace"]), (0.1, [])])
+def test_a_long_training_says_once_how_long_it_takes(
+    a_step: float, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    stream = io.StringIO()
+    console = Console(stream, every_s=1e9)
+    console.start(total_steps=100, first_step=0, total_epochs=1)
+    for step in range(1, 80):
+        now += 30.0 if step == 1 else a_step  # kernels are chosen in the first step
+        console.progress(step, step / 100, VALUES)
+    assert stream.getvalue().splitlines() == said
+
+
 def test_a_terminal_gets_a_bar_and_every_line() -> None:
     stream = Terminal()
     console = open_console(stream=stream)
