@@ -138,7 +138,8 @@ def configure(device: torch.device, precision: str, *, deterministic: bool) -> l
     # Its attention makes a plan for each new shape, and masks of patches change theirs with every batch.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # else page-locked memory takes a context, 500 MB, on the first GPU
+        if device.index is not None:  # `cuda` is the current one
+            torch.cuda.set_device(device)  # else page-locked memory takes a context, 500 MB, on the first GPU
         torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif _keep_freed_memory():

@@ -128,7 +128,8 @@ def test_attention_never_makes_a_plan_for_each_shape(deterministic: bool) -> Non
 def test_the_gpu_of_a_run_is_the_current_one_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    precision.configure(CPU, "fp32", deterministic=True)
+    for device in (CPU, torch.device("cuda")):
+        precision.configure(device, "fp32", deterministic=True)
     assert not chosen
     precision.configure(torch.device("cuda:1"), "bf16", deterministic=True)
     assert chosen == [torch.device("cuda:1")]
