@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from opsin.__version__ import __version__
-from opsin.commands import backup, check, checkpoints, data, plan, recipes, runs, train, tune
+from opsin.commands import backup, check, checkpoints, data, plan, recipes, runs, sweep, train, tune
 from opsin.commands import eval as evaluate
 from opsin.errors import ConfigError, OpsinError, TrainingError, TransientError, is_out_of_memory
 
@@ -51,7 +51,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="opsin", description="Train vision models from one YAML recipe.")
     parser.add_argument("--version", action="version", version=f"opsin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (train, check, plan, evaluate, runs, checkpoints, backup, recipes, tune, data):
+    for group in (train, check, plan, evaluate, runs, checkpoints, backup, recipes, tune, sweep, data):
         group.add_commands(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest:
