@@ -44,12 +44,10 @@ _HOMES = {
     "fit": "opsin.training.loop",
 }
 
-_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
-
-# Threads that spin while they wait take the cores from data workers and other programs. OpenMP reads the variable once,
-# when torch loads it; the processes that we start inherit it.
-if "torch" not in sys.modules and not _WAITING & os.environ.keys():
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+# The OpenMP of LLVM and Intel, which some builds of torch use, reads this once: waiting threads sleep. libgomp ignores
+# it; there processes/openmp.py decides while a run goes on.
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["KMP_BLOCKTIME"] = "0"
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""OpenMP lets waiting threads sleep: the variable that says so is set before torch loads OpenMP."""
+"""The OpenMP of LLVM lets waiting threads sleep: the variable that says so is set before torch loads OpenMP."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import os, sys
 class Watch:
     def find_spec(name, path=None, target=None):
         if name == "torch":
-            print("torch is imported with", os.environ.get("OMP_WAIT_POLICY"), file=sys.stderr)
+            print("torch is imported with", os.environ.get("KMP_BLOCKTIME"), file=sys.stderr)
 
 sys.meta_path.insert(0, Watch)
 """
@@ -29,15 +29,15 @@ def output(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 
 @pytest.mark.parametrize("program", [IN_COMMANDS, IN_PYTHON])
 @pytest.mark.parametrize(
-    ("own", "policy"),
-    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, None)],
+    ("own", "spinning_ms"),
+    [({}, "0"), ({"OMP_WAIT_POLICY": "active"}, None), ({"KMP_BLOCKTIME": "9"}, "9")],
 )
-def test_torch_is_imported_with_passive_waiting_or_the_users_own(
-    program: tuple[str, ...], own: dict[str, str], policy: str | None, opsin_env: dict[str, str], tmp_path: Path
+def test_torch_is_imported_with_sleeping_threads_or_the_users_own_setting(
+    program: tuple[str, ...], own: dict[str, str], spinning_ms: str | None, opsin_env: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(WATCH)
     environment = {**opsin_env, "PYTHONPATH": f"{tmp_path}:{opsin_env['PYTHONPATH']}", **own}
-    assert output(environment, *program).stderr == f"torch is imported with {policy}\n"
+    assert output(environment, *program).stderr == f"torch is imported with {spinning_ms}\n"
 
 
 def test_importing_opsin_imports_no_torch(opsin_env: dict[str, str]) -> None:

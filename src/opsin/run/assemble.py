@@ -17,6 +17,7 @@ from opsin.run.images import Images, evaluation_context, loading_plan, training_
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import Recipe, fingerprint
 from opsin.run.start import RunStart, card_of
+from opsin.run.threads import computing
 from opsin.storage.directory import RunDirectory
 from opsin.training import precision
 from opsin.training.agenda import Agenda
@@ -93,7 +94,8 @@ def temporary_run(recipe: Recipe, console: Console, images: Images | None = None
         directory = RunDirectory(Path(folder))
         with closing(Journal(directory.path, teller=console)) as journal:
             teller = RunTeller(journal, console)
-            yield assemble(build_parts(recipe, teller, images), directory, teller)
+            with computing(recipe.threads, precision.choose_device(recipe.device), teller):
+                yield assemble(build_parts(recipe, teller, images), directory, teller)
 
 
 def plan_agenda(recipe: Recipe, timeline: Timeline) -> Agenda:

@@ -112,6 +112,8 @@ class Draft(Settings):
     """Number of parts in which a batch is computed, one after another, to save memory; the update stays the same."""
     device: Annotated[str, AfterValidator(_check_device)] = Field("auto", json_schema_extra={"pattern": _DEVICE})
     """Device of the training: `cpu`, `cuda` or `cuda:N`; `auto` takes a GPU if there is one."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Number of threads of the CPU that compute; `auto` is OMP_NUM_THREADS, or one for each core within the quota."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass; `auto` takes the fastest that this chip computes well."""
     attention: Literal["auto", "fused", "explicit"] = "auto"

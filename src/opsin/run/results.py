@@ -36,6 +36,7 @@ from opsin.run.assemble import temporary_run
 from opsin.run.images import Images, evaluation_context, loading_plan
 from opsin.run.parts import build_parts
 from opsin.run.recipe import Recipe, read
+from opsin.run.threads import computing
 from opsin.storage.directory import RunDirectory
 from opsin.storage.files import writing
 from opsin.training.checkpoints.format import DamagedCheckpoint, find_checkpoints, read_checkpoint
@@ -121,7 +122,7 @@ def evaluate_run(
             f"--blocks {blocks}: {' and '.join(names)} cannot use it; name knn or linear, or leave it out"
         )
     reports: dict[ScoreName, Report] = {}
-    with context.features.weights_unchanged():
+    with context.features.weights_unchanged(), computing(recipe.threads, numerics.device, teller):
         for name in names:
             if name == "accuracy":
                 reports[name] = _score_classes(method, context, images.facts.classes, run.recipe)

@@ -29,6 +29,7 @@ from opsin.run.numerics import explain_torch_errors
 from opsin.run.parts import build_parts
 from opsin.run.rates import settle_rates
 from opsin.run.recipe import Recipe, read
+from opsin.run.threads import choose_threads, computing
 from opsin.settings.extensions import subclasses
 from opsin.settings.text import diff, to_yaml
 from opsin.storage.backup.config import BackupConfig
@@ -155,12 +156,17 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     journal = Journal(directory.path, sinks, teller=console, owner=directory)
     device = choose_device(recipe.device)
     hardware = {"device": str(device), "chip": describe_device(device), "cores": num_cores()}
+    hardware["threads"] = choose_threads(recipe.threads)
     resuming = bool(find_checkpoints(directory.checkpoints))
     teller = RunTeller(journal, console)
     backup = open_backup(recipe.backup, directory.path, resuming=resuming, teller=teller)
     directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
     with backup:
-        with _session(directory, journal, console, device), explain_torch_errors(recipe):
+        with (
+            _session(directory, journal, console, device),
+            computing(recipe.threads, device, teller),
+            explain_torch_errors(recipe),
+        ):
             run = assemble(build_parts(recipe, teller), directory, teller, backup)
             state = fit(run)
             if run.checkpoints.newest_step != state.step:

@@ -45,6 +45,7 @@ _OVERFLOWS = 20
 _UNSEEN = (
     "optim.lr",
     "optim.schedule.",
+    "threads",
     "data.workers",
     "data.prefetch",
     "data.resident",
