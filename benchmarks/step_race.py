@@ -111,9 +111,12 @@ def opsin_step(method: Method, optim: OptimConfig, asked: str, batch: Batch, mem
 
 
 def use_our_kernels(device: torch.device) -> None:
-    """Products in fp32 as opsin computes them: all of fp32; on the CPU through oneDNN. Not how freed memory is kept."""
+    """Products in fp32 as opsin computes them: all of fp32; on the CPU through oneDNN where that keeps fp32.
+
+    Not how freed memory is kept.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if device.type == "cpu":
+    if device.type == "cpu" and precision.onednn_keeps_fp32():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]  # not in torch's stubs
 
 

@@ -144,7 +144,7 @@ def configure(device: torch.device, precision: str, *, deterministic: bool) -> l
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif _keep_freed_memory():
         said.append("freed memory is kept for the next step (glibc)")
-    through_onednn = device.type == "cpu" and precision == "fp32" and _onednn_keeps_fp32()
+    through_onednn = device.type == "cpu" and precision == "fp32" and onednn_keeps_fp32()
     # Set either way: no run may depend on those before it in the same process.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if through_onednn else "none"  # type: ignore[attr-defined]  # not in torch's stubs
     if through_onednn:
@@ -166,7 +166,7 @@ def _keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 1 << 30) and mallopt(top_pad, 1 << 28))
 
 
-def _onednn_keeps_fp32() -> bool:
+def onednn_keeps_fp32() -> bool:
     """True if oneDNN computes fp32 products in fp32 even when it is allowed to use bf16.
 
     On chips without AMX it does, and is about twice as fast as torch's default; with AMX it rounds to bf16. A product

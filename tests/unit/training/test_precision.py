@@ -98,7 +98,7 @@ def test_fp32_stays_fp32_with_the_switches_set() -> None:
 def test_the_check_of_onednn_leaves_its_switch_as_it_was() -> None:
     switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # not in torch's stubs
     before = switch.fp32_precision
-    precision._onednn_keeps_fp32()
+    precision.onednn_keeps_fp32()
     assert switch.fp32_precision == before
 
 
