@@ -120,6 +120,7 @@ class TrainingData:
             batch = self._finish(raw, position.epoch, views, masks, mix=views.mix if mixes else None)
             del raw  # its shared memory
             yield batch
+            del batch  # its memory, for the next one
             self._trail.at_step(step + 1)
 
     def _task(self, step: int, detours: Sequence[Detour]) -> Task:

@@ -18,6 +18,7 @@ from opsin.data.waiting import StopRequest, read_in_threads
 from opsin.data.workers import RawBatch, Reader, Task
 from opsin.errors import ConfigError
 from opsin.processes.cores import num_cores
+from opsin.processes.headroom import find_rooms, held_bytes
 
 _CHUNK = 64
 
@@ -108,9 +109,9 @@ def read_everything(reader: Reader, task: Task, device: torch.device, stop: Stop
 
 
 def byte_limit(device: torch.device) -> int:
-    """Memory that `auto` gives to images: 1 GiB, or a tenth of what a GPU has free before there are activations."""
+    """Memory that `auto` gives to images: a quarter of what is free, at most 1 GiB; of a GPU a tenth."""
     if device.type != "cuda":
-        return 1 << 30
+        return min([1 << 30, *(max(0, room.num_bytes - held_bytes()) // 4 for room in find_rooms())])
     free, _ = torch.cuda.mem_get_info(device)
     return free // 10
 

@@ -15,8 +15,6 @@ Owner = Literal["machine", "process", "gpu"]
 
 LEAST_LIMIT_BYTES = 3 * 2**29
 """The smallest data limit that is set: in 1.25 GiB the libraries of torch abort the process in an update (measured)."""
-_RESERVED = 3 * 2**28
-"""Address space that threads and glibc reserve and never fill, which limits of a process count."""
 _KEPT_FREE = 0.03
 """Share of the free memory that a data limit leaves to the system."""
 
@@ -44,7 +42,7 @@ def find_rooms(root: Path = Path("/")) -> list[Room]:
     for name, limit, used in (("ulimit -d", resource.RLIMIT_DATA, data), ("ulimit -v", resource.RLIMIT_AS, space)):
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY:
-            rooms.append(Room(name, held + soft - used - _RESERVED, "process"))
+            rooms.append(Room(name, held + soft - used, "process"))
     return rooms
 
 

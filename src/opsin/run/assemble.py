@@ -13,6 +13,7 @@ from opsin.processes.world import World, join
 from opsin.reporting.console import Console
 from opsin.reporting.journal import Journal
 from opsin.reporting.teller import RunTeller
+from opsin.run.fit import fitted
 from opsin.run.images import Images, evaluation_context, loading_plan, training_data
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import Recipe, fingerprint
@@ -94,8 +95,11 @@ def temporary_run(recipe: Recipe, console: Console, images: Images | None = None
         directory = RunDirectory(Path(folder))
         with closing(Journal(directory.path, teller=console)) as journal:
             teller = RunTeller(journal, console)
-            with computing(recipe.threads, precision.choose_device(recipe.device), teller):
-                yield assemble(build_parts(recipe, teller, images), directory, teller)
+            with (
+                computing(recipe.threads, precision.choose_device(recipe.device), teller),
+                fitted(build_parts(recipe, teller, images), teller) as parts,
+            ):
+                yield assemble(parts, directory, teller)
 
 
 def plan_agenda(recipe: Recipe, timeline: Timeline) -> Agenda:

@@ -19,6 +19,7 @@ from opsin.data.quarantine import read_or_replace
 from opsin.data.resident import byte_limit
 from opsin.data.shared_memory import available_bytes, bytes_in_flight, fit
 from opsin.evaluation.features import FeatureScoreConfig
+from opsin.evaluation.maps import MapsConfig
 from opsin.processes.headroom import Owner, Room, find_rooms, held_bytes
 from opsin.run.images import num_workers
 from opsin.run.parts import Parts
@@ -33,8 +34,10 @@ MARGIN = 1.1
 _MIB = 2**20
 _GAPS = 0.3
 """Share of an update that gaps between blocks take beside it, with freed memory kept (glibc): 0.2 to 0.5 measured."""
-_FIRST_USE = 40 * _MIB
-"""Code and kernels that are loaded when they are first used."""
+_FIRST_USE = 60 * _MIB
+"""Code and kernels that are loaded when they are first used (30 to 80 measured)."""
+_DRAWING = 100 * _MIB
+"""Memory of an evaluator that draws: matplotlib and the pictures (measured)."""
 _GPU_SCRATCH = 64 * _MIB
 """Workspaces of cuBLAS and cuDNN."""
 _FORK_SERVER, _WORKER = 300 * _MIB, 100 * _MIB
@@ -62,6 +65,8 @@ class MemoryForecast:
     """The worst moment: `update`, `loading` or `evaluation`."""
     images: int
     """Images that are computed at a time."""
+    divisible: int
+    """Bytes that fewer images at a time save, all of them together."""
     rooms: tuple[Room, ...]
     unknown: str = ""
     """The reason for which the update could not be foreseen; its parts are missing then."""
@@ -76,10 +81,20 @@ class MemoryForecast:
         counted = {"gpu": ("gpu",), "process": ("process",), "machine": ("process", "machine")}[owner]
         return sum(part.num_bytes for part in self.parts if part.owner in counted)
 
-    def shortages(self, margin: float = MARGIN) -> list[Room]:
-        """The rooms that are too small, the smallest share first; empty if the run fits."""
-        short = [room for room in self.rooms if self.need(room.owner) * margin > room.num_bytes]
+    def shortages(self, margin: float = MARGIN, *, grown: int = 0) -> list[Room]:
+        """The rooms that are too small, the smallest share first; empty if the run fits.
+
+        `grown` is the number of bytes by which an update is taken to be larger than foreseen.
+        """
+        owners = ("gpu",) if self.need("gpu") else ("process", "machine")
+        more = {room: grown if room.owner in owners else 0 for room in self.rooms}
+        short = [room for room in self.rooms if (self.need(room.owner) + more[room]) * margin > room.num_bytes]
         return sorted(short, key=lambda room: room.num_bytes / self.need(room.owner))
+
+    @property
+    def is_hopeless(self) -> bool:
+        """True if not even single images would fit, with all that can be saved."""
+        return bool(self.shortages(1.0, grown=-self.divisible))
 
     def table(self) -> list[str]:
         """A line for each part, the sum, and a line for each limit."""
@@ -177,24 +192,25 @@ def _add_up(parts: Parts, stage: Stage, found: Footprint, encoding: int) -> Memo
             of("forward pass of the teacher", found.teacher),
             of("scores and loss", found.loss),
             of("gaps between blocks", gaps * found.transient),
-            of("batch", floats + (0 if on_gpu else stored)),
+            of("batch", floats),
         ],
-        "loading": [of("two batches", 2 * floats + (1 if on_gpu else 2) * stored)],
+        "loading": [of("batch", floats), of("the same as it was stored", stored)],
         "evaluation": [
             of("evaluation: features", _feature_bytes(parts)),
             of("evaluation: forward pass", (1 + gaps) * encoding),
         ],
     }
+    draws = any(isinstance(wanted, MapsConfig) for wanted in recipe.evaluators.values())
     moment = max(moments, key=lambda name: sum(part.num_bytes for part in moments[name]))
     process = held_bytes() - (0 if on_gpu else weights)
     host = [
-        of("program and libraries", process + _FIRST_USE, "process"),
+        of("program and libraries", process + _FIRST_USE + (_DRAWING if draws else 0), "process"),
         of("copy of the state for checkpoints", state if recipe.checkpoints.background or on_gpu else 0, "process"),
         of("kernels", _GPU_SCRATCH if on_gpu else 0),
         *([] if resident else _workers(parts, stored)),
     ]
-    rooms = [*find_rooms(), *_gpu_rooms(parts.numerics.device)]
-    return MemoryForecast((*always, *moments[moment], *host), moment, 0, tuple(rooms))
+    divisible = int((1 + gaps) * (found.transient - found.gradients)) if moment == "update" else 0
+    return MemoryForecast((*always, *moments[moment], *host), moment, 0, divisible, tuple(rooms_of(parts)))
 
 
 def _batch_bytes(parts: Parts, stage: Stage) -> tuple[int, int]:
@@ -264,9 +280,17 @@ def _workers(parts: Parts, stored: int) -> list[MemoryPart]:
     ]
 
 
-def _gpu_rooms(device: torch.device) -> list[Room]:
+def workers_bytes(parts: Parts) -> int:
+    """The memory that other processes of a run will hold."""
+    stored = _batch_bytes(parts, heaviest(parts))[1]
+    return 0 if _trains_resident(parts) else sum(part.num_bytes for part in _workers(parts, stored))
+
+
+def rooms_of(parts: Parts) -> list[Room]:
+    """The memory that a run of `parts` may hold, by each limit; empty if the system does not say."""
+    device = parts.numerics.device
     free = precision.gpu_room(device)
-    return [] if free is None else [Room(f"memory of {device}", free, "gpu")]
+    return find_rooms() if free is None else [*find_rooms(), Room(f"memory of {device}", free, "gpu")]
 
 
 def _mib(num_bytes: int) -> str:

@@ -25,6 +25,7 @@ from opsin.reporting.teller import RunTeller
 from opsin.reporting.webhook import Webhook, webhook_url
 from opsin.run.assemble import assemble
 from opsin.run.choice import choose
+from opsin.run.fit import fitted, keep_choices
 from opsin.run.numerics import explain_torch_errors
 from opsin.run.parts import build_parts
 from opsin.run.rates import settle_rates
@@ -97,7 +98,7 @@ def train_recipe(recipe: Recipe, out: Path, *, name: str, fresh: bool = False, q
     settled = settle_rates(recipe, out, name=name, teller=open_console(quiet=quiet))
     if settled != recipe:
         notes.append(f"optim.lr: {settled.optim.lr}, found by a sweep")
-    recipe = settled
+    recipe = settled if fresh else keep_choices(settled, out)
     with RunDirectory.prepare(out, fresh=fresh) as directory:
         # Without weights nothing is lost by starting over with the corrected recipe.
         has_weights = find_checkpoints(directory.checkpoints) or directory.model.exists()
@@ -166,8 +167,9 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
             _session(directory, journal, console, device),
             computing(recipe.threads, device, teller),
             explain_torch_errors(recipe),
+            fitted(build_parts(recipe, teller), teller, resuming=resuming) as parts,
         ):
-            run = assemble(build_parts(recipe, teller), directory, teller, backup)
+            run = assemble(parts, directory, teller, backup)
             state = fit(run)
             if run.checkpoints.newest_step != state.step:
                 raise RunError(

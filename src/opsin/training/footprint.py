@@ -194,6 +194,11 @@ class _Live(TorchDispatchMode):
         self._total -= size
 
 
+def can_checkpoint(method: Method) -> bool:
+    """True if the network of `method` has blocks to compute twice; `method` stays as it is."""
+    return _empty_copy(method, FakeTensorMode(allow_non_fake_inputs=True)).checkpoint_blocks()
+
+
 def _empty_copy(method: Method, mode: FakeTensorMode) -> Method:
     """A copy of the method whose tensors have no content."""
     empty: dict[int, Any] = {}

@@ -86,6 +86,7 @@ def _take_steps(run: Run, state: TrainState) -> None:
     batches = run.observations.waiting(run.data.batches(state.step, run.agenda.last_step, state.detours))
     for batch in run.profile.over(batches, state):
         report = train_step(state, batch, run.plan)
+        del batch  # scores and the next batch need its memory
         run.profile.end_step(state)
         stop = run.stop.requested if state.step < run.agenda.last_step else None
         run.observations.take(state, report, ends=stop is not None)

@@ -5,6 +5,7 @@ number of parts decides how sums are rounded and which dropout is drawn. So it b
 the steps, and a resume, also on a larger machine, uses the same parts.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,9 @@ Policy = Literal["split", "always", "stop"]
 class MemoryConfig(Settings):
     """Computation in pieces, or twice, to save memory."""
 
+    fit: Literal["auto", "off"] = "auto"
+    """Foresight before the first step: `auto` sets `accumulate` and the next two keys so that the run fits into the
+    memory it may hold, `off` tries it as it is."""
     checkpoint_blocks: bool = False
     """Keep only the input of each block, and compute the block again in the backward pass (Chen et al. 2016)."""
     view_chunk: int | None = Field(None, gt=0)
@@ -33,6 +37,11 @@ class MemoryConfig(Settings):
     on_out_of_memory: Policy = "split"
     """Consequence of too little memory: `split` doubles `accumulate` and continues, unless batch norm would see smaller
     parts; `always` accepts that; `stop` ends the run."""
+
+    def saves_as_much_as(self, other: "MemoryConfig") -> bool:
+        """True if these settings need as little memory as `other`, or less."""
+        views = (self.view_chunk or math.inf) <= (other.view_chunk or math.inf)
+        return views and self.checkpoint_blocks >= other.checkpoint_blocks
 
 
 def save_memory(config: MemoryConfig, method: Method) -> None:

@@ -89,6 +89,7 @@ class Observations:
             if batch is None:
                 return
             yield batch
+            del batch  # its memory, for the next one
 
     @contextmanager
     def paused(self) -> Iterator[None]:
