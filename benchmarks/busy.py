@@ -144,6 +144,8 @@ def main() -> None:
         serve(arguments.serve)
         return
     works = arguments.works or list(WORKS)
+    if unknown := set(works) - set(WORKS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(WORKS)}")
     slow = [work for work in works if not measure(work, arguments.rounds, arguments.seconds)]
     wanted = f"{LEAST['alone']} of the best alone and {LEAST['busy']} busy"
     print(f"\nslower than {wanted}: {', '.join(slow)}" if slow else f"\nall reach {wanted}")

@@ -132,6 +132,14 @@ def run_on_small_disk(tmp_path: Path) -> RunOnSmallDisk:
     return run
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process for each core that this one may use, by affinity and quota."""
+    from opsin.processes.cores import num_cores
+
+    return num_cores()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:

@@ -30,7 +30,7 @@ from opsin.run.numerics import explain_torch_errors
 from opsin.run.parts import build_parts
 from opsin.run.rates import settle_rates
 from opsin.run.recipe import Recipe, read
-from opsin.run.threads import choose_threads, computing
+from opsin.run.threads import choose_threads, computing, describe_change
 from opsin.settings.extensions import subclasses
 from opsin.settings.text import diff, to_yaml
 from opsin.storage.backup.config import BackupConfig
@@ -161,7 +161,9 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
     resuming = bool(find_checkpoints(directory.checkpoints))
     teller = RunTeller(journal, console)
     backup = open_backup(recipe.backup, directory.path, resuming=resuming, teller=teller)
-    directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
+    before = directory.begin_session(recipe=name, seed=recipe.seed, hardware=hardware)
+    if resuming and (line := describe_change(before.get("threads"), hardware["threads"])) is not None:
+        console.notice(line)
     with backup:
         with (
             _session(directory, journal, console, device),

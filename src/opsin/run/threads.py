@@ -40,6 +40,16 @@ def choose_threads(asked: int | Literal["auto"]) -> int:
     return usual if any(os.environ.get(name) for name in _NUMBERS) else min(usual, num_cores())
 
 
+def describe_change(before: object, threads: object) -> str | None:
+    """One line for a run that goes on with another number of threads than `before`; None if that is unknown."""
+    if before in (None, threads):
+        return None
+    return (
+        f"threads: {threads} instead of {before} in the session before: sums are rounded differently from here on; "
+        f"threads={before} keeps the bits"
+    )
+
+
 @contextmanager
 def computing(asked: int | Literal["auto"], device: torch.device, teller: Teller) -> Iterator[None]:
     """Compute inside with the chosen number of threads, and let them wait as the load of the machine requires."""

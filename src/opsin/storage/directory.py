@@ -163,10 +163,11 @@ class RunDirectory:
     ) -> None:
         self.close()
 
-    def begin_session(self, *, recipe: str, seed: int, hardware: Mapping[str, object]) -> None:
+    def begin_session(self, *, recipe: str, seed: int, hardware: Mapping[str, object]) -> Mapping[str, object]:
         """Record in `run.json` that this process trains the run; a resume adds a session to those before.
 
-        `hardware` holds plain facts without the name of the machine.
+        `hardware` holds plain facts without the name of the machine. That of the session before is returned; it is
+        empty if there was none.
 
         Raises:
             RunError: `run.json` is damaged or cannot be written.
@@ -180,6 +181,7 @@ class RunDirectory:
         about = {"versions": installed_versions(), "git": git_state(), "hardware": dict(hardware)}
         self._facts = {"recipe": recipe, "seed": seed, "sessions": [*sessions, {**now, **about}]}
         self._write_facts()
+        return dict(sessions[-1].get("hardware") or {}) if sessions else {}
 
     def end_session(self, status: Literal["done", "stopped", "failed"], reason: str | None = None) -> None:
         """Record how the session that `begin_session` began has ended.

@@ -87,6 +87,17 @@ def test_a_run_ended_early_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert steps[-1] == 2 * STEPS_PER_EPOCH
 
 
+def test_a_resume_with_another_number_of_threads_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_digits(tmp_path, "epochs=1")
+    usual = run_facts(tmp_path)["hardware"]["threads"]
+    capsys.readouterr()
+    resume_run(tmp_path, ["epochs=1", f"threads={usual + 1}"])
+    wanted = f"threads: {usual + 1} instead of {usual} in the session before: sums are rounded differently from here on"
+    assert wanted in capsys.readouterr().out
+    resume_run(tmp_path, ["epochs=1"])
+    assert "in the session before" not in capsys.readouterr().out
+
+
 def test_the_same_recipe_continues_and_another_is_refused_with_the_difference(tmp_path: Path) -> None:
     train_digits(tmp_path, "epochs=1")
     train_digits(tmp_path, "epochs=1")
