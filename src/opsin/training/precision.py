@@ -6,6 +6,7 @@ The first lines of a run state each choice with its reason.
 import ctypes
 import gc
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def gpu_room(device: torch.device) -> int | None:
@@ -108,8 +110,12 @@ def choose_precision(asked: str, device: torch.device) -> Choice:
             )
         return Choice(asked, "asked for")
     if asked == "auto":
-        fast = cpu_capabilities().get("avx512_bf16") or cpu_capabilities().get("amx_bf16")
-        return Choice("bf16", "this CPU computes bf16") if fast else Choice("fp32", "this CPU has no bf16 units")
+        has = cpu_capabilities()
+        if has.get("avx512_bf16") or has.get("amx_bf16"):
+            return Choice("bf16", "this CPU computes bf16")
+        if has.get("bf16") or has.get("sve_bf16"):  # of ARM
+            return Choice("fp32", "the bf16 of this kind of CPU is untried; precision=bf16 uses it")
+        return Choice("fp32", "this CPU has no bf16 units")
     if asked == "tf32":
         raise ConfigError("precision: 'tf32' exists on CUDA only; use precision=fp32 or precision=auto")
     return Choice(asked, "asked for")
@@ -144,7 +150,8 @@ def configure(device: torch.device, precision: str, *, deterministic: bool) -> l
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     elif _keep_freed_memory():
         said.append("freed memory is kept for the next step (glibc)")
-    through_onednn = device.type == "cpu" and precision == "fp32" and onednn_keeps_fp32()
+    has_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    through_onednn = has_onednn and precision == "fp32" and onednn_keeps_fp32()
     # Set either way: no run may depend on those before it in the same process.
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if through_onednn else "none"  # type: ignore[attr-defined]  # not in torch's stubs
     if through_onednn:

@@ -120,7 +120,7 @@ class TestOfRun:
 
 
 def test_a_trace_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
-    with profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recording:
+    with profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as recording:
         torch.ones(3).sum()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
