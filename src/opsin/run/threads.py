@@ -167,7 +167,11 @@ class Watch:
             return
         self._is_reported = True
         waited = now.cores_waited_for(since) / self._threads
-        fewer = "; threads=1 may be faster for a small network, with other roundings" if self._threads > 1 else ""
+        fewer = (
+            "; threads=1 may be faster for a small or convolutional network, with other roundings"
+            if self._threads > 1
+            else ""
+        )
         self._teller.tell(
             "busy",
             notice=f"other programs take {others / self._cores:.0%} of this machine's {self._cores} cores: training "
