@@ -15,6 +15,7 @@ from opsin.reporting.journal import Journal
 from opsin.reporting.teller import RunTeller
 from opsin.run.fit import fitted
 from opsin.run.images import Images, evaluation_context, loading_plan, training_data
+from opsin.run.numerics import explain_torch_errors
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import Recipe, fingerprint
 from opsin.run.start import RunStart, card_of
@@ -89,13 +90,14 @@ def temporary_run(recipe: Recipe, console: Console, images: Images | None = None
     `images` are as in `build_parts`.
 
     Raises:
-        ConfigError: as `assemble`; so DataError and CheckpointError.
+        ConfigError: as `assemble`, and as `explain_torch_errors`; so TrainingError, DataError and CheckpointError.
     """
     with tempfile.TemporaryDirectory(prefix="opsin-run-", ignore_cleanup_errors=True) as folder:
         directory = RunDirectory(Path(folder))
         with closing(Journal(directory.path, teller=console)) as journal:
             teller = RunTeller(journal, console)
             with (
+                explain_torch_errors(recipe),
                 computing(recipe.threads, precision.choose_device(recipe.device), teller),
                 fitted(build_parts(recipe, teller, images), teller) as parts,
             ):

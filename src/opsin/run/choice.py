@@ -15,7 +15,7 @@ import torch
 from opsin.data.base import Source
 from opsin.data.holdout import Subset
 from opsin.data.quarantine import read_or_replace
-from opsin.errors import ConfigError
+from opsin.errors import ConfigError, TrainingError
 from opsin.processes.cores import num_cores
 from opsin.reporting.console import duration
 from opsin.run.images import Images, open_images
@@ -183,10 +183,11 @@ def _largest(asked: _Asked, sizes: Sequence[Size], batch_size: int, images: Imag
         middle = (low + high + 1) // 2
         recipe = asked.recipe(sizes[middle], batch_size, 1.0)
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 0})})
-        if measure_pace(alone, _length(_PROBE, seconds), images=few).images_per_s >= needed:
-            low = middle
-        else:
-            high = middle - 1
+        try:
+            fits = measure_pace(alone, _length(_PROBE, seconds), images=few).images_per_s >= needed
+        except (ConfigError, TrainingError):  # too large for the memory, or of a size that the network cannot take
+            fits = False
+        low, high = (middle, high) if fits else (low, middle - 1)
     return sizes[low]
 
 

@@ -24,7 +24,6 @@ from opsin.errors import ConfigError, TrainingError
 from opsin.reporting.console import Console
 from opsin.run.assemble import temporary_run
 from opsin.run.lr_curve import FEWEST_STEPS, Divergence, Reading, draw_curve, read_curve, sweep_rates
-from opsin.run.numerics import explain_torch_errors
 from opsin.run.recipe import Recipe, read
 from opsin.run.tuned import TUNED, WAY_OUT, clear_results, tuned_recipe
 from opsin.settings.text import flatten
@@ -96,8 +95,7 @@ def sweep_into(
             "the stages differ in their batches, or optim.lr=linear follows them: what is found holds for the batch of "
             "the stage that is swept; give the others an lr_scale"
         )
-    with explain_torch_errors(recipe):
-        sweep = run_sweep(recipe, asked, console)
+    sweep = run_sweep(recipe, asked, console)
     reading = read_curve(sweep.rates, sweep.losses, stopped=sweep.stopped)
     rates = {} if reading.suggestion is None else scaled_rates(recipe, reading.suggestion)
     facts = {

@@ -23,7 +23,6 @@ from opsin.run.checks.machine import (
 from opsin.run.checks.pictures import check_pictures
 from opsin.run.checks.verdict import Verdict
 from opsin.run.choice import choose
-from opsin.run.numerics import explain_torch_errors
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import Recipe
 from opsin.storage.table import aligned
@@ -85,7 +84,7 @@ def _look(recipe: Recipe, parts: Parts, out: Path, teller: Teller) -> list[Verdi
     if any(verdict.name == "memory" and verdict.level == "fault" for verdict in verdicts):
         return verdicts  # a step would end this process
     teller.notice("checking: updates on one batch, then the data path")
-    with _explained("learns", verdicts), explain_torch_errors(recipe):
+    with _explained("learns", verdicts):
         verdicts += check_learning(recipe, parts.images, nearest(out))
     if not any(verdict.name == "learns" and verdict.level == "fault" for verdict in verdicts):
         with _explained("loading", verdicts):

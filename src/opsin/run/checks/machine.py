@@ -14,6 +14,7 @@ from opsin.processes.cores import num_cores
 from opsin.reporting.console import duration
 from opsin.run.assemble import plan_agenda, temporary_run
 from opsin.run.checks.verdict import Verdict
+from opsin.run.fit import fit_memory
 from opsin.run.forecast import forecast_memory, stored_bytes
 from opsin.run.images import evaluation_context, loading_plan, num_workers
 from opsin.run.pace import endless_stage, rate_of, silent_console, stream, train_on
@@ -32,15 +33,18 @@ _SECONDS = 1.5
 
 
 def check_memory(parts: Parts) -> Verdict:
-    """Compare the forecast with what is free."""
-    forecast = forecast_memory(parts)
-    short = forecast.shortages()
-    text = f"{forecast.peak_bytes / _MIB:,.0f} MiB at the worst moment"
-    if not short:
-        return Verdict("memory", "fine", text)
-    room = short[0]
-    way_out = "accumulate, memory.checkpoint_blocks or a smaller batch_size take less"
-    return Verdict("memory", "fault", f"{text}, {room.limit} leaves {room.num_bytes / _MIB:,.0f} MiB: {way_out}")
+    """Compare the forecast with what is free, and report what a run will do to fit.
+
+    Raises:
+        ConfigError: nothing makes it fit.
+    """
+    text = f"{forecast_memory(parts).peak_bytes / _MIB:,.0f} MiB at the worst moment"
+    notes = _Notes()
+    if parts.recipe.memory.fit == "auto":
+        fit_memory(parts, notes)
+    if notes.lines:
+        return Verdict("memory", "look", "; ".join(notes.lines).removeprefix("memory: "))
+    return Verdict("memory", "fine", text)
 
 
 def check_scores(recipe: Recipe, parts: Parts) -> Verdict:
@@ -152,6 +156,16 @@ def check_threads() -> Verdict:
     if threads > usable:
         return Verdict("threads", "look", f"{text}: they take turns; unset OMP_NUM_THREADS, or set it to {usable}")
     return Verdict("threads", "fine", text)
+
+
+class _Notes(Silence):
+    """A teller that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def nearest(path: Path) -> Path:

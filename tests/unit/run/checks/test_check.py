@@ -14,6 +14,8 @@ from PIL import Image
 
 from opsin.commands.main import main
 from opsin.data.base import Source
+from opsin.errors import ConfigError
+from opsin.processes.headroom import Room, held_bytes
 from opsin.run.checks.check import check_recipe
 from opsin.run.checks.learning import check_learning
 from opsin.run.checks.machine import (
@@ -168,8 +170,14 @@ def test_what_cannot_learn_is_found(keys: list[str], name: str, level: str, text
 
 
 def test_a_run_that_does_not_fit_the_machine_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = parts_of("quickstart", "data.image_size=512", "model.patch=4", "batch_size=1024", "model.width=768")
-    expect(check_memory(parts), "fault", "MiB at the worst moment, .* leaves [0-9,]+ MiB: accumulate")
+    room = Room("free memory of this machine", held_bytes() + 2**30)
+    monkeypatch.setattr("opsin.run.forecast.find_rooms", lambda: [room])
+    parts = parts_of(
+        "quickstart", "data.image_size=128", "model.patch=4", "batch_size=256", "evaluators.val.batch_size=8"
+    )
+    expect(check_memory(parts), "look", "MiB foreseen, .* MiB may be held .*; chosen: .*accumulate=")
+    with pytest.raises(ConfigError, match="MiB foreseen"):
+        check_memory(parts_of("quickstart", "data.image_size=4096", "model.patch=4", "batch_size=1"))
     small = parts_of()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
     expect(check_disk(small, tmp_path), "fault", "0 MiB are free .* lower checkpoints.keep")
