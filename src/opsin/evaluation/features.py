@@ -9,7 +9,7 @@ Shapes: B images of a batch, N images of a set, D width, K classes.
 import math
 import time
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from opsin.errors import ConfigError, DataError
+from opsin.errors import ConfigError, DataError, is_out_of_memory
 from opsin.methods.base import Method
 from opsin.nn.backbone import Tokens
 from opsin.nn.exact import exact_products
@@ -31,6 +31,7 @@ from opsin.training.evaluator import (
     StillData,
     untouched,
 )
+from opsin.training.precision import release_memory
 
 TOPS = (1, 5)
 _FEATURES_SHARE = 0.6
@@ -87,6 +88,15 @@ class Features:
     labels: Tensor
     """int64 [N], 0 to K - 1, on the same device."""
     num_classes: int
+    mean: Tensor | None = None
+    """float32 [D], taken out of the values where they are used; None if they stay as they are."""
+    factor: Tensor | None = None
+    """float32 [D], with which they are then multiplied."""
+
+    def chunks(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Values [n, D] and labels [n] as a score uses them, up to `rows` at a time."""
+        for values, labels in zip(self.values.split(rows), self.labels.split(rows), strict=True):
+            yield (values if self.mean is None or self.factor is None else (values - self.mean) * self.factor), labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +159,14 @@ class FeatureScore:
         self._title = title
         self._score = score
         self._seconds = math.inf if config.seconds is None else config.seconds
+        self._share = 1.0
+        """Share of the images that memory suffices for."""
 
     def evaluate(self, method: FeatureNetwork) -> Mapping[str, float]:
         """`top1`, and `top5` where there are more than five classes.
 
-        If time or unreadable images left some out, also `bank` and `queries`, the numbers of images learned from and
-        scored; if time ended the learning, also `cut`, which is 1.
+        If time, memory or unreadable images left some out, also `bank` and `queries`, the numbers of images learned
+        from and scored; if time ended the learning, also `cut`, which is 1.
         """
         report = self.report(method)
         used = {"bank": report.bank, "queries": report.queries}
@@ -169,21 +181,43 @@ class FeatureScore:
             DataError: no image can be read.
         """
         started = time.perf_counter()
+        while True:
+            try:
+                return self._report(method, started)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or max(self._counts()) <= self._config.batch_size:
+                    raise
+            # Here and not above: with the error go the frames that it holds, and with these the tensors in them.
+            self._context.features.keep(None)
+            release_memory(self._context.device)
+            before, self._share = self._counts(), self._share / 2
+            queries, bank = self._counts()
+            self._context.teller.warning(
+                f"{self._title}: out of memory with features of {sum(before):,} images: from here on it scores "
+                f"{queries:,} and learns from {bank:,}"
+            )
+
+    def _report(self, method: FeatureNetwork, started: float) -> FeatureReport:
         found = self._features(method, started)
         with torch.no_grad(), exact_products():
             hits = self._score(found.bank, found.queries, started + self._seconds)
         values = {f"top{k}": count / hits.images for k, count in hits.right.items()}
         return FeatureReport(self._title, values, hits.facts, len(found.bank.labels), hits.images, hits.is_cut)
 
+    def _counts(self) -> tuple[int, int]:
+        """Images to score, and to learn from."""
+        queries, bank = self._labelled.queries.facts.samples, self._labelled.bank.facts.samples
+        return math.ceil(self._share * queries), math.ceil(self._share * bank)
+
     def _features(self, method: FeatureNetwork, started: float) -> "_Extracted":
         """The features of bank and queries, or of their first images; those of another score if they serve."""
         config, sets = self._config, (self._labelled.queries, self._labelled.bank)
         # Batches of another size round differently, and sharing must not change a score.
-        key = (method, self._labelled, config.batch_size, config.blocks)
+        key = (method, self._labelled, config.batch_size, config.blocks, self._share)
         kept = self._context.features.kept
         if isinstance(kept, _Extracted) and kept.key == key and (kept.is_whole or self._seconds <= kept.seconds):
             return kept
-        images = [data.facts.samples for data in sets]
+        images = self._counts()
         # The queries first, in their share of the time: the bank gets the rest.
         ends = [started + _FEATURES_SHARE * self._seconds * part for part in (images[0] / sum(images), 1.0)]
         queries, bank = (
@@ -195,10 +229,11 @@ class FeatureScore:
                 batch_size=config.batch_size,
                 blocks=config.blocks,
                 until_s=until_s,
+                most=count,
             )
-            for data, until_s in zip(sets, ends, strict=True)
+            for data, until_s, count in zip(sets, ends, images, strict=True)
         )
-        is_whole = images == [len(queries.labels), len(bank.labels)]
+        is_whole = images == (len(queries.labels), len(bank.labels))
         found = _Extracted(key, self._seconds, bank, queries, is_whole)
         self._context.features.keep(found)
         return found
@@ -208,8 +243,8 @@ class FeatureScore:
 class _Extracted:
     """Features of bank and queries, with all that they depend on."""
 
-    key: tuple[FeatureNetwork, Labelled, int, int]
-    """Network, images, batch size and number of blocks."""
+    key: tuple[FeatureNetwork, Labelled, int, int, float]
+    """Network, images, batch size, number of blocks and share of the images."""
     seconds: float
     """Time for the evaluation."""
     bank: Features
@@ -227,8 +262,9 @@ def extract(
     batch_size: int = 256,
     blocks: int = 1,
     until_s: float = math.inf,
+    most: int | None = None,
 ) -> Features:
-    """The pooled features of all images of `data`, or of its first ones, as far as they come by `until_s`.
+    """The pooled features of all images of `data`, or of its first `most`, as far as they come by `until_s`.
 
     Those of the last `blocks` blocks are concatenated. `until_s` is a time of `time.perf_counter`; one batch is
     always computed. Leaves weights, modes and random numbers as they are.
@@ -236,22 +272,29 @@ def extract(
     Raises:
         DataError: there is no image.
     """
-    values: list[Tensor] = []
+    values: Tensor | None = None
     labels: list[Tensor] = []
+    most, done = data.facts.samples if most is None else most, 0
     with untouched(network, device):
         for batch in data.batches(batch_size):
             batch = batch.to(device)
             with autocast():
                 pooled = _pooled(network, batch.views["image"][0], blocks)
-            values.append(pooled.float())  # [B, D], or [B, blocks D]
-            labels.append(batch.labels)
+            if values is None:  # all of them in one tensor from the beginning: joined later, they would be held twice
+                values = torch.empty(most, pooled.shape[1], device=device)
+            count = min(len(pooled), most - done)
+            values[done : done + count] = pooled[:count]  # [B, D], or [B, blocks D]
+            labels.append(batch.labels[:count])
+            done += count
+            if done == most < data.facts.samples:
+                break
             if math.isfinite(until_s):
-                values[-1].sum().item()  # waits for the GPU, which runs behind
+                pooled.sum().item()  # waits for the GPU, which runs behind
                 if time.perf_counter() >= until_s:
                     break
-    if not values:
+    if values is None:
         raise DataError("there are no labelled images to score features with; check the path of the evaluator")
-    return Features(torch.cat(values), torch.cat(labels), len(data.facts.classes))
+    return Features(values[:done], torch.cat(labels), len(data.facts.classes))
 
 
 def _pooled(network: FeatureNetwork, images: Tensor, blocks: int) -> Tensor:

@@ -47,10 +47,9 @@ def score_neighbours(
     At the time `until_s` of `time.perf_counter` the rest of the queries is left out; the first chunk of them
     is always scored.
     """
-    known = F.normalize(bank.values, dim=1)  # [N, D]
     hits, images = [], 0
     for values, labels in zip(queries.values.split(_QUERY_CHUNK), queries.labels.split(_QUERY_CHUNK), strict=True):
-        cosines, indices = neighbours(F.normalize(values, dim=1), known, k)
+        cosines, indices = neighbours(F.normalize(values, dim=1), bank.values, k)
         votes = count_votes(cosines, bank.labels[indices], bank.num_classes, temperature)
         # A class without a vote must not count as the second best either.
         hits.append(count_hits(votes.masked_fill(votes == 0, -math.inf), labels))
@@ -66,15 +65,16 @@ def score_neighbours(
 def neighbours(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines and indices, both [Q, k], of the k nearest in the bank, the nearest first; fewer if the bank is smaller.
 
-    Both sets are normalised, [Q, D] and [N, D]. Of equally near ones the first count, on every device. In one line, if
-    [Q, N] were small:
+    Queries [Q, D] are normalised, the bank [N, D] need not be. Of equally near ones the first count, on every device.
+    In one line, if [Q, N] were small:
 
-        (queries @ bank.T).sort(dim=1, descending=True, stable=True)
+        (queries @ F.normalize(bank).T).sort(dim=1, descending=True, stable=True)
     """
     best = queries.new_empty(len(queries), 0)
     indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), _BANK_CHUNK):
-        cosines = queries @ bank[start : start + _BANK_CHUNK].T  # [q, b]
+        # A normalised copy of the whole bank would be as large as its features.
+        cosines = queries @ F.normalize(bank[start : start + _BANK_CHUNK], dim=1).T  # [q, b]
         nearest, found = _largest(cosines, k)
         best = torch.cat([best, nearest], 1)  # the earlier ones first: of equals they stay
         indices = torch.cat([indices, found + start], 1)

@@ -265,7 +265,8 @@ def _feature_bytes(parts: Parts) -> int:
     """The bytes of the features of the largest score."""
     scores = [wanted for wanted in parts.recipe.evaluators.values() if isinstance(wanted, FeatureScoreConfig)]
     values = (sum(_labelled(parts, score)) * score.blocks for score in scores)
-    return 4 * parts.method.backbone.width * max(values, default=0)
+    once = 4 * parts.method.backbone.width * max(values, default=0)
+    return once + min(once, 2**28)  # the linear probe copies small sets
 
 
 def _workers(parts: Parts, stored: int) -> list[MemoryPart]:

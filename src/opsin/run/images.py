@@ -102,6 +102,7 @@ def evaluation_context(
         numerics.device,
         folder,
         write=write_if_possible(teller),
+        teller=teller,
     )
 
 

@@ -15,6 +15,7 @@ from opsin.data.base import Batch, DataFacts
 from opsin.methods.base import Method
 from opsin.settings.family import Family
 from opsin.storage.files import write_whole
+from opsin.storage.teller import Silence, Teller
 
 
 class StillData(Protocol):
@@ -102,6 +103,8 @@ class EvaluationContext:
     """Write a file of an evaluator; in a run, a full disk costs the file and not the score."""
     features: FeatureCache = field(default_factory=FeatureCache)
     """Features of the current weights, shared by evaluators."""
+    teller: Teller = field(default_factory=Silence)
+    """Reports what an evaluator had to leave out."""
 
 
 class Network(Protocol):

@@ -3,17 +3,19 @@
 import contextlib
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from opsin.evaluation.features import Score, count_hits, extract
+from opsin.evaluation.features import Features, FeatureScore, Hits, Score, count_hits, extract
 from opsin.evaluation.knn import KnnConfig, score_neighbours
 from opsin.evaluation.linear import LinearConfig, score_linear
 from opsin.methods.supervised import SupervisedConfig
 from opsin.nn.vit import ViTConfig
+from tests.story import Record
 from tests.unit.evaluation.digits import (
     CPU,
     Counted,
@@ -82,6 +84,34 @@ def test_without_time_it_goes_on_with_fewer_images_and_tells_how_many(name: str)
     # A stratified hundred of 8 x 8 digits: far above chance.
     assert values["top1"] > 0.5 or name == "linear"
     assert ("cut" in values) == (name == "linear")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_without_memory_it_goes_on_with_half_of_the_images_and_says_so(tmp_path: Path, error: Exception) -> None:
+    def cramped(bank: Features, queries: Features, until_s: float) -> Hits:
+        if len(bank.labels) > 400:
+            raise error
+        return score_neighbours(bank, queries, until_s)
+
+    record = Record()
+    context = replace(digits_context(tmp_path), teller=record)
+    evaluator = FeatureScore(KnnConfig(), context, "knn", title="k-NN", score=cramped)
+    values = evaluator.evaluate(Pixels())
+    assert (values["bank"], values["queries"]) == (360, 90)
+    assert values["top1"] > 0.8, "every beginning of the images has all classes"
+    assert record.warnings == [
+        "k-NN: out of memory with features of 1,797 images: from here on it scores 180 and learns from 719",
+        "k-NN: out of memory with features of 899 images: from here on it scores 90 and learns from 360",
+    ]
+    assert evaluator.evaluate(Pixels()) == values
+    assert len(record.warnings) == 2
+    hopeless = FeatureScore(KnnConfig(), context, "knn", title="k-NN", score=partial(cramped_always, error=error))
+    with pytest.raises(type(error)):
+        hopeless.evaluate(Pixels())
+
+
+def cramped_always(bank: Features, queries: Features, until_s: float, *, error: Exception) -> Hits:
+    raise error
 
 
 def test_enough_time_changes_nothing() -> None:

@@ -32,6 +32,17 @@ def small_problem() -> Features:
     return Features(torch.randn(60, 4, generator=generator) + labels[:, None], labels, 3)
 
 
+def test_features_that_are_standardised_chunk_by_chunk_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = digits_features(RandomFeatures())
+    before = pair.bank.values.clone()
+    whole = score_linear(pair.bank, pair.queries)
+    monkeypatch.setattr(linear, "_COPIED_BYTES", 0)
+    bank, _ = standardise(pair.bank, pair.queries)
+    assert bank.values is pair.bank.values, "no copy"
+    assert score_linear(pair.bank, pair.queries) == whole
+    assert torch.equal(pair.bank.values, before), "another score may need them"
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_fit_equals_that_of_scikit_learn(network: str) -> None:
     pair = digits_features(NETWORKS[network]())
