@@ -7,7 +7,7 @@ are found once, before a run begins, and written into its recipe: a resume takes
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from opsin.errors import ConfigError, TrainingError
 from opsin.processes.cores import num_cores
 from opsin.reporting.console import duration
 from opsin.run.images import Images, open_images
-from opsin.run.pace import measure_pace
+from opsin.run.pace import Pace, measure_pace
 from opsin.run.recipe import Draft, Recipe, read, read_draft
 from opsin.run.sizes import SIZES, Size
+from opsin.run.threads import choose_threads
 from opsin.settings.text import flatten
 from opsin.storage.teller import Silence, Teller
 from opsin.training.checkpoints.format import find_checkpoints
@@ -55,6 +56,10 @@ class _Asked:
     reference: str
     overrides: Sequence[str]
     draft: Draft
+    seconds: float = 0.0
+    """The time of the run."""
+    threads: int | None = None
+    """The number of threads, if one is chosen."""
 
     def recipe(self, size: Size, batch_size: int, epochs: float) -> Recipe:
         """The recipe with the keys of a size, where it leaves them open."""
@@ -71,6 +76,8 @@ class _Asked:
             chosen |= {f"evaluators.{name}.every": scored for name in self.draft.evaluators}
             if size.warm_up:
                 chosen["optim.schedule.warmup_epochs"] = round(size.warm_up * epochs, 2)
+        if self.threads is not None:
+            chosen["threads"] = self.threads
         values = {"data.image_size": size.image_size, "batch_size": batch_size}
         chosen |= {key: value for key, value in values.items() if key in self.draft.open_keys}
         return [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
@@ -94,15 +101,18 @@ def choose(reference: str, overrides: Sequence[str], out: Path | None, teller: T
         return read(reference, overrides, _taken_over(read(str(out / "recipe.yaml")), asked, sizes))
     device = choose_device(draft.device)
     minutes = _MINUTES[device.type] if draft.limits.minutes == "auto" else draft.limits.minutes
+    asked = replace(asked, seconds=60 * minutes)
     images = open_images(asked.recipe(sizes[0], 1, 1.0), teller)
     batch_size = _batch_size(draft, images, device)
     teller.notice(
         f"auto: measuring what fits in {minutes:g} minutes ({', '.join(draft.open_keys)}; limits.minutes changes it)"
     )
     possible = _possible(sizes, images.train, draft)
-    size = _largest(asked, possible, batch_size, images, 60 * minutes)
+    few = _few(images, 4 * batch_size)
+    asked, _ = _with_threads(asked, possible[0], batch_size, few, _PROBE)
+    size = _largest(asked, possible, batch_size, few, len(images.train))
+    asked, pace = _with_threads(asked, size, batch_size, images, _FINAL)
     recipe = asked.recipe(size, batch_size, 1.0)
-    pace = measure_pace(recipe, _length(_FINAL, 60 * minutes), images=images)
     left = _MARGIN * 60 * minutes - (time.monotonic() - started) - pace.start_s
     epoch_s, score_s = plan_time(recipe, images.train, Silence()).total_steps * batch_size / pace.images_per_s, 0.0
     if images.val is not None and draft.evaluators:
@@ -114,9 +124,10 @@ def choose(reference: str, overrides: Sequence[str], out: Path | None, teller: T
     )
     seconds = pace.start_s + epochs * epoch_s + min(_SCORES, epochs) * score_s
     machine = f"{num_cores()} cores" if device.type == "cpu" else str(device)
+    used = "" if asked.threads is None else " with one thread"
     teller.notice(
         f"auto: {machine}, {minutes:g} minutes: {size}, batches of {batch_size}, {epochs:g} epochs at "
-        f"{pace.images_per_s:,.0f} images/s; about {duration(seconds)}{_offer(draft)}"
+        f"{pace.images_per_s:,.0f} images/s{used}; about {duration(seconds)}{_offer(draft)}"
     )
     return asked.recipe(size, batch_size, epochs)
 
@@ -170,30 +181,45 @@ def _possible(sizes: Sequence[Size], source: Source, draft: Draft) -> list[Size]
     return [size for size in sizes if size.image_size <= side] or [sizes[0]]
 
 
-def _largest(asked: _Asked, sizes: Sequence[Size], batch_size: int, images: Images, seconds: float) -> Size:
-    """The largest size whose fewest epochs fit into `seconds`; sizes are taken as ever slower."""
+def _with_threads(
+    asked: _Asked, size: Size, batch_size: int, images: Images, length: tuple[float, float]
+) -> tuple[_Asked, Pace]:
+    """Take one thread where it is as fast as all: for small networks beside other programs it is, and leaves a core."""
+    share, most = length
+    seconds = min(share * asked.seconds, most)
+    asked = replace(asked, threads=None)
+    pace = measure_pace(asked.recipe(size, batch_size, 1.0), seconds, images=images)
+    is_open = asked.draft.threads == "auto" and choose_device(asked.draft.device).type == "cpu"
+    if not is_open or choose_threads("auto") == 1:
+        return asked, pace
+    alone = replace(asked, threads=1)
+    other = measure_pace(alone.recipe(size, batch_size, 1.0), seconds, images=images)
+    if other.images_per_s >= pace.images_per_s:
+        return alone, other
+    return asked, pace
+
+
+def _largest(asked: _Asked, sizes: Sequence[Size], batch_size: int, few: Images, count: int) -> Size:
+    """The largest size whose fewest epochs of `count` images fit into the time; sizes are taken as ever slower.
+
+    Each is measured on a `few` images.
+    """
     if "model.name" not in asked.draft.open_keys and "data.image_size" not in asked.draft.open_keys:
         return sizes[0]
-    few = _few(images, 4 * batch_size)
     given = asked.draft.epochs
-    epochs = given if isinstance(given, float | int) else _bounds(asked.draft, len(images.train))[0]
-    needed = epochs * len(images.train) / seconds
+    needed = (given if isinstance(given, float | int) else _bounds(asked.draft, count)[0]) * count / asked.seconds
+    seconds = min(_PROBE[0] * asked.seconds, _PROBE[1])
     low, high = 0, len(sizes) - 1
     while low < high:
         middle = (low + high + 1) // 2
         recipe = asked.recipe(sizes[middle], batch_size, 1.0)
         alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 0})})
         try:
-            fits = measure_pace(alone, _length(_PROBE, seconds), images=few).images_per_s >= needed
+            fits = measure_pace(alone, seconds, images=few).images_per_s >= needed
         except (ConfigError, TrainingError):  # too large for the memory, or of a size that the network cannot take
             fits = False
         low, high = (middle, high) if fits else (low, middle - 1)
     return sizes[low]
-
-
-def _length(measurement: tuple[float, float], seconds: float) -> float:
-    share, most = measurement
-    return min(share * seconds, most)
 
 
 def _few(images: Images, count: int) -> Images:
