@@ -49,6 +49,12 @@ _HOMES = {
 if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["KMP_BLOCKTIME"] = "0"
 
+# Memory of a GPU is reserved as it grows, not in blocks of fixed sizes, a tenth of which is never used. torch reads
+# this when a tensor is first made there. Other systems than Linux do not have it.
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+if "torch" not in sys.modules and sys.platform == "linux" and not _ALLOCATOR & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 
 def __getattr__(name: str) -> object:
     # Importing torch takes two seconds: `opsin --help` must not wait for it.

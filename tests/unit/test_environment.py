@@ -1,4 +1,4 @@
-"""The OpenMP of LLVM lets waiting threads sleep: the variable that says so is set before torch loads OpenMP."""
+"""The environment that torch finds: waiting threads sleep, and memory of a GPU is reserved as it grows."""
 
 import subprocess
 import sys
@@ -38,6 +38,16 @@ def test_torch_is_imported_with_sleeping_threads_or_the_users_own_setting(
     (tmp_path / "sitecustomize.py").write_text(WATCH)
     environment = {**opsin_env, "PYTHONPATH": f"{tmp_path}:{opsin_env['PYTHONPATH']}", **own}
     assert output(environment, *program).stderr == f"torch is imported with {spinning_ms}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has it on Linux")
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", ""])
+def test_memory_of_a_gpu_is_reserved_as_it_grows_unless_the_user_decides(own: str, opsin_env: dict[str, str]) -> None:
+    environment = {name: value for name, value in opsin_env.items() if "ALLOC_CONF" not in name}
+    environment |= {own: "max_split_size_mb:64"} if own else {}
+    program = "import os, opsin; print({n: v for n, v in os.environ.items() if 'ALLOC_CONF' in n})"
+    expected = {own: "max_split_size_mb:64"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert output(environment, "-c", program).stdout == f"{expected}\n"
 
 
 def test_importing_opsin_imports_no_torch(opsin_env: dict[str, str]) -> None:
