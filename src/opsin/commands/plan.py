@@ -26,8 +26,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     target: Path | None = arguments.write
     recipe = choose(arguments.recipe, arguments.overrides, None, CommandTeller())
-    plan = plan_run(recipe, CommandTeller())
     if target is not None:
         with writing(target, "choose another --write"):
             write_atomic(target, to_yaml(recipe, comments=True).encode())
+    plan = plan_run(recipe, CommandTeller())
     print(json.dumps(plan.as_dict()) if arguments.json else "\n".join(plan.lines()))

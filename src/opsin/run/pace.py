@@ -70,6 +70,8 @@ def endless_stage(recipe: Recipe, stage: int = 0) -> Recipe:
         "evaluators": {},
         "monitors": {},
         "limits": recipe.limits.model_copy(update={"steps": None}),
+        # The run itself says which images are unreadable, and lists them in its directory.
+        "data": recipe.data.model_copy(update={"max_unreadable": 1.0}),
     }
     if isinstance(recipe.optim.lr, str):
         # A word for a rate that is found elsewhere; no time depends on it.
