@@ -4,9 +4,15 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opsin.commands.arguments import Commands, path, signals_interrupt, take_recipe
 from opsin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opsin.run.parts import Parts
+    from opsin.tuning.all import FullTuning
+    from opsin.tuning.batch import BatchTuning
 
 
 def add_commands(commands: Commands) -> None:
@@ -37,6 +43,11 @@ def add_commands(commands: Commands) -> None:
     rule = "keep: batch_size stays (default); linear, sqrt: it changes, and the learning rate by this rule"
     batch.add_argument("--rule", choices=("keep", "linear", "sqrt"), default="keep", help=rule)
     batch.set_defaults(run=_batch)
+
+    everything = subjects.add_parser("all", help="measure what changes the speed, one factor after another")
+    take_recipe(everything)
+    _take_measuring(everything, folder="runs/RECIPE-tuned", minutes=10)
+    everything.set_defaults(run=_all)
 
 
 def _take_measuring(command: argparse.ArgumentParser, *, folder: str, minutes: float) -> None:
@@ -72,29 +83,41 @@ def _loader(arguments: argparse.Namespace) -> None:
 
 @signals_interrupt()
 def _batch(arguments: argparse.Namespace) -> None:
+    from opsin.tuning.batch import plan_tuning
+
+    _check_measuring(arguments)
+    asked = {"rule": arguments.rule, "inexact": arguments.inexact}
+    _measure(arguments, *plan_tuning(arguments.recipe, arguments.overrides, **asked), folder="batch")
+
+
+@signals_interrupt()
+def _all(arguments: argparse.Namespace) -> None:
+    from opsin.tuning.all import plan_full_tuning
+
+    _check_measuring(arguments)
+    planned = plan_full_tuning(arguments.recipe, arguments.overrides, inexact=arguments.inexact)
+    _measure(arguments, *planned, folder="tuned")
+
+
+def _measure(arguments: argparse.Namespace, tuning: "BatchTuning | FullTuning", parts: "Parts", *, folder: str) -> None:
+    """Measure, and write and print the results, also those from before an interruption."""
     from opsin.reporting.teller import CommandTeller
     from opsin.run.tuned import TUNED, clear_results
-    from opsin.tuning.batch import FILES, plan_tuning, tune_batch, write_tuning
 
-    seconds = _seconds(arguments)
-    folder = arguments.out or Path("runs", f"{Path(arguments.recipe).stem}-batch")
-    asked = {"rule": arguments.rule, "inexact": arguments.inexact}
-    tuning, parts = plan_tuning(arguments.recipe, arguments.overrides, **asked)
-    clear_results(folder, FILES)
+    out = arguments.out or Path("runs", f"{Path(arguments.recipe).stem}-{folder}")
+    clear_results(out, tuning.files)
     is_found = False
     try:
-        tune_batch(tuning, parts, fraction=arguments.memory, seconds=seconds, teller=CommandTeller())
-    finally:  # also what was measured before an interruption
-        is_found = write_tuning(folder, tuning)
+        tuning.measure(parts, fraction=arguments.memory, seconds=60 * arguments.minutes, teller=CommandTeller())
+    finally:
+        is_found = tuning.write(out)
         print(json.dumps(tuning.as_dict()) if arguments.json else "\n".join(tuning.lines()))
     if is_found and not arguments.json:
-        print(f"wrote {folder / TUNED} (train it with: opsin train {folder / TUNED})")
+        print(f"wrote {out / TUNED} (train it with: opsin train {out / TUNED})")
 
 
-def _seconds(arguments: argparse.Namespace) -> float:
-    """The time for all measurements, once these arguments are checked."""
+def _check_measuring(arguments: argparse.Namespace) -> None:
     if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
         raise ConfigError(f"command line: --minutes {arguments.minutes:g}: must be above 0; use --minutes 5")
     if not 0 < arguments.memory <= 1:
         raise ConfigError(f"command line: --memory {arguments.memory:g}: must be above 0 and at most 1; use 0.8")
-    return float(60 * arguments.minutes)

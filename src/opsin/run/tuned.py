@@ -1,6 +1,7 @@
 """`tuned.yaml`: a recipe that extends another one with the keys that a measurement found."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from opsin.errors import RunError
 from opsin.run.recipe import shipped
 from opsin.settings.text import shipped_recipes
 from opsin.settings.yaml_tree import read_overrides
-from opsin.storage.files import writing
+from opsin.storage.files import write_atomic, writing
 
 TUNED = "tuned.yaml"
 WAY_OUT = "choose another folder with --out, or make room for it"
@@ -16,7 +17,8 @@ WAY_OUT = "choose another folder with --out, or make room for it"
 
 def as_overrides(found: Mapping[str, object]) -> list[str]:
     """Keys and values as `key=value`."""
-    return [f"{key}={_yaml(value)}" for key, value in found.items()]
+    is_word = {key: isinstance(value, str) and re.fullmatch(r"[a-z]+\d+", value) for key, value in found.items()}
+    return [f"{key}={value if is_word[key] else _yaml(value)}" for key, value in found.items()]
 
 
 def tuned_recipe(reference: str, overrides: Sequence[str], found: Mapping[str, object], reason: str) -> str:
@@ -43,6 +45,18 @@ def clear_results(folder: Path, names: frozenset[str]) -> None:
             )
         for name in names:
             (folder / name).unlink(missing_ok=True)
+
+
+def write_results(folder: Path, name: str, facts: Mapping[str, object], text: str) -> None:
+    """Write the facts as JSON, and the text of a tuned recipe unless it is empty.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    with writing(folder, WAY_OUT):
+        if text:
+            write_atomic(folder / TUNED, text.encode())
+        write_atomic(folder / name, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def _leaves(value: object, prefix: str) -> Iterator[tuple[str, object]]:

@@ -4,21 +4,19 @@ The global batch, on which an update depends, is kept: `accumulate` divides it. 
 time, and the learning rate follows by a rule that is said.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
 from opsin.errors import ConfigError, TrainingError
 from opsin.run.forecast import heaviest
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import Recipe, read
 from opsin.run.sweep import scaled_rates
-from opsin.run.tuned import TUNED, WAY_OUT, as_overrides, tuned_recipe
-from opsin.storage.files import write_atomic, writing
+from opsin.run.tuned import TUNED, as_overrides, tuned_recipe, write_results
 from opsin.storage.table import aligned
 from opsin.storage.teller import Silence, Teller
 from opsin.training.memory import uses_batch_statistics
@@ -26,9 +24,7 @@ from opsin.tuning.turns import Bench, Timing, Variant
 
 Rule = Literal["keep", "linear", "sqrt"]
 """`keep` changes `accumulate` alone; the others `batch_size`, and the learning rate by the ratio or the root of it."""
-RULES: tuple[Rule, ...] = get_args(Rule)
 RESULT = "batch.json"
-FILES = frozenset((RESULT, TUNED))
 
 _FALLEN = 0.8
 """Share of the best rate so far under which smaller parts are not tried further."""
@@ -57,6 +53,7 @@ class BatchTuning:
     takes_inexact: bool
     timings: list[Timing] = field(default_factory=list)
     is_done: bool = False
+    files: ClassVar = frozenset((RESULT, TUNED))
 
     @property
     def current(self) -> Timing:
@@ -139,29 +136,37 @@ class BatchTuning:
             )
         return lines
 
+    def measure(self, parts: Parts, *, fraction: float, seconds: float, teller: Teller) -> None:
+        """Measure batches for about `seconds`, each in a process that may take a fraction of the free memory.
 
-def tune_batch(tuning: BatchTuning, parts: Parts, *, fraction: float, seconds: float, teller: Teller) -> None:
-    """Measure batches for about `seconds`, each in a process that may take a fraction of the free memory.
+        What was measured is kept, also after an interruption.
 
-    What was measured is in `tuning`, also after an interruption.
+        Raises:
+            TrainingError: no variant runs.
+        """
+        stages = parts.timeline.stages
+        with Bench(stages.index(heaviest(parts)), fraction, teller) as bench:
+            _look_around(self, bench, len(parts.images.train), time.monotonic() + seconds / 2)
+            found = [timing for timing in self.timings if not timing.fault]
+            if not found:
+                raise TrainingError(f"{self.reference}: no batch runs here: {self.current.fault}")
+            top = max(found, key=lambda timing: timing.rate)
+            between = [Timing(variant) for variant in _between(self, top, len(parts.images.train))]
+            finalists = [one for one in found if one.rate >= _CLOSE * top.rate or one is self.current] + between
+            self.timings += between
+            for timing in finalists:
+                timing.rates.clear()
+            bench.compare(finalists, seconds / 2)
+        self.is_done = True
 
-    Raises:
-        TrainingError: no variant runs.
-    """
-    stages = parts.timeline.stages
-    with Bench(stages.index(heaviest(parts)), fraction, teller) as bench:
-        _look_around(tuning, bench, len(parts.images.train), time.monotonic() + seconds / 2)
-        found = [timing for timing in tuning.timings if not timing.fault]
-        if not found:
-            raise TrainingError(f"{tuning.reference}: no batch runs here: {tuning.current.fault}")
-        top = max(found, key=lambda timing: timing.rate)
-        between = [Timing(variant) for variant in _between(tuning, top, len(parts.images.train))]
-        finalists = [one for one in found if one.rate >= _CLOSE * top.rate or one is tuning.current] + between
-        tuning.timings += between
-        for timing in finalists:
-            timing.rates.clear()
-        bench.compare(finalists, seconds / 2)
-    tuning.is_done = True
+    def write(self, folder: Path) -> bool:
+        """Write the measurements, and the recipe with what was found; return False if nothing was."""
+        best, text = self.best if self.is_done else None, ""
+        if best is not None:
+            reason = f"by opsin tune batch: {best.rate:,.0f} images/s, {self.current.rate:,.0f} before"
+            text = tuned_recipe(self.reference, self.overrides, best.variant.found, reason)
+        write_results(folder, RESULT, self.as_dict(), text)
+        return best is not None
 
 
 def plan_tuning(reference: str, overrides: Sequence[str], *, rule: Rule, inexact: bool) -> tuple[BatchTuning, Parts]:
@@ -191,18 +196,6 @@ def plan_tuning(reference: str, overrides: Sequence[str], *, rule: Rule, inexact
     )
     tuning.timings.append(Timing(Variant({}, recipe, f"{_name(tuning, recipe)}{_AS_IS}")))
     return tuning, parts
-
-
-def write_tuning(folder: Path, tuning: BatchTuning) -> bool:
-    """Write the measurements, and the recipe with what was found; return False if nothing was."""
-    best = tuning.best if tuning.is_done else None
-    with writing(folder, WAY_OUT):
-        if best is not None:
-            reason = f"by opsin tune batch: {best.rate:,.0f} images/s, {tuning.current.rate:,.0f} before"
-            text = tuned_recipe(tuning.reference, tuning.overrides, best.variant.found, reason)
-            write_atomic(folder / TUNED, text.encode())
-        write_atomic(folder / RESULT, (json.dumps(tuning.as_dict(), indent=2) + "\n").encode())
-    return best is not None
 
 
 def _look_around(tuning: BatchTuning, bench: Bench, images: int, ends: float) -> None:

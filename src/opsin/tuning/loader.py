@@ -163,7 +163,7 @@ def tune_loader(recipe: Recipe, *, seconds: float, teller: Teller) -> LoaderRepo
     device = choose_device(recipe.device)
     train = open_images(endless, teller).train
     stage = plan_time(endless, train, Silence()).stages[0]
-    not_resident = _why_not_resident(train, recipe.seed, device)
+    not_resident = why_not_resident(train, recipe.seed, device)
     settings = list(_settings(num_cores()))
     if not not_resident:
         settings.append(Setting(0, 1, resident=True))
@@ -248,7 +248,7 @@ def _with(recipe: Recipe, setting: Setting) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
 
 
-def _why_not_resident(train: Source, seed: int, device: torch.device) -> str:
+def why_not_resident(train: Source, seed: int, device: torch.device) -> str:
     """Return the reason for which not all images can stay in memory, judged by the first; empty if they can."""
     num_bytes = len(train) * read_or_replace(train, 0, seed).image.nbytes
     limit = byte_limit(device)

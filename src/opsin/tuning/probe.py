@@ -83,7 +83,7 @@ def serve(recipe: Recipe, stage: int, fraction: float, requests: TextIO) -> Iter
     """Train `stage` of `recipe` within a fraction of the memory that is free, and answer requests."""
     started = time.perf_counter()
     device = choose_device(recipe.device)
-    memory = recipe.memory.model_copy(update={"on_out_of_memory": "stop"})
+    memory = recipe.memory.model_copy(update={"on_out_of_memory": "stop", "fit": "off"})
     with _limited(device, fraction), explain_torch_errors(recipe):
         endless = endless_stage(recipe.model_copy(update={"memory": memory}), stage)
         with temporary_run(endless, silent_console()) as run:

@@ -172,7 +172,7 @@ class Search:
                 self._save()
         if self.best is None:
             raise TrainingError(f"{self.folder}: no run came to an end: {self.trials[0].fault}")
-        grid, reason = self.grid, f"by opsin sweep: {self.grid.metric} {self._newest(self.best):.4g}"
+        grid, reason = self.grid, f"by opsin sweep: {self.grid.metric} {self.best.scores[self.rungs - 1]:.4g}"
         text = tuned_recipe(grid.recipe, [*grid.overrides, *self.best.overrides], {}, reason)
         with writing(self.folder, WAY_OUT):
             write_atomic(self.folder / TUNED, text.encode())
@@ -243,9 +243,6 @@ class Search:
             return score is None, 0.0 if score is None else sign * score
 
         return sorted(trials, key=key)
-
-    def _newest(self, trial: Trial) -> float:
-        return trial.scores[max(trial.scores)]
 
     def _steps(self, trial: Trial, rung: int) -> int:
         return max(1, math.ceil(trial.steps / float(self.grid.eta) ** (self.rungs - 1 - rung)))

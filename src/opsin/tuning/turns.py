@@ -25,7 +25,7 @@ from opsin.settings.text import to_yaml
 from opsin.storage.teller import Teller
 from opsin.tuning.probe import Answer, Fault, Measured, Ready, from_line
 
-_ROUNDS, _FEWEST_ROUNDS = 5, 3
+_ROUNDS, FEWEST_ROUNDS = 5, 3
 _SHORTEST_S, _LONGEST_S = 0.5, 3.0
 """Seconds of one measurement."""
 _MEASURING = 0.7
@@ -33,8 +33,8 @@ _MEASURING = 0.7
 _SPARE = 1.3
 """A further process is started where this many times the memory of the largest one is free."""
 _GRACE_S, _PAUSE_S = 5.0, 0.02
-_PATIENCE_S = 600.0
-"""Seconds for a measurement of a few updates, after which a process is said to hang."""
+_READY_S, _PATIENCE_S = 150.0, 600.0
+"""Seconds for the first updates, which may be compiled, and for a measurement; later a process is said to hang."""
 _LEAST_SPREAD = 0.02
 """Rates that differ by less are taken as equal, however steady they are."""
 
@@ -122,7 +122,7 @@ class Bench:
                 self._try(timing, ends, None)
         for number in range(rounds):
             alive = [timing for timing in timings if not timing.fault]
-            if not alive or (number >= _FEWEST_ROUNDS and time.monotonic() > ends):
+            if not alive or (number >= FEWEST_ROUNDS and time.monotonic() > ends):
                 return
             share = _MEASURING * seconds / (rounds * len(alive))
             for timing in alive if number % 2 == 0 else alive[::-1]:
@@ -146,17 +146,19 @@ class Bench:
         probe = self._probes.pop(key, None)
         if probe is None:
             self._make_room()
-            patience = max(60.0, ends - time.monotonic())
+            patience = max(_READY_S, ends - time.monotonic())
             probe = _Probe(Path(self._folder.name), key, self._stage, self._fraction)
             self._probes[key] = probe
-            answer = probe.answer(patience)
+            answer: Answer = probe.answer(patience)
             if isinstance(answer, Ready):
-                timing.start_s = answer.start_s
+                probe.ready = answer
         else:
             self._probes[key] = probe  # the newest is last
-            answer = Ready(0.0)
-        if isinstance(answer, Ready) and seconds is not None:
-            answer = probe.measure(seconds)
+            answer = probe.ready
+        if isinstance(answer, Ready):
+            timing.start_s = answer.start_s
+            if seconds is not None:
+                answer = probe.measure(seconds)
         if isinstance(answer, Fault):
             self._probes.pop(key).close()
         return answer
@@ -194,6 +196,7 @@ class _Probe:
         file.write_text(recipe)
         self._messages = file.with_name("messages")
         self.peak_bytes = 0
+        self.ready = Ready(0.0)
         environment = {
             **os.environ,
             "TMPDIR": str(folder),
