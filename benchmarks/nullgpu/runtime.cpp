@@ -1,6 +1,6 @@
 // The CUDA runtime of a GPU that does nothing: preloaded below a CUDA build of torch, it takes the place of libcudart.
 //
-// Kernels are counted and not computed. Memory is address space that is never touched, up to NULLGPU_GIB GiB. Whatever
+// Kernels are counted and not computed. Memory is address space that is never written, up to NULLGPU_GIB GiB. Whatever
 // makes the host wait is reported to a hook, so that its line can be named.
 #include "nullgpu.h"
 
@@ -294,7 +294,7 @@ static cudaError_t copy(void* to, const void* from, size_t bytes, const char* na
   if (to_gpu && from_gpu) count_kernel("memcpy within the GPU");
   else if (to_gpu) report(from_pinned ? TO_GPU_PINNED : TO_GPU_PAGEABLE, name, bytes);
   else if (from_gpu) report(to_pinned ? TO_HOST_PINNED : TO_HOST_PAGEABLE, name, bytes);
-  if (!to_gpu || bytes <= 1 << 20) memcpy(to, from, bytes);  // large copies would only touch memory
+  if (!to_gpu) memcpy(to, from, bytes);  // nothing is ever written to the GPU: reading it gives zeros
   return OK;
 }
 NULLGPU_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) { return copy(to, from, bytes, "cudaMemcpyAsync"); }
@@ -303,12 +303,8 @@ NULLGPU_API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cud
   return wait_for_gpu("cudaMemcpy");
 }
 NULLGPU_API cudaError_t cudaMemcpy2DAsync(void*, size_t, const void*, size_t, size_t, size_t, cudaMemcpyKind, cudaStream_t) { return count_kernel("memcpy2D"), OK; }
-NULLGPU_API cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  count_kernel("memset");
-  if (bytes <= 1 << 20) memset(to, value, bytes);
-  return OK;
-}
-NULLGPU_API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
+NULLGPU_API cudaError_t cudaMemset(void*, int, size_t) { return count_kernel("memset"), OK; }
+NULLGPU_API cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return count_kernel("memset"), OK; }
 NULLGPU_API cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) { return OK; }
 NULLGPU_API cudaError_t cudaGetSymbolAddress(void** pointer, const void*) {
   static char room[4096];
