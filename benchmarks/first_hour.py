@@ -5,7 +5,7 @@
     PYTHONPATH=src python benchmarks/first_hour.py fit --pictures PICTURES --minutes 20 --seeds 3 --out RUNS
 
 `pictures` writes images of CIFAR-10 as JPEG files in class folders, enlarged. `check` runs `opsin check` on every
-shipped recipe, with pictures that suit it. `fit` trains recipes (named at the end) for a time and prints their scores
+shipped recipe, with pictures that suit it. `fit` trains recipes (--recipes) for a time and prints their scores
 and how long they took; one without open keys gets the epochs that fit by `opsin plan`.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     """Run one of the three parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["pictures", "check", "fit"])
-    parser.add_argument("recipes", nargs="*")
+    parser.add_argument("--recipes", nargs="*")
     parser.add_argument("--cifar10", type=Path, help="the folder with train.parquet and test.parquet")
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--out", type=Path)

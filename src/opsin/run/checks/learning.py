@@ -30,7 +30,7 @@ from opsin.training.step import train_step
 
 _Weights = Mapping[str, Tensor]
 
-_IMAGES, _STEPS = 16, 20
+_IMAGES, _STEPS, _ENOUGH = 16, 20, 8
 _SECONDS = 20.0
 _FALL = 0.02
 """Share of the first loss by which the last ones must be lower."""
@@ -51,6 +51,11 @@ class _Trial:
     """On what is beside the loss."""
 
     @property
+    def steps(self) -> int:
+        """Updates before the last loss."""
+        return len(self.losses) - 1
+
+    @property
     def fall(self) -> float:
         """Share of the first loss that is gone in the end; NaN if a loss is not finite."""
         last = self.losses[-3:]
@@ -64,16 +69,17 @@ def check_learning(recipe: Recipe, images: Images, disk: Path) -> Iterator[Verdi
         ConfigError: as `assemble`; so DataError.
     """
     trial = _try(recipe, images, 1.0, disk)
-    if not trial.fall >= _FALL:
+    if not trial.fall >= _FALL and trial.steps >= _ENOUGH:
         trial = _try(recipe, images, _LOWER, disk)
     yield _verdict(recipe, trial)
     yield from trial.verdicts
 
 
 def _verdict(recipe: Recipe, trial: _Trial) -> Verdict:
-    steps, rate = len(trial.losses) - 1, recipe.optim.lr
-    first, last = trial.losses[0], trial.losses[-1]
-    text = f"loss {first:.3g} -> {last:.3g} in {steps} updates of one batch ({trial.seconds:.0f} s)"
+    rate, first, last = recipe.optim.lr, trial.losses[0], trial.losses[-1]
+    text = f"loss {first:.3g} -> {last:.3g} in {trial.steps} updates of one batch ({trial.seconds:.0f} s)"
+    if not trial.fall >= _FALL and math.isfinite(last) and trial.steps < _ENOUGH:
+        return Verdict("learns", "look", f"{text}: too few to tell; this network is slow on this machine")
     if not trial.fall >= _FALL:
         way_out = f"optim.lr={rate} may be far off: opsin tune lr finds one; or no layer learns (stages, train)"
         return Verdict("learns", "fault", f"{text}: a network that learns anything learns one batch; {way_out}")
