@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from opsin.data.transfer import send
 from opsin.data.views.crops import Crop
 from opsin.data.views.mix import Mix
 from opsin.errors import TransientError
@@ -148,13 +149,13 @@ class Batch:
         return [self._cut(a, b) for a, b in pairwise(bounds) if b > a]
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`; from pinned memory it is copied without waiting."""
+        """Return the batch on `device`; the host does not wait for the copies."""
         return Batch(
-            {name: view.to(device, non_blocking=True) for name, view in self.views.items()},
-            self.labels.to(device, non_blocking=True),
-            self.ids.to(device, non_blocking=True),
-            {name: mask.to(device, non_blocking=True) for name, mask in self.masks.items()},
-            self.blend and Blend(self.blend.labels.to(device), self.blend.shares.to(device)),
+            {name: send(view, device) for name, view in self.views.items()},
+            send(self.labels, device),
+            send(self.ids, device),
+            {name: send(mask, device) for name, mask in self.masks.items()},
+            self.blend and Blend(send(self.blend.labels, device), send(self.blend.shares, device)),
         )
 
     def _cut(self, start: int, stop: int) -> "Batch":
