@@ -149,7 +149,7 @@ class BatchTuning:
             _look_around(self, bench, len(parts.images.train), time.monotonic() + seconds / 2)
             found = [timing for timing in self.timings if not timing.fault]
             if not found:
-                raise TrainingError(f"{self.reference}: no batch runs here: {self.current.fault}")
+                raise TrainingError(f"{self.reference}: {self.current.fault}; raise --memory, or --minutes to try more")
             top = max(found, key=lambda timing: timing.rate)
             between = [Timing(variant) for variant in _between(self, top, len(parts.images.train))]
             finalists = [one for one in found if one.rate >= _CLOSE * top.rate or one is self.current] + between

@@ -33,6 +33,7 @@ from opsin.training.state import TrainState
 
 _WARM_UP = 2
 _TOGETHER_S = 0.1
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +137,11 @@ def main(recipe: str, stage: str, fraction: str) -> None:
     try:
         for answer in serve(read(recipe), int(stage), float(fraction), sys.stdin):
             print(to_line(answer), file=answers)
-    except OpsinError as error:
-        cause: BaseException = error.__cause__ or error
-        print(to_line(Fault(error.faults[0], is_out_of_memory(cause))), file=answers)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(to_line(Fault(reason, is_out_of_memory(error))), file=answers)
+        is_memory = is_out_of_memory(error.__cause__ or error)
+        reason = error.faults[0] if isinstance(error, OpsinError) else f"{type(error).__name__}: {error}"
+        short = "out of memory" if is_memory else " ".join(reason.split())[:_LONGEST_REASON]
+        print(to_line(Fault(short, is_memory)), file=answers)
 
 
 if __name__ == "__main__":

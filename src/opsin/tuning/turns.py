@@ -135,7 +135,7 @@ class Bench:
             self._close_others("")
             answer = self._ask(timing, ends, seconds)
         if isinstance(answer, Fault):
-            timing.fault = "out of memory" if answer.is_memory else answer.reason
+            timing.fault = answer.reason
         if isinstance(answer, Measured):
             timing.rates.append(answer.images / answer.seconds)
             timing.peak_bytes = max(timing.peak_bytes, answer.peak_bytes)
@@ -263,8 +263,8 @@ class _Probe:
         """The fault of a process that ended without a word."""
         status = self._child.wait()
         if status < 0:
-            name = signal.Signals(-status).name
-            is_memory = -status == signal.SIGKILL  # the kernel ends processes so when memory is short
-            return Fault(f"ended by {name}", is_memory)
+            is_killed = -status == signal.SIGKILL
+            words = ", as the system does when memory ends" if is_killed else ""
+            return Fault(f"ended by {signal.Signals(-status).name}{words}", is_killed)
         said = self._messages.read_text(errors="replace").strip().splitlines()
         return Fault(f"ended with status {status}: {said[-1] if said else 'it said nothing'}")
