@@ -15,6 +15,8 @@ Owner = Literal["machine", "process", "gpu"]
 
 LEAST_LIMIT_BYTES = 3 * 2**29
 """The smallest data limit that is set: in 1.25 GiB the libraries of torch abort the process in an update (measured)."""
+_UNFILLED_BYTES = 9 * 2**26
+"""Address space of glibc and threads that a process has before its first step and fills later."""
 _KEPT_FREE = 0.03
 """Share of the free memory that a data limit leaves to the system."""
 
@@ -64,11 +66,11 @@ def own_limit(rooms: Sequence[Room], *, others: int = 0) -> Iterator[None]:
     if data is None or not free:
         yield
         return
-    wanted = max(data + int(min(free) * (1 - _KEPT_FREE)), LEAST_LIMIT_BYTES)
-    if soft != resource.RLIM_INFINITY and soft <= wanted:
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    # Address space that is reserved and not filled is in `data` already, and will be filled.
+    spare = min(_UNFILLED_BYTES, max(0, min(free)) // 4)
+    wanted = max(data + int(min(free) * (1 - _KEPT_FREE)) - spare, LEAST_LIMIT_BYTES)
+    limit = min(number for number in (wanted, soft, hard) if number != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     try:
         yield
     finally:

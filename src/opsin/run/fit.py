@@ -23,11 +23,14 @@ from opsin.storage.teller import Teller
 from opsin.training.checkpoints.format import find_checkpoints
 from opsin.training.footprint import can_checkpoint
 from opsin.training.memory import MemoryConfig, save_memory, uses_batch_statistics
+from opsin.training.precision import hold_cushion, release_memory
 
 _FEWEST = {"cpu": 8, "cuda": 32}
 """Images at a time below which other ways to save memory come first: smaller parts leave a device idle."""
 _OVER = 4
 """A bound on the memory that is this many times below what is free needs no closer look."""
+_CUSHIONED_BYTES = 2**30
+"""Free memory below which none is set apart."""
 _LOOK_BYTES = 2**29
 """A smaller bound needs no look either, which would take about as much itself."""
 _MIB = 2**20
@@ -47,8 +50,12 @@ def fitted(parts: Parts, teller: Teller, *, resuming: bool = False) -> Iterator[
     if parts.numerics.device.type != "cpu":
         yield parts
         return
-    with own_limit(find_rooms(), others=workers_bytes(parts)):
+    rooms = find_rooms()
+    with own_limit(rooms, others=workers_bytes(parts)):
+        if min((room.num_bytes for room in rooms), default=0) - held_bytes() > _CUSHIONED_BYTES:
+            hold_cushion()
         yield parts
+    release_memory(parts.numerics.device)
 
 
 def fit_memory(parts: Parts, teller: Teller, *, resuming: bool = False) -> Parts:

@@ -169,10 +169,10 @@ def _train_in(directory: RunDirectory, recipe: Recipe, name: str, notes: Sequenc
             _session(directory, journal, console, device),
             computing(recipe.threads, device, teller),
             explain_torch_errors(recipe),
-            fitted(build_parts(recipe, teller), teller, resuming=resuming) as parts,
         ):
-            run = assemble(parts, directory, teller, backup)
-            state = fit(run)
+            with fitted(build_parts(recipe, teller), teller, resuming=resuming) as parts:
+                run = assemble(parts, directory, teller, backup)
+                state = fit(run)
             if run.checkpoints.newest_step != state.step:
                 raise RunError(
                     f"{directory.path}: training is done, but its last checkpoint could not be written (see above): "

@@ -5,10 +5,11 @@ The first lines of a run state each choice with its reason.
 
 import ctypes
 import gc
+import mmap
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -73,11 +74,23 @@ def limit_gpu(device: torch.device, fraction: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, fraction * room / total), device)
 
 
+_cushion: list[mmap.mmap] = []
+
+
+def hold_cushion() -> None:
+    """Keep address space, less than glibc takes at a time, for the code of other kernels once memory has ended."""
+    with suppress(OSError):
+        _cushion[:] = [mmap.mmap(-1, 3 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)]
+
+
 def release_memory(device: torch.device) -> None:
     """Release memory that is reserved and unused, for tensors of other sizes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+        _cushion.clear()
 
 
 def forget_peak(device: torch.device) -> None:
@@ -165,12 +178,21 @@ def _keep_freed_memory() -> bool:
     By default it returns large blocks to the kernel and takes new zeroed pages at every step, which costs up to a sixth
     of the time of a convolutional network.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    libc = _glibc()
+    if libc is None:
         return False
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # the numbers of malloc.h
+    mallopt = libc.mallopt
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 1 << 30) and mallopt(top_pad, 1 << 28))
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library if it is glibc, which lets a program say how much freed memory is kept."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def onednn_keeps_fp32() -> bool:

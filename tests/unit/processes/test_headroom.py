@@ -107,6 +107,6 @@ def test_an_allocation_beyond_the_free_memory_fails_in_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    assert int(said["refused"]) > 2**31 * 0.9
+    assert int(said["refused"]) > 2**31 * 0.7
     assert int(said["least"]) == LEAST_LIMIT_BYTES, "children that load torch must be able to"
     assert int(said["the user's"]) == 2**30
