@@ -31,4 +31,5 @@ def test_even_numbers_of_torch_are_those_of_every_version() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_drawn_weights_are_the_golden_ones(name: str) -> None:
-    assert drawn_weights(name) == pytest.approx(json.loads(FILE.read_text())[name], rel=TOLERANCE)
+    # Draws of deviation 0.02 are exact to 1e-8, also where they are close to zero.
+    assert drawn_weights(name) == pytest.approx(json.loads(FILE.read_text())[name], rel=TOLERANCE, abs=1e-8)

@@ -8,7 +8,7 @@ from opsin.run.recipe import shipped
 from tests.golden.first_losses import FILE, NEEDS_COLOUR, STEPS, VARIANTS, first_losses
 
 # Ten updates carry the roundings of another chip or build of torch to 3e-4 of a loss at most where batch norm amplifies
-# them, to 1e-5 elsewhere (measured without AVX, with AVX2 and two threads, with AVX-512, and with torch 2.11); a changed
+# them, to 1e-5 elsewhere (measured without AVX, with AVX2 and two threads, with torch 2.11). A changed
 # draw, another image or a lost factor moves it by a hundredth and more.
 TOLERANCE = 1e-3
 
