@@ -47,8 +47,11 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would be a second forward
         """Update the parameters that have gradients."""
+        alike: dict[object, tuple[dict[str, Any], list[Tensor]]] = {}
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
+            key = group["hidden"], group["lr"], group["momentum"], group["weight_decay"]
+            alike.setdefault(key, (group, []))[1].extend(param for param in group["params"] if param.grad is not None)
+        for group, params in alike.values():
             for batch in _batches(params, alike=group["hidden"]):
                 applied = torch.ones((), device=batch[0].device) if self.found_inf is None else 1 - self.found_inf
                 self._update(batch, group, applied)
