@@ -61,7 +61,6 @@ def test_an_interruption_shows_what_was_measured_and_leaves_nothing(tmp_path: Pa
 def test_factors_without_time_are_named_and_nothing_is_gained(tmp_path: Path, run_opsin: RunOpsin) -> None:
     done = run_opsin("tune", "all", *TUNE[2:], "--minutes", "0.01", "--out", "out")
     assert done.returncode == 0, done.stderr
-    assert "not measured: the time was over" in done.stdout
     assert "no time was left for: " in done.stdout
     assert done.stdout.splitlines()[-1] == "nothing gained: the recipe stays as it is"
     result = json.loads((tmp_path / "out" / "tune.json").read_text())

@@ -108,17 +108,19 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory(prefix="opsin-tune-", ignore_cleanup_errors=True)
 
     def compare(self, timings: Sequence[Timing], seconds: float, *, rounds: int = _ROUNDS) -> None:
-        """Measure the variants in turns, for about `seconds`; their timings hold what was measured at any moment.
+        """Measure the variants in turns, for about `seconds` once the first is ready; add to their timings.
 
         Each is measured in three rounds at least, if `rounds` are not fewer. One that cannot be built or has too little
         memory gets its fault.
         """
+        self._teller.notice(f"measuring {timings[0].variant.name}")
+        self._try(timings[0], time.monotonic(), None)
         ends = time.monotonic() + seconds
-        for timing in timings:
-            self._teller.notice(f"measuring {timing.variant.name}")
-            if timing is not timings[0] and time.monotonic() > ends:
+        for timing in timings[1:]:
+            if time.monotonic() > ends:
                 timing.fault = "not measured: the time was over"
             else:
+                self._teller.notice(f"measuring {timing.variant.name}")
                 self._try(timing, ends, None)
         for number in range(rounds):
             alive = [timing for timing in timings if not timing.fault]
