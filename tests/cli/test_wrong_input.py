@@ -45,7 +45,7 @@ def test_every_fault_of_a_command_is_told_at_once_and_nothing_is_written(tmp_pat
     assert sorted(done.stderr.splitlines()) == sorted(
         [
             f"{place}epoch: unknown key; did you mean epochs?",
-            f"{place}epochs: 'ten' is text; must be a number",
+            f"{place}epochs: 'ten' is not an option; must be a number or 'auto'",
             f"{place}data.holdout: 1.5 is out of range; must be less than 1",
             f"{place}precision: 'fp8' is not an option; must be 'auto', 'fp32', 'tf32', 'bf16' or 'fp16'",
             f"{place}'verbose' is not a setting; write key=value, such as data.path=images",

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar, cast
 
 from opsin.errors import StoppedWaiting
+from opsin.processes.headroom import unlimited
 
 POLL_S = 0.5
 """Seconds between two looks at the request."""
@@ -89,7 +90,8 @@ def read_in_threads(
         for number, task in enumerate(tasks):
             if number < threads:
                 pool.append(_Thread(reader))
-                pool[-1].start()
+                with unlimited():
+                    pool[-1].start()
             else:
                 yield _result(pool[number % threads], stop)
             pool[number % threads].tasks.put(task)

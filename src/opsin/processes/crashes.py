@@ -16,6 +16,7 @@ _SIGNALS = {
     signal.SIGILL: "an instruction that this processor does not have",
 }
 _IN_LAST_FRAME = re.compile(r'most recent call first\):\s*File "(.*?)", line (\d+) in (\S+)')
+_CRASHED_THREAD = "Current thread 0x"
 _WORKERS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 _SHOWN = 8
 
@@ -83,12 +84,18 @@ def describe(status: int, pid: int, stderr: str, where: LastActivity, oom_kills:
     ended = {pid} | {int(number) for found in _WORKERS.findall(stderr) for number in found.split(",")}
     suspects = {reading.index: reading for reading in where.reading if reading.pid in ended}
     cause = _signal_words(-status, oom_kills) if status < 0 else last_words(stderr) or f"exit status {status}"
-    if status < 0 and (frame := _IN_LAST_FRAME.search(stderr)) is not None:
+    if status < 0 and (frame := _last_frame(stderr)) is not None:
         cause += f", in {frame[3]} ({frame[1]}:{frame[2]})"
     if suspects:
         found: Sequence[Reading] = [suspects[index] for index in sorted(suspects)]
         return Crash(cause, where.step, tuple(r.index for r in found), tuple(r.location for r in found))
     return Crash(cause, where.step, where.ids)
+
+
+def _last_frame(stderr: str) -> re.Match[str] | None:
+    """The frame in which the thread that crashed was last, of several threads."""
+    of_thread = stderr[stderr.find(_CRASHED_THREAD) :] if _CRASHED_THREAD in stderr else stderr
+    return _IN_LAST_FRAME.search(of_thread)
 
 
 def last_words(stderr: str) -> str:

@@ -19,6 +19,8 @@ _UNFILLED_BYTES = 9 * 2**26
 """Address space of glibc and threads that a process has before its first step and fills later."""
 _KEPT_FREE = 0.03
 """Share of the free memory that a data limit leaves to the system."""
+_LEAST_FREE = 2**28
+"""Bytes that a data limit leaves to this process at least: without any, Python waits for ever for a thread to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,23 @@ def own_limit(rooms: Sequence[Room], *, others: int = 0) -> Iterator[None]:
     if data is None or not free:
         yield
         return
+    left = max(min(free), _LEAST_FREE)
     # Address space that is reserved and not filled is in `data` already, and will be filled.
-    spare = min(_UNFILLED_BYTES, max(0, min(free)) // 4)
-    wanted = max(data + int(min(free) * (1 - _KEPT_FREE)) - spare, LEAST_LIMIT_BYTES)
+    spare = min(_UNFILLED_BYTES, left // 4)
+    wanted = max(data + int(left * (1 - _KEPT_FREE)) - spare, LEAST_LIMIT_BYTES)
     limit = min(number for number in (wanted, soft, hard) if number != resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@contextmanager
+def unlimited() -> Iterator[None]:
+    """Lift the data limit for the start of a thread: Python waits for ever for one that finds no memory to begin."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
     try:
         yield
     finally:

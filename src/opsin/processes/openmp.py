@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from opsin.processes.cores import num_allowed
+from opsin.processes.headroom import unlimited
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables of libgomp in which a user says how threads wait."""
@@ -50,7 +51,8 @@ class WaitingThreads:
             self._end.clear()
             holder = threading.Thread(target=self._hold, name="more-than-cores", daemon=True)
             try:
-                holder.start()
+                with unlimited():
+                    holder.start()
             except RuntimeError:  # no further thread is allowed: they go on spinning
                 return
             self._holder = holder

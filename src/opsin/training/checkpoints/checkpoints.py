@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
+from opsin.processes.headroom import unlimited
 from opsin.storage.files import remove_leftovers, rename_over, writing
 from opsin.storage.teller import Owner, Teller
 from opsin.training.agenda import Agenda
@@ -274,7 +275,8 @@ class Checkpoints:
             self._report(write())
             return self._saved(state)
         thread = ThreadPoolExecutor(1, "checkpoint")  # Python waits for it before it exits
-        self._writing = thread.submit(write)
+        with unlimited():
+            self._writing = thread.submit(write)
         thread.shutdown(wait=False)
         return self._folder / name_of(state.step)
 
