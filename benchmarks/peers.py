@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from busy import loops
 from opsin.storage.table import aligned
 
 _PEERS = Path(__file__).parent / "peers"
@@ -146,18 +146,6 @@ def lines_of(peer: str) -> int:
     """Lines of the peer's program that are neither empty nor text about it."""
     lines = (_PEERS / f"{peer}.py").read_text().splitlines()
     return sum(bool(line.strip()) and '"""' not in line for line in lines)
-
-
-@contextmanager
-def loops(count: int) -> Iterator[None]:
-    """Keep `count` endless loops running."""
-    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for one in running:
-            one.kill()
-            one.wait()
 
 
 if __name__ == "__main__":

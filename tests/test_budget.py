@@ -22,9 +22,9 @@ MAX_FIT_LINES = 25
 
 MAX_PARAMETERS = 8
 MAX_TOP_NAMES = 17
-MAX_LOOP_LINES = 6_200
+MAX_LOOP_LINES = 6_250
 MAX_METHOD_FILES = 20
-MAX_LINES = 32_000
+MAX_LINES = 30_600
 MAX_PART_LINES = {"storage/backup": 1_700, "data/curation": 1_700, "tuning": 1_700, "export": 1_700, "monitors": 1_700}
 
 # Folders whose functions may take functions: a layer, a loss or a score is one.

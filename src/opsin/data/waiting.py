@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar, cast
 
 from opsin.errors import StoppedWaiting
-from opsin.processes.headroom import unlimited
+from opsin.processes.starting import unlimited
 
 POLL_S = 0.5
 """Seconds between two looks at the request."""

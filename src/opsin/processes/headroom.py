@@ -80,17 +80,6 @@ def own_limit(rooms: Sequence[Room], *, others: int = 0) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-@contextmanager
-def unlimited() -> Iterator[None]:
-    """Lift the data limit for the start of a thread: Python waits for ever for one that finds no memory to begin."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
 def _groups(root: Path) -> Iterator[tuple[str, int]]:
     """The bytes that are left in the control groups of this process, and in those around them, of either kind."""
     for line in _text(root / "proc/self/cgroup").splitlines():

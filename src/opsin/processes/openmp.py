@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from opsin.processes.cores import num_allowed
-from opsin.processes.headroom import unlimited
+from opsin.processes.starting import unlimited
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables of libgomp in which a user says how threads wait."""

@@ -103,8 +103,9 @@ def test_workers_fill_what_was_planned_and_more_is_one_line(opsin_env: dict[str,
     script = tmp_path / "script.py"
     script.write_text(ON_A_SMALL_ONE)
     done = subprocess.run(
-        [*mount, sys.executable, script], env=opsin_env, capture_output=True, text=True, timeout=240, check=True
+        [*mount, sys.executable, script], env=opsin_env, capture_output=True, text=True, timeout=240, check=False
     )
+    assert done.returncode == 0, done.stderr
     most, error = done.stdout.splitlines()
     assert 4 <= int(most) <= 6, "2 workers with 2 batches each, the one in use, and the one after it"
     assert error.startswith("/dev/shm: no room for a batch of 0.2 MiB, ")

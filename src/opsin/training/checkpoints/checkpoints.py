@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opsin.errors import CheckpointError, Diverged, LockLost, RunError, Stopped
-from opsin.processes.headroom import unlimited
+from opsin.processes.starting import unlimited
 from opsin.storage.files import remove_leftovers, rename_over, writing
 from opsin.storage.teller import Owner, Teller
 from opsin.training.agenda import Agenda
