@@ -61,7 +61,12 @@ _SUPERVISED = (
     "optim.clip_norm=1.0",
     *_PLAIN,
 )
-_DINO = ("dino-folder", "method.prototypes=1024", "method.hidden=2048", "method.bottleneck=256", *_PLAIN)
+_DINO = (
+    "dino-folder",
+    *("method.prototypes=1024", "method.hidden=2048", "method.bottleneck=256"),
+    *("optim.name=adamw", "optim.lr=0.0005", "optim.clip_norm=3.0"),  # the recipe itself takes Muon
+    *_PLAIN,
+)
 _VIT = ("model.name=vit", "model.width=192", "model.heads=3", "model.depth=12", "model.patch=16")
 _SIX = "method.views.local_count=6"
 _LOOPS = ("plain_torch", "timm_parts", "lightning_loop")
