@@ -97,7 +97,7 @@ if __name__ == "__main__":
 
 
 def test_workers_fill_what_was_planned_and_more_is_one_line(opsin_env: dict[str, str], tmp_path: Path) -> None:
-    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1300k tmpfs /dev/shm && exec "$@"', "sh"]
+    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1600k tmpfs /dev/shm && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounting a small /dev/shm needs root")
     script = tmp_path / "script.py"
