@@ -109,7 +109,8 @@ def choose(reference: str, overrides: Sequence[str], out: Path | None, teller: T
     )
     possible = _possible(sizes, images.train, draft)
     few = _few(images, 4 * batch_size)
-    asked, _ = _with_threads(asked, possible[0], batch_size, few, _PROBE)
+    if _may_choose_threads(draft):
+        asked, _ = _with_threads(asked, possible[0], batch_size, few, _PROBE)
     size = _largest(asked, possible, batch_size, few, len(images.train))
     asked, pace = _with_threads(asked, size, batch_size, images, _FINAL)
     recipe = asked.recipe(size, batch_size, 1.0)
@@ -181,6 +182,10 @@ def _possible(sizes: Sequence[Size], source: Source, draft: Draft) -> list[Size]
     return [size for size in sizes if size.image_size <= side] or [sizes[0]]
 
 
+def _may_choose_threads(draft: Draft) -> bool:
+    return draft.threads == "auto" and choose_device(draft.device).type == "cpu" and choose_threads("auto") > 1
+
+
 def _with_threads(
     asked: _Asked, size: Size, batch_size: int, images: Images, length: tuple[float, float]
 ) -> tuple[_Asked, Pace]:
@@ -189,8 +194,7 @@ def _with_threads(
     seconds = min(share * asked.seconds, most)
     asked = replace(asked, threads=None)
     pace = measure_pace(asked.recipe(size, batch_size, 1.0), seconds, images=images)
-    is_open = asked.draft.threads == "auto" and choose_device(asked.draft.device).type == "cpu"
-    if not is_open or choose_threads("auto") == 1:
+    if not _may_choose_threads(asked.draft):
         return asked, pace
     alone = replace(asked, threads=1)
     other = measure_pace(alone.recipe(size, batch_size, 1.0), seconds, images=images)

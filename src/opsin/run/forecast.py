@@ -68,6 +68,8 @@ class MemoryForecast:
     divisible: int
     """Bytes that fewer images at a time save, all of them together."""
     rooms: tuple[Room, ...]
+    state_bytes: int
+    """Bytes of what a checkpoint holds: weights, averages, moments."""
     unknown: str = ""
     """The reason for which the update could not be foreseen; its parts are missing then."""
 
@@ -177,12 +179,13 @@ def _add_up(parts: Parts, stage: Stage, found: Footprint, encoding: int) -> Memo
     def of(name: str, num_bytes: float, owner: Owner = device) -> MemoryPart:
         return MemoryPart(name, int(num_bytes), owner)
 
+    images = of("images kept in memory", resident + _evaluated_bytes(parts))
     always = [
         of("weights that learn", found.weights),
         of("other weights (teacher) and buffers", found.others or (0 if found.weights else weights)),
         of("averaged weights", found.averaged),
         of("moments of the optimizer", found.moments),
-        of("images kept in memory", resident + _evaluated_bytes(parts)),
+        images,
     ]
     floats, stored = _batch_bytes(parts, stage)
     moments = {
@@ -210,7 +213,8 @@ def _add_up(parts: Parts, stage: Stage, found: Footprint, encoding: int) -> Memo
         *([] if resident else _workers(parts, stored)),
     ]
     divisible = int((1 + gaps) * (found.transient - found.gradients)) if moment == "update" else 0
-    return MemoryForecast((*always, *moments[moment], *host), moment, 0, divisible, tuple(rooms_of(parts)))
+    kept = sum(part.num_bytes for part in always if part is not images)
+    return MemoryForecast((*always, *moments[moment], *host), moment, 0, divisible, tuple(rooms_of(parts)), kept)
 
 
 def _batch_bytes(parts: Parts, stage: Stage) -> tuple[int, int]:

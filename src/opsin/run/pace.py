@@ -79,6 +79,14 @@ def endless_stage(recipe: Recipe, stage: int = 0) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
+def small_stage(recipe: Recipe, images: int) -> Recipe:
+    """As `endless_stage`, with batches of up to `images` images that are computed whole and not compiled."""
+    endless = endless_stage(recipe)
+    stages = [stage.model_copy(update={"batch_size": None}) for stage in endless.stages]
+    changes = {"batch_size": min(images, recipe.batch_size), "stages": stages, "accumulate": 1, "compile": False}
+    return endless.model_copy(update=changes)
+
+
 def silent_console() -> Console:
     """A console that shows nothing."""
     return Console(io.StringIO(), quiet=True)

@@ -13,6 +13,7 @@ from opsin.run.parts import build_parts
 from opsin.run.recipe import Recipe
 from opsin.storage.table import aligned
 from opsin.storage.teller import Teller
+from opsin.training.checkpoints.checkpoints import most_checkpoints
 
 _SECONDS = 3.0
 
@@ -102,7 +103,7 @@ def plan_run(recipe: Recipe, teller: Teller) -> Plan:
     scores_s = sum(
         times * _images_of(recipe, name, parts.images) / paces[-1].encoded_per_s for name, times in scored.items()
     )
-    kept = recipe.checkpoints.keep + (recipe.checkpoints.best_keep if recipe.checkpoints.best else 0) + 1
+    kept = most_checkpoints(recipe.checkpoints, agenda)
     return Plan(tuple(stages), paces[0].start_s, scores_s, paces[-1].state_bytes, kept)
 
 

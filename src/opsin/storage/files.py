@@ -29,6 +29,12 @@ def writing(path: Path, advice: str, kind: type[OpsinError] = RunError) -> Itera
         raise kind(f"{path}: cannot be written: {reason_of(error)}{_folder_above(path, error)}; {advice}") from error
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(above for above in (path, *path.parents) if above.is_dir())
+
+
 def reason_of(error: OSError) -> str:
     """The system's words for an error, without file names."""
     return error.strerror or str(error)

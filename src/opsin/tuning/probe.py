@@ -24,7 +24,6 @@ from opsin.processes.headroom import find_rooms, held_bytes, own_limit
 from opsin.processes.trail import end_with_supervisor
 from opsin.run.assemble import temporary_run
 from opsin.run.images import num_workers
-from opsin.run.numerics import explain_torch_errors
 from opsin.run.pace import endless_stage, silent_console, stream, train_on
 from opsin.run.recipe import Recipe, read
 from opsin.training.loop import Run
@@ -85,7 +84,7 @@ def serve(recipe: Recipe, stage: int, fraction: float, requests: TextIO) -> Iter
     started = time.perf_counter()
     device = choose_device(recipe.device)
     memory = recipe.memory.model_copy(update={"on_out_of_memory": "stop", "fit": "off"})
-    with _limited(device, fraction), explain_torch_errors(recipe):
+    with _limited(device, fraction):
         endless = endless_stage(recipe.model_copy(update={"memory": memory}), stage)
         with temporary_run(endless, silent_console()) as run:
             state = run.start.fresh()

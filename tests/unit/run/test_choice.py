@@ -1,11 +1,11 @@
 """Keys that say `auto`: what is chosen, what stays, and that a run keeps its choice."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from opsin.commands.main import main
-from opsin.errors import ConfigError
 from opsin.run.choice import choose
 from opsin.run.recipe import Recipe, read
 from opsin.run.session import train_recipe
@@ -94,5 +94,4 @@ def test_a_choice_that_cannot_be_made_is_one_line(
     assert main(["train", "folder", f"data.path={folder(tmp_path)}", *keys, "--out", str(tmp_path / "run")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    with pytest.raises(ConfigError, match=fault):
-        raise ConfigError(lines[0])
+    assert re.search(fault, lines[0])

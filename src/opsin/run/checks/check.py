@@ -18,13 +18,14 @@ from opsin.run.checks.machine import (
     check_scores,
     check_shared_memory,
     check_threads,
-    nearest,
 )
 from opsin.run.checks.pictures import check_pictures
 from opsin.run.checks.verdict import Verdict
 from opsin.run.choice import choose
+from opsin.run.forecast import forecast_memory
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import Recipe
+from opsin.storage.files import nearest_folder
 from opsin.storage.table import aligned
 from opsin.storage.teller import Silence, Teller
 from opsin.training.evaluations import AVERAGED
@@ -79,18 +80,19 @@ def _look(recipe: Recipe, parts: Parts, out: Path, teller: Teller) -> list[Verdi
         verdicts += check_pictures(recipe, parts.images)
     with _explained("scores", verdicts):
         verdicts.append(check_scores(recipe, parts))
+    forecast = forecast_memory(parts)
     with _explained("memory", verdicts):
-        verdicts += [check_memory(parts), check_shared_memory(parts)]
+        verdicts += [check_memory(parts, forecast), check_shared_memory(parts)]
     if any(verdict.name == "memory" and verdict.level == "fault" for verdict in verdicts):
         return verdicts  # a step would end this process
     teller.notice("checking: updates on one batch, then the data path")
     with _explained("learns", verdicts):
-        verdicts += check_learning(recipe, parts.images, nearest(out))
+        verdicts += check_learning(recipe, parts.images, nearest_folder(out))
     if not any(verdict.name == "learns" and verdict.level == "fault" for verdict in verdicts):
         with _explained("loading", verdicts):
             verdicts.append(check_loading(recipe, parts))
     with _explained("disk", verdicts):
-        verdicts.append(check_disk(parts, out))
+        verdicts.append(check_disk(parts, forecast, out))
     return verdicts
 
 

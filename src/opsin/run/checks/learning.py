@@ -19,7 +19,7 @@ from opsin.data.base import Batch
 from opsin.run.assemble import temporary_run
 from opsin.run.checks.verdict import Verdict
 from opsin.run.images import Images
-from opsin.run.pace import endless_stage, silent_console, stream
+from opsin.run.pace import silent_console, small_stage, stream
 from opsin.run.recipe import Recipe
 from opsin.training.checkpoints.format import read_checkpoint
 from opsin.training.checkpoints.snapshot import take_snapshot
@@ -115,20 +115,16 @@ def _try(recipe: Recipe, images: Images, factor: float, disk: Path) -> _Trial:
 
 def _small(recipe: Recipe, images: Images, factor: float) -> Recipe:
     """The recipe for a small batch, at its peak rate and in this process."""
-    optim, endless = recipe.optim, endless_stage(recipe)
+    optim, small = recipe.optim, small_stage(recipe, min(_IMAGES, len(images.train)))
     lr = 1e-3 if optim.lr == "auto" else optim.peak_lr(recipe.batch_size)
     others = {key: value for key, value in optim if key.endswith("_lr") and isinstance(value, float)}
     scale = optim.batch_scale(recipe.batch_size)
     rates = {"lr": factor * lr, **{key: factor * scale * value for key, value in others.items()}}
     changes = {
         "optim": optim.model_copy(update={**rates, "lr_batch_size": None, "schedule": Constant()}),
-        "batch_size": min(_IMAGES, recipe.batch_size, len(images.train)),
-        "stages": [stage.model_copy(update={"batch_size": None}) for stage in endless.stages],
-        "accumulate": 1,
-        "compile": False,
-        "data": recipe.data.model_copy(update={"workers": 0, "resident": False}),
+        "data": small.data.model_copy(update={"workers": 0, "resident": False}),
     }
-    return endless.model_copy(update=changes)
+    return small.model_copy(update=changes)
 
 
 def _losses(run: Run, state: TrainState, batch: Batch, started: float) -> list[float]:

@@ -15,14 +15,15 @@ from opsin.reporting.console import duration
 from opsin.run.assemble import plan_agenda, temporary_run
 from opsin.run.checks.verdict import Verdict
 from opsin.run.fit import fit_memory
-from opsin.run.forecast import forecast_memory, stored_bytes
+from opsin.run.forecast import MemoryForecast, stored_bytes
 from opsin.run.images import evaluation_context, loading_plan, num_workers
-from opsin.run.pace import endless_stage, rate_of, silent_console, stream, train_on
+from opsin.run.pace import rate_of, silent_console, small_stage, stream, train_on
 from opsin.run.parts import Parts
 from opsin.run.recipe import Recipe
 from opsin.storage.directory import RunDirectory
+from opsin.storage.files import nearest_folder
 from opsin.storage.teller import Silence
-from opsin.training.optim import AdamW
+from opsin.training.checkpoints.checkpoints import most_checkpoints
 
 _MIB = 2**20
 _RELEASED = 1_760_000_000
@@ -32,13 +33,13 @@ _IMAGES = 32
 _SECONDS = 1.5
 
 
-def check_memory(parts: Parts) -> Verdict:
+def check_memory(parts: Parts, forecast: MemoryForecast) -> Verdict:
     """Compare the forecast with what is free, and report what a run will do to fit.
 
     Raises:
         ConfigError: nothing makes it fit.
     """
-    text = f"{forecast_memory(parts).peak_bytes / _MIB:,.0f} MiB at the worst moment"
+    text = f"{forecast.peak_bytes / _MIB:,.0f} MiB at the worst moment"
     notes = _Notes()
     if parts.recipe.memory.fit == "auto":
         fit_memory(parts, notes)
@@ -62,16 +63,11 @@ def check_scores(recipe: Recipe, parts: Parts) -> Verdict:
     return Verdict("scores", "fine", ", ".join(recipe.evaluators) or "none")
 
 
-def check_disk(parts: Parts, out: Path) -> Verdict:
+def check_disk(parts: Parts, forecast: MemoryForecast, out: Path) -> Verdict:
     """Compare the checkpoints to come with the free space at `out`."""
     wanted, agenda = parts.recipe.checkpoints, plan_agenda(parts.recipe, parts.timeline)
-    steps = range(1, agenda.last_step + 1) if wanted.milestones else ()
-    kept = wanted.keep + (wanted.best_keep if wanted.best else 0) + sum(map(agenda.is_milestone, steps)) + 1
-    moments = 2 if isinstance(parts.recipe.optim, AdamW) else 1
-    weights = sum(value.nbytes for value in parts.method.state_dict().values())
-    learning = sum(param.nbytes for param in parts.method.parameters() if param.requires_grad)
-    one = weights * (1 if parts.recipe.ema is None else 2) + moments * learning
-    needed, free = kept * one + weights, shutil.disk_usage(nearest(out)).free
+    kept = most_checkpoints(wanted, agenda)
+    needed, free = (kept + 1) * forecast.state_bytes, shutil.disk_usage(nearest_folder(out)).free
     text = f"{kept} checkpoints and the weights take {needed / _MIB:,.0f} MiB, {free / _MIB:,.0f} MiB are free at {out}"
     if needed > free:
         return Verdict("disk", "fault", f"{text}: make room, choose another --out, or lower checkpoints.keep")
@@ -80,7 +76,7 @@ def check_disk(parts: Parts, out: Path) -> Verdict:
 
 def check_directory(out: Path) -> Verdict:
     """Look for an earlier run in `out`, and for the right to write there."""
-    above = nearest(out)
+    above = nearest_folder(out)
     if not os.access(above, os.W_OK):
         return Verdict("directory", "fault", f"{above}: cannot be written; choose another --out")
     if RunDirectory(out).exists():
@@ -97,7 +93,7 @@ def check_clock(out: Path) -> Verdict:
     if now < _RELEASED:
         shown = time.strftime("%Y-%m-%d", time.gmtime(now))
         return Verdict("clock", "fault", f"says {shown}: locks, events and backups depend on it; set it")
-    probe = nearest(out) / f".opsin-check-{os.getpid()}"
+    probe = nearest_folder(out) / f".opsin-check-{os.getpid()}"
     try:
         probe.touch()
         skew = probe.stat().st_mtime - now
@@ -105,23 +101,16 @@ def check_clock(out: Path) -> Verdict:
     except OSError:
         return Verdict("clock", "fine", "plausible")
     if abs(skew) > _SKEW_S:
-        text = (
-            f"differs by {duration(abs(skew))} from that of the disk at {nearest(out)}: locks may be taken for old ones"
-        )
+        disk = f"differs by {duration(abs(skew))} from that of the disk at {nearest_folder(out)}"
+        text = f"{disk}: a lock may be taken for an old one; set both"
         return Verdict("clock", "look", text)
     return Verdict("clock", "fine", "plausible, and that of the disk agrees")
 
 
 def check_loading(recipe: Recipe, parts: Parts) -> Verdict:
     """Compare the data path with the update, each alone, on small batches."""
-    endless = endless_stage(recipe)
-    changes = {
-        "batch_size": min(_IMAGES, recipe.batch_size, len(parts.images.train)),
-        "stages": [stage.model_copy(update={"batch_size": None}) for stage in endless.stages],
-        "accumulate": 1,
-        "compile": False,
-    }
-    with temporary_run(endless.model_copy(update=changes), silent_console(), parts.images) as run:
+    small = small_stage(recipe, min(_IMAGES, len(parts.images.train)))
+    with temporary_run(small, silent_console(), parts.images) as run:
         state = run.start.fresh()
         with closing(stream(run)) as batches:
             batch = next(batches)
@@ -166,9 +155,3 @@ class _Notes(Silence):
 
     def notice(self, text: str) -> None:
         self.lines.append(text)
-
-
-def nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    path = path.absolute()
-    return next(above for above in (path, *path.parents) if above.is_dir())

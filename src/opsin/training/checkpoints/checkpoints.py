@@ -59,6 +59,12 @@ class Copies(Protocol):
         """Copy a complete checkpoint before older ones are removed; called in the writing thread, never raises."""
 
 
+def most_checkpoints(config: CheckpointConfig, agenda: Agenda) -> int:
+    """The most checkpoints that a run has at once: those that are kept, and the one that is being written."""
+    steps = range(1, agenda.last_step + 1) if config.milestones else ()
+    return config.keep + (config.best_keep if config.best else 0) + sum(map(agenda.is_milestone, steps)) + 1
+
+
 class Checkpoints:
     """The checkpoints of one run. No failure of the disk stops training."""
 

@@ -18,7 +18,7 @@ import torch
 
 from opsin.__version__ import __version__
 from opsin.storage.compression import SUFFIX, Compressor
-from opsin.storage.files import put_in_place, reason_of, sync
+from opsin.storage.files import nearest_folder, put_in_place, reason_of, sync
 from opsin.training.checkpoints.format import MANIFEST, STATE, digest, name_of
 from opsin.training.checkpoints.snapshot import Snapshot
 
@@ -68,9 +68,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, about: Mapping[str, Any],
 
 def room(folder: Path, snapshot: Snapshot) -> tuple[int, int]:
     """The largest size of a checkpoint of `snapshot` without compression, and the free space, in bytes."""
-    existing = next(above for above in (folder, *folder.parents) if above.exists())
     needed = snapshot.num_bytes + snapshot.num_tensors * _EACH_TENSOR + _MANIFEST_BYTES
-    return needed, shutil.disk_usage(existing).free
+    return needed, shutil.disk_usage(nearest_folder(folder)).free
 
 
 def write_fault(error: OSError, folder: Path, snapshot: Snapshot) -> str:

@@ -29,6 +29,7 @@ from opsin.run.checks.machine import (
 )
 from opsin.run.checks.pictures import check_pictures
 from opsin.run.checks.verdict import Verdict
+from opsin.run.forecast import forecast_memory
 from opsin.run.parts import Parts, build_parts
 from opsin.run.recipe import read
 from opsin.storage.teller import Silence
@@ -47,6 +48,10 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parts_of(name: str = "quickstart", *keys: str) -> Parts:
     return build_parts(read(name, [*TINY, *keys]), Silence())
+
+
+def memory_of(parts: Parts) -> Verdict:
+    return check_memory(parts, forecast_memory(parts))
 
 
 def said(verdicts: Iterator[Verdict], name: str) -> Verdict:
@@ -175,12 +180,12 @@ def test_a_run_that_does_not_fit_the_machine_is_found(tmp_path: Path, monkeypatc
     parts = parts_of(
         "quickstart", "data.image_size=128", "model.patch=4", "batch_size=256", "evaluators.val.batch_size=8"
     )
-    expect(check_memory(parts), "look", "MiB foreseen, .* MiB may be held .*; chosen: .*accumulate=")
+    expect(memory_of(parts), "look", "MiB foreseen, .* MiB may be held .*; chosen: .*accumulate=")
     with pytest.raises(ConfigError, match="MiB foreseen"):
-        check_memory(parts_of("quickstart", "data.image_size=4096", "model.patch=4", "batch_size=1"))
+        memory_of(parts_of("quickstart", "data.image_size=4096", "model.patch=4", "batch_size=1"))
     small = parts_of()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
-    expect(check_disk(small, tmp_path), "fault", "0 MiB are free .* lower checkpoints.keep")
+    expect(check_disk(small, forecast_memory(small), tmp_path), "fault", "0 MiB are free .* lower checkpoints.keep")
 
 
 def test_a_small_shared_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +198,8 @@ def test_a_small_shared_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_disk_that_a_run_takes_is_foreseen(tmp_path: Path) -> None:
     train_digits(tmp_path / "run")
-    verdict = check_disk(parts_of(), tmp_path)
+    parts = parts_of()
+    verdict = check_disk(parts, forecast_memory(parts), tmp_path)
     kept, foreseen = re.findall(r"(\d+) checkpoints and the weights take (\d+) MiB", verdict.text)[0]
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     one = sum(file.stat().st_size for file in newest.iterdir()) / 2**20
