@@ -36,10 +36,26 @@ def test_a_gpu_that_does_not_exist_is_refused_with_those_that_do() -> None:
 def test_auto_on_a_cpu_is_bf16_where_the_chip_has_units_for_it(
     capabilities: dict[str, object], value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     choice = precision.choose_precision("auto", CPU)
     assert choice.value == value
     assert "CPU" in choice.reason
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize(("limit", "value"), [("AVX2", "fp32"), ("avx512_core", "fp32"), ("AVX512_CORE_AMX", "bf16")])
+def test_auto_on_a_cpu_follows_the_limit_of_the_kernel_library(
+    name: str, limit: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    monkeypatch.setenv(name, limit)
+    choice = precision.choose_precision("auto", CPU)
+    assert choice.value == value
+    assert (f"{name}={limit}" in choice.reason) == (value == "fp32")
 
 
 @pytest.mark.parametrize(
